@@ -1,0 +1,262 @@
+//! What a primary tells: Node's events with Node's names, and a few of its own.
+//!
+//! Order for one worker is Node's: `fork`, `online`, `listening`..., then `disconnect` and `exit` in either
+//! order. An [`Events`] that is not read loses the oldest events, and says how many.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polyfork_core::{Outcome, Reason};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::broadcast;
+
+use super::settings::{Address, Dialect, Policy};
+
+/// Something that happened in a cluster.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// The settings are fixed (Node: `setup`).
+    Setup {
+        /// How many workers will be started.
+        workers: u32,
+        /// How workers are spoken to.
+        dialect: Dialect,
+    },
+    /// A worker process was started (Node: `fork`).
+    Fork(Who),
+    /// A worker runs: its channel works (Node: `online`).
+    Online(Who),
+    /// A worker listens on an address (Node: `listening`). The address is as bound, with the real port.
+    Listening {
+        /// The worker.
+        who: Who,
+        /// The address it listens on.
+        address: Address,
+        /// How connections reach it.
+        by: Arc<Via>,
+    },
+    /// A worker is ready and gets connections from now on.
+    Ready(Who),
+    /// Every slot has a ready worker. Told when it becomes true, so again after each repair.
+    AllReady {
+        /// How many workers are ready.
+        workers: u32,
+    },
+    /// A worker sent a message (Node: `message`).
+    Message {
+        /// The worker.
+        who: Who,
+        /// What it sent.
+        message: Message,
+    },
+    /// A worker gets no new connections and finishes what it has.
+    Draining(Who),
+    /// A worker's channel closed (Node: `disconnect`).
+    Disconnect(Who),
+    /// A worker ended (Node: `exit`).
+    Exit {
+        /// The worker.
+        who: Who,
+        /// Its exit code; `None` when a signal ended it or nobody could tell.
+        code: Option<i32>,
+        /// The signal that ended it.
+        signal: Option<i32>,
+        /// Why it ended.
+        reason: Reason,
+        /// How long it lived.
+        lived: Duration,
+        /// True when it left on request, its own or the primary's (Node: `exitedAfterDisconnect`).
+        voluntary: bool,
+        /// When its replacement starts; `None` if there will be none.
+        restart_in: Option<Duration>,
+    },
+    /// A slot was given up: its workers died too often.
+    SlotFailed {
+        /// The slot.
+        slot: u32,
+        /// How many restarts within `window`.
+        restarts: u32,
+        /// The window.
+        window: Duration,
+    },
+    /// A slot was taken out of service (fewer workers are wanted).
+    SlotRetired {
+        /// The slot.
+        slot: u32,
+    },
+    /// The primary opened a listening socket.
+    Bound {
+        /// Where, with the real port.
+        address: Address,
+        /// How connections will reach workers.
+        by: Arc<Via>,
+    },
+    /// The primary closed a listening socket that no worker uses any more.
+    Closed {
+        /// Where.
+        address: Address,
+    },
+    /// The primary could not open a socket that a worker asked for; the worker was told.
+    BindFailed {
+        /// The worker, unless the primary itself wanted it.
+        who: Option<Who>,
+        /// Where.
+        address: Address,
+        /// The system's error.
+        error: Arc<std::io::Error>,
+    },
+    /// A worker told its state in words (`STATUS=` of sd_notify).
+    Status {
+        /// The worker.
+        who: Who,
+        /// The text, as the worker sent it.
+        text: String,
+    },
+    /// Something a person should know.
+    Notice(Notice),
+    /// The cluster has ended; nothing follows.
+    End(Outcome),
+    /// This receiver was too slow: so many events were dropped before this one.
+    Lagged(u64),
+}
+
+/// Which worker an event is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Who {
+    /// Stable position, from 1.
+    pub slot: u32,
+    /// Id, from 1, never used twice (Node: `worker.id`).
+    pub worker: u64,
+    /// Process id; 0 if the process could not be started.
+    pub pid: u32,
+}
+
+/// How connections to an address reach workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Via {
+    /// The policy in force.
+    pub policy: Policy,
+    /// The mechanism in force.
+    pub mechanism: Carried,
+    /// Why this mechanism: one line for people.
+    pub why: String,
+}
+
+/// The mechanism that carries a policy out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Carried {
+    /// A listening socket per slot; an eBPF program takes exact turns.
+    KernelExact,
+    /// A listening socket per slot; a classic BPF program picks a live one at random.
+    KernelRandom,
+    /// The primary accepts and passes connections on, in exact turns.
+    Handoff,
+    /// One socket that all workers share.
+    SharedSocket,
+    /// The worker bound for itself; the kernel spreads by its hash.
+    OwnSocket,
+}
+
+/// A remark of the primary.
+#[derive(Debug, Clone)]
+pub struct Notice {
+    /// A stable word for programs, e.g. `fallback`, `accept-paused`, `protocol-fault`.
+    pub code: &'static str,
+    /// The worker it is about, if any.
+    pub who: Option<Who>,
+    /// One line for people: what happened, to what, what follows.
+    pub text: String,
+}
+
+/// A message between primary and worker, as it travelled.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Message(pub(crate) Encoded);
+
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) enum Encoded {
+    Json(Arc<str>),
+    Postcard(Arc<[u8]>),
+}
+
+/// Why a message is not of the expected type.
+#[derive(Debug, thiserror::Error)]
+#[error("message is not of the expected type: {0}")]
+pub struct DecodeError(String);
+
+impl Message {
+    /// Reads the message as a value of type `T`: from JSON when it came over Node's channel, from postcard
+    /// when both ends are this crate.
+    ///
+    /// # Errors
+    /// When the message does not have that shape.
+    pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
+        match &self.0 {
+            Encoded::Json(text) => serde_json::from_str(text).map_err(|e| DecodeError(e.to_string())),
+            Encoded::Postcard(bytes) => postcard::from_bytes(bytes).map_err(|e| DecodeError(e.to_string())),
+        }
+    }
+
+    /// The JSON text, if the message came over Node's channel.
+    pub fn json(&self) -> Option<&str> {
+        match &self.0 {
+            Encoded::Json(text) => Some(text),
+            Encoded::Postcard(_) => None,
+        }
+    }
+
+    pub(crate) fn postcard<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, EncodeError> {
+        postcard::to_stdvec(value).map_err(|e| EncodeError(e.to_string()))
+    }
+
+    pub(crate) fn to_json<T: Serialize + ?Sized>(value: &T) -> Result<String, EncodeError> {
+        serde_json::to_string(value).map_err(|e| EncodeError(e.to_string()))
+    }
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Encoded::Json(text) => write!(f, "Message({text})"),
+            Encoded::Postcard(bytes) => write!(f, "Message({} bytes)", bytes.len()),
+        }
+    }
+}
+
+/// Why a value cannot travel.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("cannot encode the message: {0}")]
+pub struct EncodeError(String);
+
+/// A subscription to the events of a cluster, from the moment it was made.
+#[derive(Debug)]
+pub struct Events(pub(crate) broadcast::Receiver<Event>);
+
+impl Events {
+    /// The next event; `None` after [`Event::End`].
+    ///
+    /// Cancel safe. Waits without limit. When this subscriber fell behind by more than the buffer (4,096
+    /// events), [`Event::Lagged`] says how many were dropped.
+    pub async fn next(&mut self) -> Option<Event> {
+        match self.0.recv().await {
+            Ok(event) => Some(event),
+            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Lagged(missed)),
+            Err(broadcast::error::RecvError::Closed) => None,
+        }
+    }
+}
+
+impl Carried {
+    /// One word: `kernel`, `handoff`, `shared` or `own`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Carried::KernelExact | Carried::KernelRandom => "kernel",
+            Carried::Handoff => "handoff",
+            Carried::SharedSocket => "shared",
+            Carried::OwnSocket => "own",
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! What a cluster is made of: the program, how many workers, how connections reach them, when to give up.
+//!
+//! Only data. Defaults are chosen here; what they lead to is decided in `polyfork-core` and carried out in
+//! `primary`. Names follow Node's `cluster.settings` where Node has one.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use polyfork_core::RestartPolicy;
+use polyfork_wire::limits::Limits;
+use tokio::sync::mpsc;
+
+/// Which worker gets the next connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Policy {
+    /// Each ready worker in turn, exactly (Node: `SCHED_RR`).
+    #[default]
+    RoundRobin,
+    /// One listening socket for all; whichever worker wakes first takes the connection (Node: `SCHED_NONE`).
+    Shared,
+}
+
+/// Who carries the policy out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Mechanism {
+    /// The kernel where the dialect, the address and the permissions allow it, else handing over.
+    #[default]
+    Auto,
+    /// A listening socket per slot, and a program in the kernel that picks one for each connection.
+    Kernel,
+    /// The primary accepts and passes each connection to a worker.
+    Handoff,
+}
+
+/// How a worker is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Dialect {
+    /// A program built on this crate.
+    Native,
+    /// Node's own channel and cluster messages: Node, Deno, Bun.
+    Node,
+    /// Anything that takes `LISTEN_FDS`; it is spoken to by signals and `NOTIFY_SOCKET`.
+    Sockets,
+}
+
+/// When a new worker counts as ready, which is when it starts to get connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Ready {
+    /// What fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
+    /// for sockets.
+    #[default]
+    Auto,
+    /// When it listens.
+    Listening,
+    /// When it sends the message `ready` (`process.send('ready')`).
+    Message,
+    /// When it sends `READY=1` to `NOTIFY_SOCKET`.
+    Notify,
+    /// When it has lived this long.
+    Delay(Duration),
+}
+
+/// An address to listen on.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Address {
+    /// TCP over IPv4 or IPv6. Port 0 lets the system choose; all workers get the same port.
+    Tcp(SocketAddr),
+    /// UDP over IPv4 or IPv6.
+    Udp(SocketAddr),
+    /// A Unix stream socket. A leading NUL byte makes it a Linux abstract name.
+    Unix(PathBuf),
+    /// A descriptor that the primary inherited.
+    Inherited(i32),
+}
+
+/// What becomes of the standard output and error of workers. Their standard input is always empty.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub enum Output {
+    /// They write to the primary's own; nothing passes through the primary.
+    #[default]
+    Inherit,
+    /// Discarded.
+    Null,
+    /// Read by the primary and sent here in lines. When the channel is full reading pauses, so a slow reader
+    /// slows the worker that writes and never the primary; nothing is lost.
+    Lines(mpsc::Sender<OutputLine>),
+}
+
+/// One line a worker wrote.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputLine {
+    /// Slot of the worker, from 1.
+    pub slot: u32,
+    /// Id of the worker.
+    pub worker: u64,
+    /// Which of its two streams.
+    pub stream: Stream,
+    /// The line without its newline; any bytes. A line of more than 64 KiB comes in pieces.
+    pub line: Vec<u8>,
+    /// False when the line was cut: more of it follows, or the worker ended without a newline.
+    pub complete: bool,
+}
+
+/// Standard output or standard error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stream {
+    /// Descriptor 1.
+    Stdout,
+    /// Descriptor 2.
+    Stderr,
+}
+
+/// Everything a cluster is started with (Node: `cluster.settings`).
+///
+/// ```
+/// use polyfork::cluster::{Policy, Settings};
+/// let settings = Settings::new("node").arg("server.js").workers(4).policy(Policy::RoundRobin);
+/// assert_eq!(settings.worker_count(), 4);
+/// ```
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub(crate) exec: OsString,
+    pub(crate) args: Vec<OsString>,
+    pub(crate) workers: Option<u32>,
+    pub(crate) name: Option<String>,
+    pub(crate) policy: Policy,
+    pub(crate) mechanism: Mechanism,
+    pub(crate) dialect: Option<Dialect>,
+    pub(crate) listen: Vec<Address>,
+    pub(crate) env: Vec<(OsString, OsString)>,
+    pub(crate) cwd: Option<PathBuf>,
+    pub(crate) grace: Duration,
+    pub(crate) ready: Ready,
+    pub(crate) ready_timeout: Option<Duration>,
+    pub(crate) restart: RestartPolicy,
+    pub(crate) supervise: bool,
+    pub(crate) output: Output,
+    pub(crate) limits: Limits,
+    pub(crate) window: usize,
+    pub(crate) ack_limit: Duration,
+    pub(crate) drain_preload: bool,
+}
+
+impl Settings {
+    /// A cluster of `program`, a path or a name that is looked up in `PATH`.
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        Settings {
+            exec: program.as_ref().to_owned(),
+            args: Vec::new(),
+            workers: None,
+            name: None,
+            policy: Policy::default(),
+            mechanism: Mechanism::default(),
+            dialect: None,
+            listen: Vec::new(),
+            env: Vec::new(),
+            cwd: None,
+            grace: Duration::from_secs(30),
+            ready: Ready::default(),
+            ready_timeout: Some(Duration::from_secs(30)),
+            restart: RestartPolicy::default(),
+            supervise: true,
+            output: Output::default(),
+            limits: Limits::default(),
+            window: 8,
+            ack_limit: Duration::from_secs(1),
+            drain_preload: true,
+        }
+    }
+
+    /// A cluster of this very program, with its own arguments, speaking the native dialect.
+    ///
+    /// # Errors
+    /// When the system cannot tell the path of the running executable.
+    pub fn this_program() -> std::io::Result<Self> {
+        let mut settings = Settings::new(std::env::current_exe()?).dialect(Dialect::Native);
+        settings.args = std::env::args_os().skip(1).collect();
+        Ok(settings)
+    }
+
+    /// One more argument for the program.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// More arguments for the program.
+    #[must_use]
+    pub fn args<A: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// How many workers. Default: [`default_workers`].
+    #[must_use]
+    pub fn workers(mut self, workers: u32) -> Self {
+        self.workers = Some(workers);
+        self
+    }
+
+    /// The number of workers that will be started.
+    pub fn worker_count(&self) -> u32 {
+        self.workers.unwrap_or_else(|| default_workers().workers)
+    }
+
+    /// A name for people, in events and in `ps`-like listings. Default: the program's file name.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Which worker gets the next connection.
+    #[must_use]
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Who carries the policy out.
+    #[must_use]
+    pub fn mechanism(mut self, mechanism: Mechanism) -> Self {
+        self.mechanism = mechanism;
+        self
+    }
+
+    /// How workers are spoken to. Default: found out from the program file, see [`super::detect`].
+    #[must_use]
+    pub fn dialect(mut self, dialect: Dialect) -> Self {
+        self.dialect = Some(dialect);
+        self
+    }
+
+    /// One more address that workers of the sockets dialect inherit (bound before the first one starts).
+    #[must_use]
+    pub fn listen(mut self, address: Address) -> Self {
+        self.listen.push(address);
+        self
+    }
+
+    /// Sets a variable in the environment of every worker.
+    #[must_use]
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((key.as_ref().to_owned(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Working directory of workers.
+    #[must_use]
+    pub fn cwd(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.cwd = Some(directory.into());
+        self
+    }
+
+    /// How long a worker that was asked to stop may finish what it serves. Default 30 s.
+    #[must_use]
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// What makes a worker ready.
+    #[must_use]
+    pub fn ready(mut self, ready: Ready) -> Self {
+        self.ready = ready;
+        self
+    }
+
+    /// How long a worker may take to get ready; it is replaced after that. `None`: for ever. Default 30 s.
+    #[must_use]
+    pub fn ready_timeout(mut self, limit: Option<Duration>) -> Self {
+        self.ready_timeout = limit;
+        self
+    }
+
+    /// When a slot that keeps dying is given up. Default 5 restarts in 30 s.
+    #[must_use]
+    pub fn restart(mut self, policy: RestartPolicy) -> Self {
+        self.restart = policy;
+        self
+    }
+
+    /// Whether workers that end are replaced. Default true; false is how Node's `cluster` behaves.
+    #[must_use]
+    pub fn supervise(mut self, supervise: bool) -> Self {
+        self.supervise = supervise;
+        self
+    }
+
+    /// What becomes of what workers write.
+    #[must_use]
+    pub fn output(mut self, output: Output) -> Self {
+        self.output = output;
+        self
+    }
+
+    /// Limits on what a worker may send over its channel.
+    #[must_use]
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Handing over: how many connections may be unacknowledged per worker, 1 to 64. Default 8.
+    #[must_use]
+    pub fn window(mut self, window: usize) -> Self {
+        self.window = window.clamp(1, 64);
+        self
+    }
+
+    /// Handing over: how long a connection may stay unread by the worker it was given to before it is taken
+    /// back and given to another. Default 1 s.
+    #[must_use]
+    pub fn ack_limit(mut self, limit: Duration) -> Self {
+        self.ack_limit = limit;
+        self
+    }
+
+    /// Node workers: whether the small preload that ends kept-alive connections during a drain is added to
+    /// `NODE_OPTIONS`. Default true.
+    #[must_use]
+    pub fn drain_preload(mut self, yes: bool) -> Self {
+        self.drain_preload = yes;
+        self
+    }
+
+    /// The name of the cluster.
+    pub fn display_name(&self) -> String {
+        self.name.clone().unwrap_or_else(|| {
+            let program = std::path::Path::new(&self.exec);
+            program.file_stem().unwrap_or(program.as_os_str()).to_string_lossy().into_owned()
+        })
+    }
+}
+
+/// How many workers to start, and how that number came about.
+#[derive(Debug, Clone)]
+pub struct DefaultWorkers {
+    /// At least 1.
+    pub workers: u32,
+    /// One line for people: what was looked at.
+    pub explanation: String,
+}
+
+/// `WEB_CONCURRENCY` if it is a positive number, else what this process may really use: its CPU affinity,
+/// capped by the cgroup's CPU quota (v1 or v2) rounded up.
+pub fn default_workers() -> DefaultWorkers {
+    if let Some(workers) = std::env::var("WEB_CONCURRENCY").ok().and_then(|v| v.trim().parse().ok())
+        && workers > 0
+    {
+        return DefaultWorkers { workers, explanation: format!("WEB_CONCURRENCY={workers}") };
+    }
+    usable_cpus()
+}
+
+/// What this process may really use of the machine: CPU affinity capped by the cgroup's quota, rounded up.
+pub fn usable_cpus() -> DefaultWorkers {
+    let found = polyfork_sys::system::available_parallelism();
+    DefaultWorkers {
+        workers: u32::try_from(found.cpus).unwrap_or(u32::MAX),
+        explanation: found.explain,
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Policy::RoundRobin => "round-robin",
+            Policy::Shared => "shared",
+        })
+    }
+}
+
+impl fmt::Display for Mechanism {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Mechanism::Auto => "auto",
+            Mechanism::Kernel => "kernel",
+            Mechanism::Handoff => "handoff",
+        })
+    }
+}
+
+impl fmt::Display for Dialect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Dialect::Native => "native",
+            Dialect::Node => "node",
+            Dialect::Sockets => "sockets",
+        })
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => write!(f, "{address}"),
+            Address::Udp(address) => write!(f, "udp:{address}"),
+            Address::Unix(path) => match path.as_os_str().as_encoded_bytes() {
+                [0, name @ ..] => write!(f, "unix:@{}", String::from_utf8_lossy(name)),
+                _ => write!(f, "unix:{}", path.display()),
+            },
+            Address::Inherited(fd) => write!(f, "fd:{fd}"),
+        }
+    }
+}
+
+/// Why a text is not an [`Address`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not an address: {reason}; use HOST:PORT, [V6]:PORT, :PORT, PORT or unix:PATH")]
+pub struct AddressError {
+    text: String,
+    reason: &'static str,
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    /// Reads `127.0.0.1:80`, `[::1]:80`, `:80` and `80` (every address, IPv6 and IPv4), `localhost:80`,
+    /// `unix:PATH`, `unix:@ABSTRACT`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = |reason| AddressError { text: text.to_owned(), reason };
+        if let Some(path) = text.strip_prefix("unix:") {
+            return match path.strip_prefix('@') {
+                _ if path.contains('\0') => Err(wrong("a path cannot hold a NUL byte")),
+                Some("") => Err(wrong("the abstract name is empty")),
+                Some(name) => Ok(Address::Unix(PathBuf::from(format!("\0{name}")))),
+                None if path.is_empty() => Err(wrong("the path is empty")),
+                None => Ok(Address::Unix(PathBuf::from(path))),
+            };
+        }
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            return Ok(Address::Tcp(address));
+        }
+        let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+        let port: u16 = port.parse().map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
+        match host {
+            "" | "*" => Ok(Address::Tcp(SocketAddr::from(([0u16; 8], port)))),
+            "localhost" => Ok(Address::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))),
+            _ => Err(wrong("the host is not an IP address")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_read_back_as_they_print() {
+        for text in ["127.0.0.1:80", "[::1]:0", "unix:/run/x.sock", "unix:@name"] {
+            let address: Address = text.parse().expect(text);
+            assert_eq!(address.to_string(), text);
+        }
+        assert_eq!("8080".parse(), ":8080".parse::<Address>());
+    }
+
+    #[test]
+    fn a_wrong_address_says_what_is_wrong_and_what_is_right() {
+        for (text, part) in [("127.0.0.1:99999", "port"), ("example.org:1", "host"), ("unix:", "path")] {
+            let error = text.parse::<Address>().expect_err(text).to_string();
+            assert!(error.contains(part) && error.contains("unix:PATH"), "{error}");
+        }
+    }
+}
