@@ -1,0 +1,277 @@
+//! How long a restart waits, and how many are too many.
+//!
+//! [`RestartPolicy`] holds the numbers (and reads `5/30s`), [`RestartHistory`] is what one slot remembers. Which worker is to
+//! be restarted at all is decided in [`crate::supervisor`].
+//!
+//! Two questions are kept apart. The *backoff* asks how soon: it doubles while workers die young and starts anew once one
+//! lived long enough. The *intensity* asks how often: it counts every restart in a sliding window and forgets none, so
+//! a worker that lives just long enough to reset the backoff is still caught.
+//!
+//! The surprising rule: the window is judged at the moment the restart would happen, not at the moment of the death, and
+//! a restart is entered when it does happen. So "at most N starts in any window" holds for the starts themselves.
+//!
+//! Source: the restart intensity of Erlang/OTP (page "Supervisor Behaviour"), with backoff added.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::time::Time;
+
+/// When a slot's worker is started again, and when it is given up.
+///
+/// # Examples
+///
+/// ```
+/// use polyfork_core::RestartPolicy;
+/// use std::time::Duration;
+///
+/// let policy: RestartPolicy = "3/10s".parse().unwrap();
+/// assert_eq!((policy.limit, policy.window), (3, Duration::from_secs(10)));
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+pub struct RestartPolicy {
+    /// Restarts allowed per slot in any `window`; 0 gives a slot up at the first end of its worker. At most
+    /// [`RestartPolicy::MAX_LIMIT`] is used, as each is remembered.
+    pub limit: u32,
+    /// Length of the sliding window.
+    pub window: Duration,
+    /// The first wait, and the shortest.
+    pub min_delay: Duration,
+    /// The longest wait.
+    pub max_delay: Duration,
+    /// What the wait is multiplied with after each worker that died young. Values below 1 count as 1.
+    pub factor: u32,
+    /// The part of the wait that is left to chance, 0 to 1, so that slots that died together do not come back together.
+    pub jitter: f64,
+    /// A worker that was ready for this long resets the wait (not the window).
+    ///
+    /// Keep it below `window / limit`, then a worker that dies each time it got there still exceeds the limit.
+    pub stable_after: Duration,
+}
+
+impl RestartPolicy {
+    /// The largest `limit` that is honoured.
+    pub const MAX_LIMIT: u32 = 10_000;
+
+    /// At most `limit` restarts in `window`, the waits as in the default.
+    pub fn intensity(limit: u32, window: Duration) -> RestartPolicy {
+        RestartPolicy {
+            limit,
+            window,
+            min_delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(15),
+            factor: 2,
+            jitter: 0.25,
+            stable_after: window / limit.saturating_add(1),
+        }
+    }
+
+    fn limit_used(&self) -> usize {
+        self.limit.min(Self::MAX_LIMIT) as usize
+    }
+
+    /// The wait before the restart after `level` young deaths in a row, always within `min_delay..=max_delay`.
+    fn delay(&self, level: u32, jitter: &mut Jitter) -> Duration {
+        let max = self.max_delay.max(self.min_delay);
+        let share = if self.jitter.is_finite() { self.jitter.clamp(0.0, 1.0) } else { 0.0 };
+        let grown = u128::from(self.factor.max(1)).saturating_pow(level);
+        let base = self.min_delay.saturating_mul(u32::try_from(grown).unwrap_or(u32::MAX)).min(max);
+        let chance = base.mul_f64(share * jitter.fraction());
+        // Chance lengthens the wait, except near the longest one, which it must not exceed: there it shortens.
+        let wait = match base.checked_add(chance) {
+            Some(longer) if longer <= max => longer,
+            _ => base.saturating_sub(chance),
+        };
+        wait.clamp(self.min_delay, max)
+    }
+}
+
+impl Default for RestartPolicy {
+    /// Five restarts in 30 s; waits from 100 ms to 15 s, doubling, a quarter of it chance; stable after 5 s.
+    fn default() -> RestartPolicy {
+        RestartPolicy::intensity(5, Duration::from_secs(30))
+    }
+}
+
+impl fmt::Display for RestartPolicy {
+    /// The form that [`FromStr`] reads.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}ms", self.limit, self.window.as_millis())
+    }
+}
+
+/// Why a restart limit could not be read. The text is for people and names what was typed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestartPolicyError {
+    /// No `/` between the number and the window.
+    #[error("restart limit \"{0}\" has no \"/\": write how many restarts in how long, as in 5/30s")]
+    NoSlash(String),
+    /// The number of restarts is not one.
+    #[error("restart limit \"{0}\" does not start with a number from 0 to {max}", max = RestartPolicy::MAX_LIMIT)]
+    BadLimit(String),
+    /// The window is not a number with a unit.
+    #[error(
+        "window of restart limit \"{0}\" is not a number with one of the units ms, s, m, h, as in 30s"
+    )]
+    BadWindow(String),
+    /// The window is nothing, or longer than ten years.
+    #[error("window of restart limit \"{0}\" must be longer than 0 and at most 87600h")]
+    WindowOutOfRange(String),
+}
+
+impl FromStr for RestartPolicy {
+    type Err = RestartPolicyError;
+
+    /// Reads `N/WINDOW`, as in `5/30s`; units `ms`, `s`, `m`, `h`, and seconds without one.
+    fn from_str(text: &str) -> Result<RestartPolicy, RestartPolicyError> {
+        let whole = || text.to_owned();
+        let (limit, window) =
+            text.split_once('/').ok_or_else(|| RestartPolicyError::NoSlash(whole()))?;
+        let limit = digits(limit.trim())
+            .and_then(|n| u32::try_from(n).ok())
+            .filter(|n| *n <= RestartPolicy::MAX_LIMIT)
+            .ok_or_else(|| RestartPolicyError::BadLimit(whole()))?;
+        let window =
+            duration(window.trim()).ok_or_else(|| RestartPolicyError::BadWindow(whole()))?;
+        if window.is_zero() || window > LONGEST_WINDOW {
+            return Err(RestartPolicyError::WindowOutOfRange(whole()));
+        }
+        Ok(RestartPolicy::intensity(limit, window))
+    }
+}
+
+const LONGEST_WINDOW: Duration = Duration::from_secs(87_600 * 3600);
+
+/// A number of plain digits; signs and blanks, which `parse` would let through in part, are refused.
+fn digits(text: &str) -> Option<u64> {
+    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    plain.then(|| text.parse().ok()).flatten()
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let number = digits(number)?;
+    match unit.trim() {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" | "" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3600).map(Duration::from_secs),
+        _ => None,
+    }
+}
+
+/// What comes after the end of a slot's worker.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Start another one after this wait.
+    Restart(Duration),
+    /// The limit is reached; `restarts` of them would be in the window already.
+    GiveUp {
+        /// Restarts in the window.
+        restarts: u32,
+    },
+}
+
+/// What one slot remembers of its restarts. Memory: at most `limit` moments.
+#[derive(Clone, Debug, Default)]
+pub struct RestartHistory {
+    starts: VecDeque<Time>,
+    young_deaths: u32,
+    total: u32,
+}
+
+impl RestartHistory {
+    /// An empty history.
+    pub fn new() -> RestartHistory {
+        RestartHistory::default()
+    }
+
+    /// A worker ended (or left): restart, and after how long, or give up?
+    ///
+    /// `served` is how long it had been ready, nothing when it never was. `smooth` says that the end was wanted, by the
+    /// worker or by an operator: then a stable worker's successor starts without a wait. It is counted all the same.
+    pub fn ended(
+        &mut self,
+        policy: &RestartPolicy,
+        now: Time,
+        served: Option<Duration>,
+        smooth: bool,
+        jitter: &mut Jitter,
+    ) -> Decision {
+        let stable = served.is_some_and(|served| served >= policy.stable_after);
+        if stable {
+            self.young_deaths = 0;
+        }
+        let wait = if stable && smooth {
+            Duration::ZERO
+        } else {
+            let wait = policy.delay(self.young_deaths, jitter);
+            self.young_deaths = self.young_deaths.saturating_add(1);
+            wait
+        };
+        let restarts = self.in_window(policy, now + wait);
+        if restarts >= policy.limit_used() {
+            return Decision::GiveUp { restarts: u32::try_from(restarts).unwrap_or(u32::MAX) };
+        }
+        Decision::Restart(wait)
+    }
+
+    /// A restart happens now.
+    pub fn restarted(&mut self, policy: &RestartPolicy, now: Time) {
+        while self.starts.len() >= policy.limit_used().max(1) {
+            self.starts.pop_front();
+        }
+        self.starts.push_back(now);
+        self.total = self.total.saturating_add(1);
+    }
+
+    /// Forgets everything but the total: an operator said "try again".
+    pub fn forgive(&mut self) {
+        self.starts.clear();
+        self.young_deaths = 0;
+    }
+
+    /// Restarts since the slot exists.
+    pub fn total(&self) -> u32 {
+        self.total
+    }
+
+    /// 1 for a first start, one more for each restart since the slot last held a stable worker.
+    pub fn attempt(&self) -> u32 {
+        self.young_deaths.saturating_add(1)
+    }
+
+    fn in_window(&self, policy: &RestartPolicy, at: Time) -> usize {
+        self.starts.iter().filter(|start| at.since(**start) < policy.window).count()
+    }
+}
+
+/// Chance from a seed: SplitMix64 (Steele, Lea, Flood 2014), enough to spread restarts apart.
+#[derive(Clone, Debug)]
+pub struct Jitter(u64);
+
+impl Jitter {
+    /// The sequence that belongs to `seed`.
+    pub fn new(seed: u64) -> Jitter {
+        Jitter(seed)
+    }
+
+    /// The next number.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// The next number from 0 up to, not including, 1.
+    fn fraction(&mut self) -> f64 {
+        // 53 bits are what a double holds exactly.
+        (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}
