@@ -1,0 +1,450 @@
+//! Validates JSON and finds the members of a top-level object, without building anything.
+//!
+//! A message is looked at, not converted: the reader needs to know that a line is JSON, how deep it is and
+//! what a few top-level members say. Turning the text into values is left to `serde_json`, when and
+//! if somebody asks for the value.
+//!
+//! The scanner keeps one bit per open bracket on the heap and never recurses, so that two million
+//! brackets cost 250 kB and no stack. It accepts exactly what `JSON.parse` accepts (RFC 8259), which includes
+//! lone surrogates in escapes, numbers that overflow a double, and duplicate names, of which the last counts.
+
+use std::borrow::Cow;
+
+use serde::de::DeserializeOwned;
+
+use crate::ProtocolError;
+
+/// Why a text was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// No JSON text goes on like this; the offset of the byte.
+    Syntax(usize),
+    /// More brackets are open than allowed.
+    Depth,
+}
+
+/// A text that is one valid JSON value, on one line.
+///
+/// It is kept as it came: numbers keep their digits, escapes and duplicate names stay.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RawJson(String);
+
+impl RawJson {
+    /// Checks that `text` is one JSON value of any depth. Blanks around it go away and line breaks
+    /// between its parts become blanks, because a line break would end the message on the wire.
+    ///
+    /// # Errors
+    ///
+    /// [`ProtocolError::NotJson`], or [`ProtocolError::EmptyLine`] when there are only blanks.
+    pub fn new(text: &str) -> Result<Self, ProtocolError> {
+        let value = trim(text);
+        if value.is_empty() {
+            return Err(ProtocolError::EmptyLine);
+        }
+        match members(value, usize::MAX, |_, _| {}) {
+            Ok(()) => Ok(Self(on_one_line(value).into_owned())),
+            Err(Fault::Syntax(at)) => Err(ProtocolError::not_json(value.as_bytes(), at)),
+            Err(Fault::Depth) => Err(ProtocolError::TooDeep { limit: usize::MAX }),
+        }
+    }
+
+    /// Serializes a value.
+    ///
+    /// # Errors
+    ///
+    /// What the value's `Serialize` reports, for instance a map whose keys are not strings.
+    pub fn from_value<T: serde::Serialize + ?Sized>(value: &T) -> Result<Self, serde_json::Error> {
+        serde_json::to_string(value).map(Self)
+    }
+
+    /// Wraps a text that a scanner of this module has accepted.
+    pub(crate) fn scanned(text: &str) -> Self {
+        Self(on_one_line(text).into_owned())
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The text, without a copy.
+    #[must_use]
+    pub fn into_string(self) -> String {
+        self.0
+    }
+
+    /// Builds a value of `T`.
+    ///
+    /// # Errors
+    ///
+    /// The value does not fit `T`; or one of the differences between `serde_json` and `JSON.parse`: more
+    /// than 128 levels, a lone surrogate in a string, a number beyond a double, and, for a derived
+    /// struct only, a duplicate name. (`serde_json::Value` takes the last of duplicates, as Node does.)
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        serde_json::from_str(&self.0)
+    }
+}
+
+/// Replaces line breaks by blanks. In valid JSON they stand only between tokens.
+pub(crate) fn on_one_line(text: &str) -> Cow<'_, str> {
+    if memchr::memchr2(b'\n', b'\r', text.as_bytes()).is_none() {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.replace(['\n', '\r'], " "))
+}
+
+/// Cuts the four kinds of blank that JSON knows, and only these, off both ends.
+pub(crate) fn trim(text: &str) -> &str {
+    text.trim_matches([' ', '\t', '\n', '\r'])
+}
+
+/// Validates `text` and calls `member` for every member of a top-level object, in order, with the name
+/// and the value as they are written (the name without its quotes). Any other value has no members.
+pub(crate) fn members<'a>(
+    text: &'a str,
+    max_depth: usize,
+    mut member: impl FnMut(Name<'a>, &'a str),
+) -> Result<(), Fault> {
+    let mut scan = Scanner { bytes: text.as_bytes(), at: 0 };
+    scan.blanks();
+    if scan.peek() != Some(b'{') {
+        scan.value(max_depth)?;
+    } else {
+        if max_depth == 0 {
+            return Err(Fault::Depth);
+        }
+        scan.at += 1;
+        scan.blanks();
+        if scan.peek() == Some(b'}') {
+            scan.at += 1;
+        } else {
+            loop {
+                let name = scan.name()?;
+                scan.blanks();
+                let start = scan.at;
+                scan.value(max_depth - 1)?;
+                member(Name(&text[name.0..name.1]), &text[start..scan.at]);
+                scan.blanks();
+                match scan.take()? {
+                    b',' => scan.blanks(),
+                    b'}' => break,
+                    _ => return Err(Fault::Syntax(scan.at - 1)),
+                }
+            }
+        }
+    }
+    scan.blanks();
+    if scan.at == scan.bytes.len() { Ok(()) } else { Err(Fault::Syntax(scan.at)) }
+}
+
+/// The name of a member as it is written, without quotes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name<'a>(&'a str);
+
+impl<'a> Name<'a> {
+    /// The name that is meant: `"\u0063md"` is `cmd`.
+    pub(crate) fn text(self) -> Cow<'a, str> {
+        unescape(self.0)
+    }
+}
+
+/// The text of a JSON string value, or `None` when the value is of another kind.
+///
+/// A lone surrogate, which Rust cannot hold, becomes U+FFFD, as it does when Node encodes it.
+pub(crate) fn string(value: &str) -> Option<Cow<'_, str>> {
+    Some(unescape(value.strip_prefix('"')?.strip_suffix('"')?))
+}
+
+/// A number value as JavaScript sees it, or `None` when the value is of another kind or overflows.
+pub(crate) fn number(value: &str) -> Option<f64> {
+    if !value.starts_with(|first: char| first == '-' || first.is_ascii_digit()) {
+        return None;
+    }
+    value.parse().ok().filter(|number: &f64| number.is_finite())
+}
+
+/// A whole number that a double holds exactly (at most 2^53 in either direction).
+pub(crate) fn integer(value: &str) -> Option<i64> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let number = number(value)?;
+    let whole = number.fract() == 0.0 && number.abs() <= EXACT;
+    #[expect(clippy::cast_possible_truncation, reason = "checked to be whole and within 2^53")]
+    whole.then_some(number as i64)
+}
+
+/// A whole number that is not negative.
+pub(crate) fn unsigned(value: &str) -> Option<u64> {
+    integer(value).and_then(|number| u64::try_from(number).ok())
+}
+
+/// Resolves the escapes of a valid JSON string without its quotes.
+fn unescape(raw: &str) -> Cow<'_, str> {
+    let Some(first) = memchr::memchr(b'\\', raw.as_bytes()) else {
+        return Cow::Borrowed(raw);
+    };
+    let mut text = String::with_capacity(raw.len());
+    text.push_str(&raw[..first]);
+    let mut rest = &raw[first..];
+    while let Some(escape) = rest.strip_prefix('\\') {
+        let (meant, after) = one_escape(escape);
+        text.push(meant);
+        let next = memchr::memchr(b'\\', after.as_bytes()).unwrap_or(after.len());
+        text.push_str(&after[..next]);
+        rest = &after[next..];
+    }
+    Cow::Owned(text)
+}
+
+/// The character after a backslash and what follows it. The text was validated; should it not have been,
+/// the escape reads as U+FFFD.
+fn one_escape(escape: &str) -> (char, &str) {
+    let mut chars = escape.chars();
+    let simple = match chars.next() {
+        Some('b') => '\u{8}',
+        Some('f') => '\u{c}',
+        Some('n') => '\n',
+        Some('r') => '\r',
+        Some('t') => '\t',
+        Some('u') => return unicode_escape(chars.as_str()),
+        Some(same @ ('"' | '\\' | '/')) => same,
+        _ => char::REPLACEMENT_CHARACTER,
+    };
+    (simple, chars.as_str())
+}
+
+/// The character of `XXXX` or of `XXXX\uXXXX`, a surrogate pair.
+fn unicode_escape(hex: &str) -> (char, &str) {
+    let Some((unit, rest)) = hex_unit(hex) else {
+        return (char::REPLACEMENT_CHARACTER, hex);
+    };
+    if let Some(single) = char::from_u32(unit) {
+        return (single, rest);
+    }
+    let low = rest.strip_prefix("\\u").and_then(hex_unit);
+    match low {
+        Some((low @ 0xDC00..=0xDFFF, after)) if unit < 0xDC00 => {
+            let code = 0x1_0000 + ((unit - 0xD800) << 10) + (low - 0xDC00);
+            (char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER), after)
+        }
+        _ => (char::REPLACEMENT_CHARACTER, rest),
+    }
+}
+
+/// Four hexadecimal digits and what follows them.
+fn hex_unit(text: &str) -> Option<(u32, &str)> {
+    let digits = text.get(..4).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()))?;
+    Some((u32::from_str_radix(digits, 16).ok()?, &text[4..]))
+}
+
+/// A position in a text that is being validated.
+struct Scanner<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Scanner<'_> {
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    fn take(&mut self) -> Result<u8, Fault> {
+        let byte = self.peek().ok_or(Fault::Syntax(self.at))?;
+        self.at += 1;
+        Ok(byte)
+    }
+
+    fn blanks(&mut self) {
+        while let Some(b' ' | b'\t' | b'\n' | b'\r') = self.peek() {
+            self.at += 1;
+        }
+    }
+
+    /// One value of any kind with at most `levels` brackets open at once.
+    fn value(&mut self, levels: usize) -> Result<(), Fault> {
+        let mut open = Nesting::default();
+        loop {
+            self.blanks();
+            let bracket = self.peek().ok_or(Fault::Syntax(self.at))?;
+            match bracket {
+                b'{' | b'[' if open.len == levels => return Err(Fault::Depth),
+                b'{' | b'[' => {
+                    self.at += 1;
+                    self.blanks();
+                    let object = bracket == b'{';
+                    if self.peek() == Some(if object { b'}' } else { b']' }) {
+                        self.at += 1;
+                    } else {
+                        open.push(object);
+                        if object {
+                            self.name()?;
+                        }
+                        continue;
+                    }
+                }
+                _ => self.scalar()?,
+            }
+            if !self.closings(&mut open)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// What may follow a value: closing brackets, then a comma. False when the outermost value is
+    /// complete, true when another value must follow.
+    fn closings(&mut self, open: &mut Nesting) -> Result<bool, Fault> {
+        while let Some(object) = open.top() {
+            self.blanks();
+            match (self.take()?, object) {
+                (b'}', true) | (b']', false) => open.pop(),
+                (b',', false) => return Ok(true),
+                (b',', true) => {
+                    self.blanks();
+                    self.name()?;
+                    return Ok(true);
+                }
+                _ => return Err(Fault::Syntax(self.at - 1)),
+            }
+        }
+        Ok(false)
+    }
+
+    /// A member's name and its colon; the range of the name between its quotes.
+    fn name(&mut self) -> Result<(usize, usize), Fault> {
+        if self.peek() != Some(b'"') {
+            return Err(Fault::Syntax(self.at));
+        }
+        let start = self.at + 1;
+        self.quoted()?;
+        let end = self.at - 1;
+        self.blanks();
+        if self.take()? != b':' {
+            return Err(Fault::Syntax(self.at - 1));
+        }
+        Ok((start, end))
+    }
+
+    fn scalar(&mut self) -> Result<(), Fault> {
+        match self.peek() {
+            Some(b'"') => self.quoted(),
+            Some(b't') => self.literal(b"true"),
+            Some(b'f') => self.literal(b"false"),
+            Some(b'n') => self.literal(b"null"),
+            _ => self.digits_and_so_on(),
+        }
+    }
+
+    fn literal(&mut self, word: &[u8]) -> Result<(), Fault> {
+        for &expected in word {
+            if self.take()? != expected {
+                return Err(Fault::Syntax(self.at - 1));
+            }
+        }
+        Ok(())
+    }
+
+    /// A string from its opening to its closing quote.
+    fn quoted(&mut self) -> Result<(), Fault> {
+        self.at += 1;
+        loop {
+            match self.take()? {
+                b'"' => return Ok(()),
+                b'\\' => self.escape()?,
+                0..0x20 => return Err(Fault::Syntax(self.at - 1)),
+                _ => {}
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Result<(), Fault> {
+        match self.take()? {
+            b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => Ok(()),
+            b'u' => {
+                for _ in 0..4 {
+                    if !self.take()?.is_ascii_hexdigit() {
+                        return Err(Fault::Syntax(self.at - 1));
+                    }
+                }
+                Ok(())
+            }
+            _ => Err(Fault::Syntax(self.at - 1)),
+        }
+    }
+
+    /// `-? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?`
+    fn digits_and_so_on(&mut self) -> Result<(), Fault> {
+        if self.peek() == Some(b'-') {
+            self.at += 1;
+        }
+        if self.peek() == Some(b'0') {
+            self.at += 1;
+        } else {
+            self.digits()?;
+        }
+        if self.peek() == Some(b'.') {
+            self.at += 1;
+            self.digits()?;
+        }
+        if let Some(b'e' | b'E') = self.peek() {
+            self.at += 1;
+            if let Some(b'+' | b'-') = self.peek() {
+                self.at += 1;
+            }
+            self.digits()?;
+        }
+        Ok(())
+    }
+
+    fn digits(&mut self) -> Result<(), Fault> {
+        let start = self.at;
+        while self.peek().is_some_and(|byte| byte.is_ascii_digit()) {
+            self.at += 1;
+        }
+        if self.at == start { Err(Fault::Syntax(start)) } else { Ok(()) }
+    }
+}
+
+/// The open brackets, one bit each: set for an object.
+#[derive(Default)]
+struct Nesting {
+    /// Words of 64 brackets, the outermost in the lowest bit of the first.
+    bits: Vec<u64>,
+    len: usize,
+}
+
+impl Nesting {
+    fn push(&mut self, object: bool) {
+        let (word, bit) = (self.len / 64, self.len % 64);
+        if word == self.bits.len() {
+            self.bits.push(0);
+        }
+        self.bits[word] = self.bits[word] & !(1 << bit) | u64::from(object) << bit;
+        self.len += 1;
+    }
+
+    fn pop(&mut self) {
+        self.len = self.len.saturating_sub(1);
+    }
+
+    fn top(&self) -> Option<bool> {
+        let last = self.len.checked_sub(1)?;
+        Some(self.bits[last / 64] >> (last % 64) & 1 == 1)
+    }
+}
+
+/// Appends `text` as a JSON string.
+pub(crate) fn quote(json: &mut String, text: &str) {
+    json.push('"');
+    for character in text.chars() {
+        match character {
+            '"' => json.push_str("\\\""),
+            '\\' => json.push_str("\\\\"),
+            '\n' => json.push_str("\\n"),
+            '\r' => json.push_str("\\r"),
+            '\t' => json.push_str("\\t"),
+            control @ '\0'..' ' => json.push_str(&format!("\\u{:04x}", u32::from(control))),
+            other => json.push(other),
+        }
+    }
+    json.push('"');
+}

@@ -1,0 +1,25 @@
+//! How much a peer may make us hold: sizes, depth, descriptors.
+//!
+//! The limits are per channel. They say nothing about what we send; a sender is bounded by its own
+//! queue ([`crate::node::outbox`]).
+
+/// What one channel may make its reader hold before the channel is called faulty.
+///
+/// Node has none of these limits: it buffers an endless line until its heap is full and takes two
+/// million nested brackets. Raise the fields where a program relies on that; every decoder runs in
+/// constant stack whatever the depth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest message in bytes, without its newline or header. Default 64 MiB.
+    pub max_message: usize,
+    /// Deepest nesting of arrays and objects in one message; `[[1]]` has two levels. Default 128.
+    pub max_depth: usize,
+    /// Most descriptors received and not yet claimed by a message. Default 1024.
+    pub max_fds_queued: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_message: 64 << 20, max_depth: 128, max_fds_queued: 1024 }
+    }
+}

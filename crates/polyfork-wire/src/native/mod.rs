@@ -1,0 +1,252 @@
+//! Frames between two Rust processes: what a primary and a native worker say to each other.
+//!
+//! A frame is `[u32 little-endian payload length][u8 number of descriptors][u8 0]` and the payload, the
+//! postcard form of [`ToPrimary`] or [`ToWorker`]. The descriptors are attached to the first byte of the
+//! frame. [`decoder`] reads frames, [`outbox`] orders what is sent; neither decides anything.
+//!
+//! The surprising rule: the order of the variants is the protocol, as postcard writes their position. New ones
+//! go to the end, and a change to an old one needs a new [`PROTOCOL`] number. `Hello` and `Welcome` stay
+//! first and begin with that number for ever, so that two versions can tell each other apart.
+//!
+//! Sources: postcard wire format 1.0; unix(7), `SCM_MAX_FD`.
+
+pub mod decoder;
+pub mod outbox;
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ProtocolError;
+
+pub use decoder::{Frame, FrameDecoder};
+pub use outbox::{NativeChunk, NativeOutbox};
+
+/// The version of the protocol that this crate speaks.
+pub const PROTOCOL: u32 = 1;
+
+/// Bytes in front of every payload.
+pub const HEADER_BYTES: usize = 6;
+
+/// Most descriptors in one frame: what Linux lets one `sendmsg` carry.
+pub const MAX_DESCRIPTORS: usize = 253;
+
+/// Checks the version in a `Hello` or `Welcome`.
+///
+/// # Errors
+///
+/// [`ProtocolError::VersionMismatch`] for any other version than [`PROTOCOL`].
+pub fn check_version(theirs: u32) -> Result<(), ProtocolError> {
+    if theirs == PROTOCOL {
+        Ok(())
+    } else {
+        Err(ProtocolError::VersionMismatch { ours: PROTOCOL, theirs })
+    }
+}
+
+/// Where to listen, or where somebody listens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ListenAddress {
+    /// TCP, version 4 or 6.
+    Tcp(SocketAddr),
+    /// A unix socket: the path's bytes; a leading NUL makes it an abstract name.
+    Unix(#[serde(with = "as_bytes")] Vec<u8>),
+}
+
+/// What a worker tells its primary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToPrimary {
+    /// First on the channel. Answered by [`ToWorker::Welcome`].
+    Hello {
+        /// [`PROTOCOL`] of the worker.
+        protocol: u32,
+        /// Its process id, as it sees it.
+        pid: u32,
+    },
+    /// It wants a listener. Answered by [`ToWorker::Listening`] or [`ToWorker::ListenFailed`].
+    Listen {
+        /// Chosen by the worker, named in the answer.
+        request: u32,
+        /// Where.
+        address: ListenAddress,
+        /// Length of the accept queue.
+        backlog: u32,
+        /// Do not take IPv4 connections on an IPv6 address.
+        ipv6_only: bool,
+    },
+    /// It accepts on a listener now.
+    Listening {
+        /// The listener, as the primary named it.
+        listener: u32,
+    },
+    /// It is ready for work.
+    Ready,
+    /// It has taken the oldest connections that were handed over.
+    Accepted {
+        /// The listener.
+        listener: u32,
+        /// Number of the first connection.
+        seq: u64,
+        /// How many, from that one on.
+        count: u32,
+    },
+    /// It gives a connection back: the primary still has its copy.
+    Refused {
+        /// The listener.
+        listener: u32,
+        /// Number of the connection.
+        seq: u64,
+    },
+    /// It no longer uses a listener.
+    Close {
+        /// The listener.
+        listener: u32,
+    },
+    /// A message for the user of the primary.
+    Message(#[serde(with = "as_bytes")] Vec<u8>),
+    /// It is about to leave of its own will. Answered by [`ToWorker::LeavingAcknowledged`].
+    Leaving,
+    /// A line for people, about what it is doing.
+    Status {
+        /// The line.
+        text: String,
+    },
+    /// It is alive.
+    Heartbeat,
+    /// Its connections, for policies that count them.
+    Report {
+        /// Connections open now.
+        open: u32,
+        /// Connections accepted since it started.
+        accepted: u64,
+    },
+}
+
+/// What a primary tells its worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToWorker {
+    /// Answers [`ToPrimary::Hello`].
+    Welcome {
+        /// [`PROTOCOL`] of the primary.
+        protocol: u32,
+        /// Number of the worker, never used again.
+        worker: u64,
+        /// Its slot, from 1.
+        slot: u32,
+        /// How many reloads the slot has been through.
+        generation: u32,
+        /// How long it may finish its work after a disconnect, in milliseconds.
+        grace_ms: u64,
+    },
+    /// Answers [`ToPrimary::Listen`]. The listening socket comes with it, unless connections will be
+    /// handed over.
+    Listening {
+        /// The number of the question.
+        request: u32,
+        /// Names the listener from now on.
+        listener: u32,
+        /// Where it listens, with the real port.
+        address: ListenAddress,
+        /// Connections come by [`ToWorker::Connections`]; no socket is attached.
+        handoff: bool,
+    },
+    /// Answers [`ToPrimary::Listen`]: it did not work.
+    ListenFailed {
+        /// The number of the question.
+        request: u32,
+        /// The positive error number of the operating system.
+        errno: i32,
+        /// The error for people.
+        text: String,
+    },
+    /// Connections, one descriptor each. To be answered by [`ToPrimary::Accepted`] or
+    /// [`ToPrimary::Refused`] before the first read.
+    Connections {
+        /// The listener they came to.
+        listener: u32,
+        /// Number of the first; the others follow.
+        first_seq: u64,
+        /// How many.
+        count: u32,
+    },
+    /// Finish and leave.
+    Disconnect {
+        /// How long it may take, in milliseconds.
+        grace_ms: u64,
+    },
+    /// Answers [`ToPrimary::Leaving`].
+    LeavingAcknowledged,
+    /// A message for the user of the worker.
+    Message(#[serde(with = "as_bytes")] Vec<u8>),
+}
+
+/// What may travel in a frame. Implemented by the two message enums only.
+pub trait Payload: Serialize + serde::de::DeserializeOwned + sealed::Sealed {
+    /// How many variants there are: the numbers from here on are unknown.
+    #[doc(hidden)]
+    const KINDS: u32;
+}
+
+impl Payload for ToPrimary {
+    const KINDS: u32 = 12;
+}
+
+impl Payload for ToWorker {
+    const KINDS: u32 = 7;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::ToPrimary {}
+    impl Sealed for super::ToWorker {}
+}
+
+/// Writes one frame, to be sent with `descriptors` descriptors attached to its first byte.
+///
+/// # Panics
+///
+/// With more than [`MAX_DESCRIPTORS`], or for a payload of 4 GiB.
+#[must_use]
+pub fn encode<T: Payload>(message: &T, descriptors: usize) -> Vec<u8> {
+    assert!(descriptors <= MAX_DESCRIPTORS, "one sendmsg carries at most 253 descriptors");
+    let header = vec![0; HEADER_BYTES];
+    let mut frame =
+        postcard::to_extend(message, header).expect("the message types have no unsupported parts");
+    let length = u32::try_from(frame.len() - HEADER_BYTES).expect("a payload is below 4 GiB");
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    frame[4] = u8::try_from(descriptors).expect("checked above");
+    frame
+}
+
+/// Byte strings as one piece; serde alone would take them byte by byte. The wire form is the same.
+mod as_bytes {
+    use serde::de::{Deserializer, Error, Visitor};
+    use serde::ser::Serializer;
+
+    #[expect(clippy::ptr_arg, reason = "serde passes the field's own type")]
+    pub(super) fn serialize<S: Serializer>(bytes: &Vec<u8>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_bytes(bytes)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        from.deserialize_byte_buf(Bytes)
+    }
+
+    struct Bytes;
+
+    impl<'de> Visitor<'de> for Bytes {
+        type Value = Vec<u8>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a byte string")
+        }
+
+        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+            Ok(bytes.to_vec())
+        }
+
+        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+            Ok(bytes)
+        }
+    }
+}

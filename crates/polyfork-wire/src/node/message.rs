@@ -1,0 +1,349 @@
+//! Says what a line of a Node channel is: the user's message, or one of Node's own.
+//!
+//! The members of cluster messages are read in [`cluster`]; what to do about a message,
+//! and whether this peer may send it, is the caller's decision.
+//!
+//! The surprising rule: user code can send objects that look like internal messages, and Node then treats
+//! them as such. A value is internal when it is an object whose own `cmd` is a string longer than five
+//! characters that begins with `NODE_`; of duplicate names the last counts, as in `JSON.parse`, and
+//! `__proto__` is a name like any other.
+//!
+//! Behaviour follows: Node `lib/internal/child_process.js`, `lib/internal/cluster/utils.js`.
+
+use std::fmt;
+
+use serde::de::DeserializeOwned;
+
+use super::cluster::{self, ClusterMessage};
+use super::line::BUN_PREFIX;
+use crate::json::{self, Fault, RawJson};
+use crate::{Limits, ProtocolError};
+
+/// How many envelopes may be wrapped into one another. Stock Node wraps once more for each of its three
+/// retransmissions, so four are seen.
+const MAX_NESTED_ENVELOPES: usize = 8;
+
+/// What came on a channel.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Incoming {
+    /// For the user: whatever `process.send` was given.
+    User(UserMessage),
+    /// A message that travels with one descriptor. It must be answered by exactly one
+    /// [`HANDLE_ACK`](cluster::HANDLE_ACK), or [`HANDLE_NACK`](cluster::HANDLE_NACK) when the descriptor
+    /// is missing, before it is acted on.
+    Handle(HandleEnvelope),
+    /// The oldest handle message we sent was received.
+    HandleAck,
+    /// The oldest handle message we sent came without its descriptor and was dropped.
+    HandleNack,
+    /// A message of the cluster module.
+    Cluster(ClusterMessage),
+    /// The owner of a server is closing it: answer [`Incoming::SocketAllClosed`] once no socket of `key`
+    /// is open.
+    SocketNotifyClose {
+        /// Groups the sockets of one server.
+        key: String,
+    },
+    /// No socket of `key` is open at the peer any more.
+    SocketAllClosed {
+        /// Groups the sockets of one server.
+        key: String,
+    },
+    /// How many sockets of `key` are open? To be answered.
+    SocketGetCount {
+        /// Groups the sockets of one server.
+        key: String,
+    },
+    /// The answer to [`Incoming::SocketGetCount`].
+    SocketCount {
+        /// Groups the sockets of one server.
+        key: String,
+        /// Open sockets; 0 when the peer sent no whole number.
+        count: u64,
+    },
+    /// Internal, but nothing we know; Node drops it silently.
+    OtherInternal {
+        /// Its `cmd`.
+        cmd: String,
+    },
+}
+
+/// A message with a handle.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HandleEnvelope {
+    /// What to make of the descriptor.
+    pub kind: HandleKind,
+    /// `net.Socket` only: the server whose sockets are counted together.
+    pub key: Option<String>,
+    /// `dgram.Socket` only.
+    pub dgram_type: Option<DgramType>,
+    /// The message inside; `null` when there was none. It is never a
+    /// [`Handle`](Incoming::Handle), [`HandleAck`](Incoming::HandleAck) or
+    /// [`HandleNack`](Incoming::HandleNack): envelopes within envelopes, which stock Node makes when
+    /// it retransmits, are unwrapped, and the innermost one says the kind.
+    pub message: Box<Incoming>,
+}
+
+/// The `type` of a handle envelope.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum HandleKind {
+    /// `net.Native`: a bare TCP or unix stream socket, as the cluster module sends it.
+    NetNative,
+    /// `net.Server`: a listening socket.
+    NetServer,
+    /// `net.Socket`: a connection.
+    NetSocket,
+    /// `dgram.Native`: a bare UDP socket, as the cluster module sends it.
+    DgramNative,
+    /// `dgram.Socket`: a UDP socket.
+    DgramSocket,
+    /// `net.BoundSocket`: a bound TCP socket that does not listen. Node 26 only; older ones crash on it.
+    NetBoundSocket,
+    /// Anything else. Never send one: the receiver crashes.
+    Other(String),
+}
+
+impl HandleKind {
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::NetNative => "net.Native",
+            Self::NetServer => "net.Server",
+            Self::NetSocket => "net.Socket",
+            Self::DgramNative => "dgram.Native",
+            Self::DgramSocket => "dgram.Socket",
+            Self::NetBoundSocket => "net.BoundSocket",
+            Self::Other(name) => name,
+        }
+    }
+
+    fn from_name(name: &str) -> Self {
+        match name {
+            "net.Native" => Self::NetNative,
+            "net.Server" => Self::NetServer,
+            "net.Socket" => Self::NetSocket,
+            "dgram.Native" => Self::DgramNative,
+            "dgram.Socket" => Self::DgramSocket,
+            "net.BoundSocket" => Self::NetBoundSocket,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for HandleKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The address family of a `dgram.Socket`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DgramType {
+    /// `udp4`
+    Udp4,
+    /// `udp6`
+    Udp6,
+}
+
+/// A message for the user: one JSON text that was validated.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct UserMessage(RawJson);
+
+impl UserMessage {
+    /// The JSON text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+
+    /// The JSON text, without a copy.
+    #[must_use]
+    pub fn into_string(self) -> String {
+        self.0.into_string()
+    }
+
+    /// Builds a value of `T`.
+    ///
+    /// # Errors
+    ///
+    /// As [`RawJson::parse`].
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
+        self.0.parse()
+    }
+}
+
+impl From<UserMessage> for RawJson {
+    fn from(message: UserMessage) -> Self {
+        message.0
+    }
+}
+
+impl From<RawJson> for UserMessage {
+    fn from(json: RawJson) -> Self {
+        Self(json)
+    }
+}
+
+/// Says what a line is. The line is without its newline; invalid UTF-8 is replaced, and Bun's leading byte
+/// 0x02, should it still be there, is stepped over.
+///
+/// Takes time linear in the line, constant stack, and memory for the line once more.
+///
+/// # Errors
+///
+/// [`ProtocolError::NotJson`], [`TooDeep`](ProtocolError::TooDeep), [`TooLong`](ProtocolError::TooLong),
+/// [`EmptyLine`](ProtocolError::EmptyLine); [`BadEnvelope`](ProtocolError::BadEnvelope) when more than
+/// eight envelopes are wrapped into one another. An internal message with missing or odd members is not
+/// an error.
+pub fn parse_line(line: &[u8], limits: &Limits) -> Result<Incoming, ProtocolError> {
+    let line = line.strip_prefix(&[BUN_PREFIX]).unwrap_or(line);
+    if line.len() > limits.max_message {
+        return Err(ProtocolError::TooLong { limit: limits.max_message });
+    }
+    let text = String::from_utf8_lossy(line);
+    let text = json::trim(&text);
+    if text.is_empty() {
+        return Err(ProtocolError::EmptyLine);
+    }
+    let fields = Fields::read(text, limits.max_depth)?;
+    match fields.internal_cmd().as_deref() {
+        Some("NODE_HANDLE") => envelope(fields).map(Incoming::Handle),
+        Some(cmd) => Ok(internal(cmd, &fields)),
+        None => Ok(Incoming::User(UserMessage(RawJson::scanned(text)))),
+    }
+}
+
+/// Unwraps an envelope down to the message that is in it.
+fn envelope(mut outer: Fields<'_>) -> Result<HandleEnvelope, ProtocolError> {
+    for _ in 0..MAX_NESTED_ENVELOPES {
+        let text = outer.msg.unwrap_or("null");
+        // The depth was checked with the line that this is a part of.
+        let inner = Fields::read(text, usize::MAX)?;
+        let cmd = inner.internal_cmd();
+        if cmd.as_deref() == Some("NODE_HANDLE") {
+            outer = inner;
+            continue;
+        }
+        let message = match cmd.as_deref() {
+            None => Incoming::User(UserMessage(RawJson::scanned(text))),
+            // Nested, these acknowledge nothing.
+            Some(cmd @ ("NODE_HANDLE_ACK" | "NODE_HANDLE_NACK")) => {
+                Incoming::OtherInternal { cmd: cmd.to_owned() }
+            }
+            Some(cmd) => internal(cmd, &inner),
+        };
+        return Ok(HandleEnvelope {
+            kind: HandleKind::from_name(&text_of(outer.r#type)),
+            key: outer.key.and_then(json::string).map(Into::into),
+            dgram_type: dgram_type(outer.dgram_type),
+            message: Box::new(message),
+        });
+    }
+    Err(ProtocolError::BadEnvelope { why: "more than eight are wrapped into one another" })
+}
+
+fn internal(cmd: &str, fields: &Fields<'_>) -> Incoming {
+    let key = || text_of(fields.key);
+    match cmd {
+        "NODE_HANDLE_ACK" => Incoming::HandleAck,
+        "NODE_HANDLE_NACK" => Incoming::HandleNack,
+        "NODE_CLUSTER" => Incoming::Cluster(cluster::read(fields)),
+        "NODE_SOCKET_NOTIFY_CLOSE" => Incoming::SocketNotifyClose { key: key() },
+        "NODE_SOCKET_ALL_CLOSED" => Incoming::SocketAllClosed { key: key() },
+        "NODE_SOCKET_GET_COUNT" => Incoming::SocketGetCount { key: key() },
+        "NODE_SOCKET_COUNT" => Incoming::SocketCount {
+            key: key(),
+            count: fields.count.and_then(json::unsigned).unwrap_or(0),
+        },
+        other => Incoming::OtherInternal { cmd: other.to_owned() },
+    }
+}
+
+fn dgram_type(value: Option<&str>) -> Option<DgramType> {
+    match value.and_then(json::string)?.as_ref() {
+        "udp4" => Some(DgramType::Udp4),
+        "udp6" => Some(DgramType::Udp6),
+        _ => None,
+    }
+}
+
+/// A string member; empty when missing, the JSON text when it is of another kind.
+pub(crate) fn text_of(value: Option<&str>) -> String {
+    let value = value.unwrap_or("\"\"");
+    json::string(value).map_or_else(|| value.to_owned(), Into::into)
+}
+
+/// The members of a top-level object that internal messages may have, as JSON texts.
+#[derive(Debug, Default)]
+pub(crate) struct Fields<'a> {
+    cmd: Option<&'a str>,
+    r#type: Option<&'a str>,
+    msg: Option<&'a str>,
+    dgram_type: Option<&'a str>,
+    count: Option<&'a str>,
+    pub(crate) key: Option<&'a str>,
+    pub(crate) act: Option<&'a str>,
+    pub(crate) seq: Option<&'a str>,
+    pub(crate) ack: Option<&'a str>,
+    pub(crate) accepted: Option<&'a str>,
+    pub(crate) index: Option<&'a str>,
+    pub(crate) data: Option<&'a str>,
+    pub(crate) address: Option<&'a str>,
+    pub(crate) port: Option<&'a str>,
+    pub(crate) address_type: Option<&'a str>,
+    pub(crate) fd: Option<&'a str>,
+    pub(crate) flags: Option<&'a str>,
+    pub(crate) backlog: Option<&'a str>,
+    pub(crate) readable_all: Option<&'a str>,
+    pub(crate) writable_all: Option<&'a str>,
+}
+
+impl<'a> Fields<'a> {
+    /// Validates `text` and remembers the last of each known member.
+    fn read(text: &'a str, max_depth: usize) -> Result<Self, ProtocolError> {
+        let mut fields = Self::default();
+        json::members(text, max_depth, |name, value| fields.set(&name.text(), value)).map_err(
+            |fault| match fault {
+                Fault::Syntax(at) => ProtocolError::not_json(text.as_bytes(), at),
+                Fault::Depth => ProtocolError::TooDeep { limit: max_depth },
+            },
+        )?;
+        Ok(fields)
+    }
+
+    fn set(&mut self, name: &str, value: &'a str) {
+        let field = match name {
+            "cmd" => &mut self.cmd,
+            "type" => &mut self.r#type,
+            "msg" => &mut self.msg,
+            "dgramType" => &mut self.dgram_type,
+            "count" => &mut self.count,
+            "key" => &mut self.key,
+            "act" => &mut self.act,
+            "seq" => &mut self.seq,
+            "ack" => &mut self.ack,
+            "accepted" => &mut self.accepted,
+            "index" => &mut self.index,
+            "data" => &mut self.data,
+            "address" => &mut self.address,
+            "port" => &mut self.port,
+            "addressType" => &mut self.address_type,
+            "fd" => &mut self.fd,
+            "flags" => &mut self.flags,
+            "backlog" => &mut self.backlog,
+            "readableAll" => &mut self.readable_all,
+            "writableAll" => &mut self.writable_all,
+            _ => return,
+        };
+        *field = Some(value);
+    }
+
+    /// The `cmd`, when it makes the message internal.
+    fn internal_cmd(&self) -> Option<std::borrow::Cow<'a, str>> {
+        let cmd = json::string(self.cmd?)?;
+        (cmd.len() > 5 && cmd.starts_with("NODE_")).then_some(cmd)
+    }
+}
