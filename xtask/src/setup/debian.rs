@@ -1,0 +1,105 @@
+//! Programs of the system, from Debian's packages when they are missing and we are root.
+//!
+//! Without root, or without apt-get, nothing is tried: the reason names the command to run.
+//!
+//! Surprising: the package lists are brought up to date only after an install has failed, as a
+//! fresh machine has none and a used one need not wait for them.
+//!
+//! Source: apt-get(8).
+
+use std::env;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use super::manifest::Tool;
+use super::pins::{SYSTEM, SystemPin};
+use super::{Found, INSTALL_LIMIT, Outcome};
+use crate::proc;
+
+/// All programs of the table.
+pub(super) fn install_all() -> Vec<Outcome> {
+    SYSTEM.iter().map(|pin| Outcome::required(pin.name, install_one(pin))).collect()
+}
+
+fn install_one(pin: &SystemPin) -> Result<Found, String> {
+    let (path, fresh) = find_or_install(pin.name, &[pin.package])?;
+    let version = package_version(pin.package).unwrap_or_else(|| "unknown version".into());
+    Ok(Found { tool: Tool { path, version }, fresh })
+}
+
+/// Finds `program` in the search path, installing `packages` when it is not there.
+///
+/// The flag says whether an install was needed.
+pub(super) fn find_or_install(program: &str, packages: &[&str]) -> Result<(PathBuf, bool), String> {
+    if let Some(path) = which(program) {
+        return Ok((path, false));
+    }
+    install(packages)?;
+    match which(program) {
+        Some(path) => Ok((path, true)),
+        None => Err(format!("{} is installed but has no {program}", packages.join(" "))),
+    }
+}
+
+/// Installs Debian packages.
+///
+/// # Errors
+/// The reason in words: not root, no apt-get, or what apt-get said.
+pub(super) fn install(packages: &[&str]) -> Result<(), String> {
+    let list = packages.join(" ");
+    if which("apt-get").is_none() {
+        return Err(format!("no apt-get here; install {list} by the system's own means"));
+    }
+    if !rustix::process::geteuid().is_root() {
+        return Err(format!("not root; run: apt-get install {list}"));
+    }
+    let install = || apt(&[&["install", "--yes", "--no-install-recommends"], packages].concat());
+    install()
+        .or_else(|_| apt(&["update"]).and_then(|()| install()))
+        .map_err(|error| format!("apt-get install {list}: {error:#}"))
+}
+
+fn apt(words: &[&str]) -> Result<()> {
+    let mut command = Command::new("apt-get");
+    command.arg("--quiet").args(words).env("DEBIAN_FRONTEND", "noninteractive");
+    let run = proc::capture(command, INSTALL_LIMIT)?;
+    if !run.ok() {
+        bail!("{}", run.complaint());
+    }
+    Ok(())
+}
+
+/// The version of an installed Debian package; `None` where dpkg does not know it.
+fn package_version(package: &str) -> Option<String> {
+    let mut command = Command::new("dpkg-query");
+    command.args(["--show", "--showformat=${Version}", package]);
+    let run = proc::capture(command, INSTALL_LIMIT).ok()?;
+    run.ok().then(|| run.stdout.trim().to_owned()).filter(|version| !version.is_empty())
+}
+
+/// The first executable file of that name in the search path; root's sbin folders are looked at too.
+pub(super) fn which(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|folder| folder.join(program))
+        .find(|candidate| is_executable(candidate))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shell_is_found_and_nonsense_is_not() {
+        assert!(which("sh").is_some());
+        assert_eq!(which("no-such-program-of-ours"), None);
+    }
+}

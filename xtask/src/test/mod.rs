@@ -1,0 +1,206 @@
+//! `cargo xtask test`: the test command of the README and of CI.
+//!
+//! `stages` is the table of what runs, `tally` counts tests and skips. This file runs the stages in
+//! turn, times them, and prints the closing lines. A stage that fails does not stop the next one:
+//! one run tells everything that is wrong.
+//!
+//! A test that cannot run here (a missing runtime, no right to load eBPF) passes, prints
+//! `SKIP <test>: <reason>` and appends that line to the file that `POLYFORK_SKIP_LOG` names, because
+//! the harness hides the output of tests that pass. With `CI=true` a skip is a failure, unless
+//! [`tally::MAY_SKIP_IN_CI`] permits it.
+//!
+//! Surprising: after each stage the processes that are left over are counted as a failure and
+//! ended. Tests of a supervisor that leave workers behind have found a bug.
+//!
+//! Source: the output format of libtest (`cargo test`).
+
+mod stages;
+mod tally;
+
+use std::env;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use pico_args::Arguments;
+
+use crate::{paths, proc, setup};
+use stages::{Stage, Verdict};
+use tally::Tally;
+
+const HELP: &str = "\
+Runs every check; ends with a line `N passed, N failed, N skipped` and the list of skips.
+
+Usage: cargo xtask test [OPTIONS]
+
+Options:
+  --quick          format, lints and unit tests only
+  --only LIST      these stages only, by name, separated by commas
+  --list           name the stages and stop
+
+Environment:
+  CI=true               a skip that the run may not make counts as a failure
+  POLYFORK_ADVISORY_DB  folder of an advisory database; turns the audit stage on
+  POLYFORK_SIM_EVENTS   events that the supervisor's simulation plays (default 1000000)
+  PROPTEST_CASES        cases per property in the fuzz stage (default 2000)
+";
+
+/// How long leftovers may take to go by themselves after a stage.
+const SETTLE: Duration = Duration::from_secs(5);
+
+/// What every stage can see.
+struct Session {
+    tally: Tally,
+    in_ci: bool,
+}
+
+/// The command.
+///
+/// # Errors
+/// When the run itself cannot be made; failed checks are told by the exit code.
+pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
+    if args.contains(["-h", "--help"]) {
+        print!("{HELP}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let quick = args.contains("--quick");
+    let list = args.contains("--list");
+    let only: Option<String> = args.opt_value_from_str("--only")?;
+    crate::nothing_left(args)?;
+    let chosen = stages::choose(quick, only.as_deref())?;
+    if list {
+        chosen.iter().for_each(|stage| println!("{:<12} {}", stage.name, stage.about));
+        return Ok(ExitCode::SUCCESS);
+    }
+    run(&chosen)
+}
+
+fn run(chosen: &[Stage]) -> Result<ExitCode> {
+    let began = Instant::now();
+    let in_ci = env::var("CI").is_ok_and(|value| value == "true");
+    let mut session = Session { tally: Tally::new()?, in_ci };
+    let mut times = Vec::new();
+    for stage in chosen {
+        proc::check_interrupted()?;
+        println!("\n== {}: {}", stage.name, stage.about);
+        let stage_began = Instant::now();
+        let verdict = (stage.run)(&mut session);
+        session.settle(stage, verdict);
+        let took = stage_began.elapsed().as_secs_f64();
+        println!("== {} took {took:.1} s", stage.name);
+        times.push((stage.name, took));
+    }
+    proc::check_interrupted()?;
+    session.tally.collect_skip_log(session.in_ci)?;
+    println!();
+    for (name, took) in times {
+        println!("{name:<12} {took:>7.1} s");
+    }
+    println!("{:<12} {:>7.1} s", "all", began.elapsed().as_secs_f64());
+    session.tally.print();
+    Ok(if session.tally.clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Session {
+    /// Counts a stage's verdict and the processes that it left behind.
+    fn settle(&mut self, stage: &Stage, verdict: Result<Verdict>) {
+        match verdict {
+            Ok(Verdict::Counted) => {}
+            Ok(Verdict::Passed) => self.tally.pass(),
+            Ok(Verdict::Skipped(reason)) => self.tally.skip(stage.name, &reason),
+            Err(error) => self.tally.fail(stage.name, &format!("{error:#}")),
+        }
+        let left = leftovers();
+        if !left.is_empty() {
+            self.tally.fail(stage.name, &format!("left processes behind: {}", left.join("; ")));
+            proc::end_descendants();
+        }
+    }
+
+    /// Sets everything up; each thing that is missing is a skip, or a failure in CI.
+    fn set_up(&mut self) -> Result<Verdict> {
+        for outcome in setup::run()? {
+            match (outcome.result, outcome.required && self.in_ci) {
+                (Ok(_), _) => {}
+                (Err(reason), true) => self.tally.fail(outcome.name, &format!("missing: {reason}")),
+                (Err(reason), false) => {
+                    self.tally.skip(outcome.name, &format!("missing: {reason}"))
+                }
+            }
+        }
+        Ok(Verdict::Passed)
+    }
+
+    /// A check of cargo that passes or fails as a whole.
+    fn check(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
+        let run = proc::stream(cargo(words, environment), stages::LIMIT, |_| {})?;
+        anyhow::ensure!(run.ok(), "cargo {}: {}", words.join(" "), proc::describe(run.status));
+        Ok(Verdict::Passed)
+    }
+
+    /// A run of `cargo test`, whose tests are counted one by one.
+    fn tests(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
+        let mut command = cargo(words, environment);
+        command.env("POLYFORK_PEERS", paths::manifest());
+        command.env("POLYFORK_SKIP_LOG", self.tally.skip_log());
+        let failed_before = self.tally.failed();
+        let tally = &mut self.tally;
+        let run = proc::stream(command, stages::LIMIT, |line| tally.read_line(line))?;
+        // A build that fails, or a test program that dies, prints no result to count.
+        let told = self.tally.failed() > failed_before;
+        anyhow::ensure!(
+            run.ok() || (told && run.status.is_some()),
+            "cargo {}: {}",
+            words.join(" "),
+            proc::describe(run.status)
+        );
+        Ok(Verdict::Counted)
+    }
+}
+
+/// Cargo, without what the cargo that runs this chore left in the environment: build scripts would
+/// take it for theirs and build again.
+fn cargo(words: &[&str], environment: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(paths::root()).args(words);
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
+    for (name, value) in environment {
+        // What the caller set wins: that is how a soak run asks for more.
+        if env::var_os(name).is_none() {
+            command.env(name, value);
+        }
+    }
+    command
+}
+
+/// Command lines of the processes that still run once a stage is over.
+fn leftovers() -> Vec<String> {
+    let until = Instant::now() + SETTLE;
+    loop {
+        let left = proc::descendants();
+        if left.is_empty() || Instant::now() >= until {
+            let name = |stat: &proc::Stat| format!("{} {}", stat.pid, proc::command_line(stat.pid));
+            return left.iter().map(name).collect();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// An audit of the dependencies against an advisory database on disk; nothing is fetched.
+fn audit(session: &mut Session) -> Result<Verdict> {
+    let Some(database) = env::var_os("POLYFORK_ADVISORY_DB") else {
+        return Ok(Verdict::Skipped("POLYFORK_ADVISORY_DB names no advisory database".into()));
+    };
+    let database = std::path::PathBuf::from(database);
+    anyhow::ensure!(database.is_dir(), "no folder {}", database.display());
+    if !proc::capture(cargo(&["audit", "--version"], &[]), stages::LIMIT)?.ok() {
+        return Ok(Verdict::Skipped("cargo-audit is not installed".into()));
+    }
+    let place = database.to_str().context("the path of the advisory database is not UTF-8")?;
+    session.check(&["audit", "--no-fetch", "--stale", "--db", place], &[])
+}
