@@ -1,0 +1,323 @@
+//! Everything about a spawn that can be worked out before the child exists.
+//!
+//! The child may not allocate, so each string, path and descriptor number it will need is laid out
+//! here, in the caller's thread. A [`Plan`] is plain owned data; pointers into it are taken by `child`.
+//!
+//! Behaviour follows: execvp(3) for the search of the path.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{Command, Source, SpawnError, Step};
+
+/// Where programs are looked for when the child has no `PATH`.
+const DEFAULT_PATH: &[u8] = b"/usr/bin:/bin";
+/// Room for the digits of a process id (at most 4,194,304; an `i32` never needs more) and a NUL.
+const PID_DIGITS: usize = 11;
+
+/// One descriptor to be put in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Move {
+    pub(super) source: i32,
+    pub(super) target: i32,
+    /// The source's number is somebody's target, so it must be copied out of the way first.
+    pub(super) clashes: bool,
+}
+
+/// One descriptor that stays where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Keep {
+    pub(super) number: i32,
+    /// Asked for by name: then it must be open.
+    pub(super) required: bool,
+}
+
+/// The environment entry that holds the child's own pid.
+#[derive(Debug)]
+pub(super) struct PidEntry {
+    /// `KEY=00000000000`, the zeros being digits, and a NUL.
+    pub(super) bytes: Vec<u8>,
+    /// Where the digits begin.
+    pub(super) digits: usize,
+}
+
+/// A spawn, laid out.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) candidates: Vec<CString>,
+    pub(super) argv: Vec<CString>,
+    pub(super) envp: Vec<CString>,
+    pub(super) pid_entry: Option<PidEntry>,
+    pub(super) directory: Option<CString>,
+    pub(super) moves: Vec<Move>,
+    pub(super) keeps: Vec<Keep>,
+    /// Inclusive ranges of numbers that must not survive exec.
+    pub(super) closed: Vec<(u32, u32)>,
+    pub(super) process_group: bool,
+    pub(super) new_session: bool,
+    /// Zero: none.
+    pub(super) death_signal: i32,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    pub(super) groups: Option<Vec<u32>>,
+    /// `EPERM` from dropping groups is fine: there are none.
+    pub(super) groups_optional: bool,
+    pub(super) umask: Option<u32>,
+    program: OsString,
+    working_directory: Option<PathBuf>,
+    /// Keeps the sources of `moves` open until the child is running.
+    _sources: Vec<OwnedFd>,
+}
+
+impl Plan {
+    pub(super) fn new(command: Command) -> Result<Self, SpawnError> {
+        let fail = |step, errno| SpawnError {
+            step,
+            errno,
+            program: command.program.clone(),
+            tried: Vec::new(),
+            directory: command.directory.clone(),
+        };
+        let input = |errno| fail(Step::Input, errno);
+
+        let name = c_string(&command.program, "the program's name").map_err(input)?;
+        if name.is_empty() {
+            return Err(fail(Step::Exec, io::Error::from_raw_os_error(libc::ENOENT)));
+        }
+        let path = match command.env.get(OsStr::new("PATH")) {
+            Some(path) => path.as_bytes(),
+            None => DEFAULT_PATH,
+        };
+        let candidates = candidates(name.as_bytes(), path).map_err(input)?;
+        let mut argv = Vec::with_capacity(command.args.len() + 1);
+        argv.push(match &command.arg0 {
+            Some(name) => c_string(name, "the program's own name").map_err(input)?,
+            None => name,
+        });
+        for arg in &command.args {
+            argv.push(c_string(arg, "an argument").map_err(input)?);
+        }
+        let envp = environment(&command.env, command.pid_env.as_deref()).map_err(input)?;
+        let pid_entry = command.pid_env.as_deref().map(pid_entry).transpose().map_err(input)?;
+        let directory = match &command.directory {
+            Some(path) => Some(c_string(path.as_os_str(), "the working directory").map_err(input)?),
+            None => None,
+        };
+        let closed = closed_ranges(command.fds.keys().copied());
+        let dropping = command.groups.is_none() && command.uid.is_some();
+        let groups = if dropping { Some(Vec::new()) } else { command.groups.clone() };
+        let groups_optional =
+            dropping && rustix::process::getgroups().is_ok_and(|groups| groups.is_empty());
+
+        let table = Table::new(&command.fds);
+        let mut sources = Vec::new();
+        let mut moves = Vec::new();
+        let mut keeps = table.standard;
+        for target in table.targets {
+            if target < 0 {
+                return Err(input(invalid(format!("descriptor number {target} is negative"))));
+            }
+            match command.fds.get(&target) {
+                Some(Source::Inherit) | None => keeps.push(Keep { number: target, required: true }),
+                Some(Source::Null) => {
+                    let null = open_null().map_err(|errno| fail(Step::Fd(target), errno))?;
+                    moves.push(Move { source: null.as_raw_fd(), target, clashes: false });
+                    sources.push(null);
+                }
+                Some(Source::Owned(fd)) => {
+                    moves.push(Move { source: fd.as_raw_fd(), target, clashes: false });
+                }
+            }
+        }
+        for index in 0..moves.len() {
+            let source = moves[index].source;
+            moves[index].clashes = moves.iter().any(|one| one.target == source);
+        }
+        sources.extend(command.fds.into_values().filter_map(|source| match source {
+            Source::Owned(fd) => Some(fd),
+            Source::Inherit | Source::Null => None,
+        }));
+
+        Ok(Self {
+            candidates,
+            argv,
+            envp,
+            pid_entry,
+            directory,
+            moves,
+            keeps,
+            closed,
+            process_group: command.process_group && !command.new_session,
+            new_session: command.new_session,
+            death_signal: command.death_signal.map_or(0, |signal| signal.as_raw()),
+            uid: command.uid,
+            gid: command.gid,
+            groups,
+            groups_optional,
+            umask: command.umask,
+            program: command.program,
+            working_directory: command.directory,
+            _sources: sources,
+        })
+    }
+
+    /// The error for a step that failed.
+    pub(super) fn error(self, step: Step, errno: io::Error) -> SpawnError {
+        let tried = self.candidates.into_iter();
+        SpawnError {
+            step,
+            errno,
+            program: self.program,
+            tried: tried.map(|path| OsString::from_vec(path.into_bytes()).into()).collect(),
+            directory: self.working_directory,
+        }
+    }
+}
+
+/// The descriptor numbers of a command, sorted by what is to be done.
+struct Table {
+    targets: Vec<i32>,
+    standard: Vec<Keep>,
+}
+
+impl Table {
+    fn new(fds: &BTreeMap<i32, Source>) -> Self {
+        let standard = (0..3).filter(|number| !fds.contains_key(number));
+        Self {
+            targets: fds.keys().copied().collect(),
+            standard: standard.map(|number| Keep { number, required: false }).collect(),
+        }
+    }
+}
+
+fn invalid(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+fn c_string(text: &OsStr, what: &str) -> io::Result<CString> {
+    CString::new(text.as_bytes()).map_err(|_| invalid(format!("{what} contains a NUL byte")))
+}
+
+fn open_null() -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The paths at which execvp(3) would look for `name`, in order.
+fn candidates(name: &[u8], path: &[u8]) -> io::Result<Vec<CString>> {
+    let nul = |_| invalid("PATH contains a NUL byte".to_owned());
+    if name.contains(&b'/') {
+        return Ok(vec![CString::new(name).map_err(nul)?]);
+    }
+    let mut paths = Vec::new();
+    for folder in path.split(|byte| *byte == b':') {
+        let mut full = Vec::with_capacity(folder.len() + name.len() + 1);
+        full.extend_from_slice(folder);
+        // An empty element means the working directory.
+        if !folder.is_empty() && !folder.ends_with(b"/") {
+            full.push(b'/');
+        }
+        full.extend_from_slice(name);
+        paths.push(CString::new(full).map_err(nul)?);
+    }
+    Ok(paths)
+}
+
+fn check_key(key: &OsStr) -> io::Result<()> {
+    if key.is_empty() || key.as_bytes().contains(&b'=') {
+        return Err(invalid(format!("\"{}\" cannot name a variable", key.display())));
+    }
+    Ok(())
+}
+
+fn environment(
+    vars: &BTreeMap<OsString, OsString>,
+    without: Option<&OsStr>,
+) -> io::Result<Vec<CString>> {
+    let mut entries = Vec::with_capacity(vars.len());
+    for (key, value) in vars {
+        if Some(key.as_os_str()) == without {
+            continue;
+        }
+        check_key(key)?;
+        let mut entry = Vec::with_capacity(key.len() + value.len() + 2);
+        entry.extend_from_slice(key.as_bytes());
+        entry.push(b'=');
+        entry.extend_from_slice(value.as_bytes());
+        entries.push(
+            CString::new(entry).map_err(|_| {
+                invalid(format!("variable \"{}\" contains a NUL byte", key.display()))
+            })?,
+        );
+    }
+    Ok(entries)
+}
+
+fn pid_entry(key: &OsStr) -> io::Result<PidEntry> {
+    check_key(key)?;
+    let mut bytes = c_string(key, "a variable's name")?.into_bytes();
+    bytes.push(b'=');
+    let digits = bytes.len();
+    bytes.resize(digits + PID_DIGITS, b'0');
+    bytes.push(0);
+    Ok(PidEntry { bytes, digits })
+}
+
+/// All numbers but the standard three and `targets`, as inclusive ranges. `targets` must ascend.
+fn closed_ranges(targets: impl Iterator<Item = i32>) -> Vec<(u32, u32)> {
+    let mut ranges = Vec::new();
+    let mut next = 3u32;
+    for target in targets.filter_map(|target| u32::try_from(target).ok()) {
+        if target < 3 {
+            continue;
+        }
+        if target > next {
+            ranges.push((next, target - 1));
+        }
+        next = target + 1;
+    }
+    ranges.push((next, u32::MAX));
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_between_and_above_targets_are_closed() {
+        assert_eq!(closed_ranges([].into_iter()), [(3, u32::MAX)]);
+        assert_eq!(closed_ranges([0, 2].into_iter()), [(3, u32::MAX)]);
+        assert_eq!(closed_ranges([3, 4].into_iter()), [(5, u32::MAX)]);
+        assert_eq!(closed_ranges([1, 5, 9].into_iter()), [(3, 4), (6, 8), (10, u32::MAX)]);
+        assert_eq!(
+            closed_ranges([i32::MAX].into_iter()),
+            [(3, i32::MAX as u32 - 1), (i32::MAX as u32 + 1, u32::MAX)]
+        );
+    }
+
+    #[test]
+    fn a_name_is_looked_for_in_each_folder_and_a_path_only_there() {
+        let paths = |name: &str, path: &str| -> Vec<String> {
+            let found = candidates(name.as_bytes(), path.as_bytes()).unwrap();
+            found.into_iter().map(|path| path.into_string().unwrap()).collect()
+        };
+        assert_eq!(paths("sh", "/bin:/usr/bin/"), ["/bin/sh", "/usr/bin/sh"]);
+        assert_eq!(paths("sh", ":/bin:"), ["sh", "/bin/sh", "sh"]);
+        assert_eq!(paths("sh", ""), ["sh"]);
+        assert_eq!(paths("./sh", "/bin"), ["./sh"]);
+    }
+
+    #[test]
+    fn the_reserved_pid_has_room_for_any_pid_and_no_zero_byte() {
+        let entry = pid_entry(OsStr::new("LISTEN_PID")).unwrap();
+        assert_eq!(&entry.bytes[..entry.digits], b"LISTEN_PID=");
+        assert!(entry.bytes[..entry.bytes.len() - 1].iter().all(|byte| *byte != 0));
+        assert!(entry.bytes.len() - entry.digits > i32::MAX.to_string().len());
+    }
+}
