@@ -237,6 +237,19 @@ fn hex_unit(text: &str) -> Option<(u32, &str)> {
     Some((u32::from_str_radix(digits, 16).ok()?, &text[4..]))
 }
 
+/// The bytes that end a run of ordinary characters in a string: quote, backslash, control characters.
+const ENDS_A_RUN: [bool; 256] = {
+    let mut ends = [false; 256];
+    let mut byte = 0;
+    while byte < 0x20 {
+        ends[byte] = true;
+        byte += 1;
+    }
+    ends[b'"' as usize] = true;
+    ends[b'\\' as usize] = true;
+    ends
+};
+
 /// A position in a text that is being validated.
 struct Scanner<'a> {
     bytes: &'a [u8],
@@ -347,11 +360,13 @@ impl Scanner<'_> {
     fn quoted(&mut self) -> Result<(), Fault> {
         self.at += 1;
         loop {
+            let ordinary =
+                self.bytes[self.at..].iter().position(|byte| ENDS_A_RUN[usize::from(*byte)]);
+            self.at = ordinary.map_or(self.bytes.len(), |run| self.at + run);
             match self.take()? {
                 b'"' => return Ok(()),
                 b'\\' => self.escape()?,
-                0..0x20 => return Err(Fault::Syntax(self.at - 1)),
-                _ => {}
+                _ => return Err(Fault::Syntax(self.at - 1)),
             }
         }
     }
@@ -447,4 +462,293 @@ pub(crate) fn quote(json: &mut String, text: &str) {
         }
     }
     json.push('"');
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::value::RawValue;
+
+    use super::*;
+
+    fn valid(text: &str) -> bool {
+        members(text, usize::MAX, |_, _| {}).is_ok()
+    }
+
+    fn depth_fits(text: &str, depth: usize) -> bool {
+        match members(text, depth, |_, _| {}) {
+            Ok(()) => true,
+            Err(fault) => {
+                assert_eq!(fault, Fault::Depth);
+                false
+            }
+        }
+    }
+
+    fn listed(text: &str) -> Vec<(String, String)> {
+        let mut list = Vec::new();
+        members(text, usize::MAX, |name, value| list.push((name.text().into(), value.into())))
+            .expect("the text is valid");
+        list
+    }
+
+    #[test]
+    fn what_json_parse_takes_is_taken() {
+        for text in [
+            "null",
+            "true",
+            "false",
+            "0",
+            "-0",
+            "1e999",
+            "-1.5E-7",
+            "\"\"",
+            "[]",
+            "{}",
+            " [ ] ",
+            "\t{\r\n}",
+            "[1,2]",
+            r#"{"a":1,"a":2}"#,
+            r#"{"__proto__":null}"#,
+            r#""\ud800""#,
+            r#""\u0000\/\b""#,
+            "\"\u{7f}\u{2028}\"",
+            r#"{"":{"":[{}]}}"#,
+            "123456789012345678901234567890",
+        ] {
+            assert!(valid(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_json_parse_refuses_is_refused() {
+        for text in [
+            "",
+            " ",
+            "nul",
+            "nulll",
+            "True",
+            "01",
+            "1.",
+            ".5",
+            "+1",
+            "1e",
+            "1e+",
+            "-",
+            "'a'",
+            "\"",
+            "\"\\x\"",
+            "\"\\u12g4\"",
+            "\"\t\"",
+            "\"\u{1f}\"",
+            "[",
+            "[1,]",
+            "[,]",
+            "[1 2]",
+            "{a:1}",
+            "{\"a\"}",
+            "{\"a\":}",
+            "{\"a\":1,}",
+            "{,}",
+            "{1:1}",
+            "[}",
+            "{]",
+            "[1}",
+            "{\"a\":1]",
+            "1 2",
+            "{} {}",
+            "\u{feff}1",
+            "\u{a0}1",
+            "NaN",
+            "Infinity",
+            "undefined",
+            "// c\n1",
+            "[1]]",
+            "\"\\\"",
+        ] {
+            assert!(!valid(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn fault_names_the_first_byte_that_does_not_fit() {
+        for (text, at) in
+            [("", 0), ("nux", 2), ("[1 2]", 3), ("{\"a\" 1}", 5), ("[1", 2), ("1x", 1)]
+        {
+            assert_eq!(members(text, 9, |_, _| {}), Err(Fault::Syntax(at)), "{text}");
+        }
+    }
+
+    #[test]
+    fn depth_counts_open_brackets() {
+        assert!(depth_fits("1", 0));
+        assert!(!depth_fits("[]", 0));
+        assert!(depth_fits("[]", 1));
+        assert!(!depth_fits("{}", 0));
+        assert!(depth_fits("{}", 1));
+        assert!(depth_fits("[[1],[2]]", 2));
+        assert!(!depth_fits(r#"{"a":[1]}"#, 1));
+        assert!(depth_fits(r#"{"a":[1],"b":{}}"#, 2));
+        let deep = "[".repeat(128) + &"]".repeat(128);
+        assert!(depth_fits(&deep, 128));
+        assert!(!depth_fits(&deep, 127));
+    }
+
+    #[test]
+    fn two_million_brackets_take_no_stack() {
+        let levels = 2_000_000;
+        for (open, close) in [("[", "]"), ("{\"a\":", "}")] {
+            let text = open.repeat(levels) + "1" + &close.repeat(levels);
+            let small_stack = std::thread::Builder::new().stack_size(64 << 10);
+            let checked = small_stack.spawn(move || {
+                assert!(depth_fits(&text, levels));
+                assert!(!depth_fits(&text, levels - 1));
+            });
+            checked.expect("a thread starts").join().expect("nothing overflows");
+        }
+    }
+
+    #[test]
+    fn brackets_of_both_kinds_are_told_apart_at_every_depth() {
+        for depth in [1, 63, 64, 65, 128, 129, 200] {
+            let kinds = (0..depth).map(|level| level % 3 == 0);
+            let mut open = String::new();
+            let mut close = Vec::new();
+            for object in kinds {
+                open.push_str(if object { "{\"k\":" } else { "[" });
+                close.push(if object { '}' } else { ']' });
+            }
+            close.reverse();
+            let good: String = open.clone() + "0" + &close.iter().collect::<String>();
+            assert!(valid(&good), "{good}");
+            for wrong in 0..close.len() {
+                let mut bad = close.clone();
+                bad[wrong] = if bad[wrong] == ']' { '}' } else { ']' };
+                assert!(!valid(&(open.clone() + "0" + &bad.iter().collect::<String>())));
+            }
+        }
+    }
+
+    #[test]
+    fn members_of_the_top_object_are_listed_in_order() {
+        let text = r#" { "a" : 1 , "b":[ {"c":2} ], "\u0063md" : "x\ny", "a":{} } "#;
+        let pairs = [("a", "1"), ("b", r#"[ {"c":2} ]"#), ("cmd", r#""x\ny""#), ("a", "{}")];
+        assert_eq!(listed(text), pairs.map(|(name, value)| (name.into(), value.into())));
+        assert!(listed("[{\"a\":1}]").is_empty());
+    }
+
+    #[test]
+    fn strings_are_unescaped() {
+        let value = r#""a\"\\\/\b\f\n\r\t\u00e9\ud83d\ude00z""#;
+        assert_eq!(string(value).as_deref(), Some("a\"\\/\u{8}\u{c}\n\r\t\u{e9}\u{1f600}z"));
+        assert_eq!(string("1"), None);
+        assert_eq!(string("\"\"").as_deref(), Some(""));
+    }
+
+    #[test]
+    fn lone_surrogates_become_the_replacement_character() {
+        for (text, meant) in [
+            (r#""\ud800""#, "\u{fffd}"),
+            (r#""\udc00\ud800""#, "\u{fffd}\u{fffd}"),
+            (r#""\ud800\ud83d\ude00""#, "\u{fffd}\u{1f600}"),
+            (r#""\ud800\u0041""#, "\u{fffd}A"),
+            (r#""\ud800x""#, "\u{fffd}x"),
+        ] {
+            assert_eq!(string(text).as_deref(), Some(meant), "{text}");
+        }
+    }
+
+    #[test]
+    fn numbers_never_wrap() {
+        assert_eq!(integer("-1"), Some(-1));
+        assert_eq!(integer("8e3"), Some(8000));
+        assert_eq!(integer("5.0"), Some(5));
+        assert_eq!(integer("9007199254740992"), Some(1 << 53));
+        assert_eq!(unsigned("-0"), Some(0));
+        for odd in [
+            "1.5",
+            "1e999",
+            "-1e999",
+            "1e300",
+            "9007199254740994",
+            "18446744073709551616",
+            "\"5\"",
+            "null",
+            "true",
+            "[1]",
+            "{}",
+        ] {
+            assert_eq!(integer(odd), None, "{odd}");
+        }
+        assert_eq!(unsigned("-1"), None);
+    }
+
+    #[test]
+    fn raw_json_is_one_line_without_blanks_around_it() {
+        assert_eq!(
+            RawJson::new(" {\n\"a\":\r\n1} \n").map(RawJson::into_string).as_deref(),
+            Ok("{ \"a\":  1}")
+        );
+        assert_eq!(RawJson::new(" \n"), Err(ProtocolError::EmptyLine));
+        assert!(matches!(RawJson::new("{\"a\":1}}"), Err(ProtocolError::NotJson { at: 7, .. })));
+        let digits = RawJson::new("123456789012345678901234567890").expect("it is JSON");
+        assert_eq!(digits.as_str(), "123456789012345678901234567890");
+    }
+
+    /// Valid JSON of every kind, written with blanks and escapes in odd places.
+    fn any_json() -> impl Strategy<Value = String> {
+        let blank = "[ \t\r]{0,2}";
+        let leaf = prop_oneof![
+            Just("null".to_owned()),
+            Just("true".to_owned()),
+            "-?(0|[1-9][0-9]{0,20})(\\.[0-9]{1,5})?([eE][+-]?[0-9]{1,3})?",
+            "\"([ -!#-\\[\\]-~é€😀]|\\\\[\"\\\\/bfnrt]|\\\\u[0-9a-fA-F]{4}){0,12}\"",
+        ];
+        leaf.prop_recursive(6, 64, 6, move |inner| {
+            let name = "\"([a-z]|\\\\u00[46][0-9a-f]){0,4}\"";
+            let member = (name, blank, inner.clone()).prop_map(|(n, b, v)| format!("{n}{b}:{v}"));
+            prop_oneof![
+                (blank, prop::collection::vec(inner, 0..6), blank)
+                    .prop_map(|(a, v, b)| format!("{a}[{}]{b}", v.join(","))),
+                (blank, prop::collection::vec(member, 0..6), blank)
+                    .prop_map(|(a, v, b)| format!("{{{a}{}}}{b}", v.join(","))),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn verdict_equals_serde_json_on_valid_text(text in any_json()) {
+            prop_assert!(serde_json::from_str::<&RawValue>(&text).is_ok());
+            prop_assert!(valid(&text));
+        }
+
+        #[test]
+        fn verdict_equals_serde_json_on_damaged_text(
+            text in any_json(), at in any::<prop::sample::Index>(), damage in "[\\[\\]{}\",:\\\\ue0-9.x\n-]{0,3}", cut in 0..3_usize
+        ) {
+            let mut characters: Vec<char> = text.chars().collect();
+            let at = at.index(characters.len());
+            characters.splice(at..(at + cut).min(characters.len()), damage.chars());
+            let damaged: String = characters.into_iter().collect();
+            let theirs = serde_json::from_str::<&RawValue>(&damaged).is_ok();
+            prop_assert_eq!(valid(&damaged), theirs, "{}", damaged);
+        }
+
+        #[test]
+        fn quoting_and_unquoting_give_the_same_text(text in any::<String>()) {
+            let mut quoted = String::new();
+            quote(&mut quoted, &text);
+            prop_assert!(valid(&quoted) && !quoted.contains('\n'));
+            prop_assert_eq!(string(&quoted), Some(text.into()));
+        }
+
+        #[test]
+        fn strings_read_as_serde_json_reads_them(text in "\"([ -!#-\\[\\]-~é€😀]|\\\\[\"\\\\/bfnrt]|\\\\u[0-9a-fA-F]{4}){0,12}\"") {
+            // serde_json refuses lone surrogates, which we replace.
+            if let Ok(theirs) = serde_json::from_str::<String>(&text) {
+                prop_assert_eq!(string(&text), Some(theirs.into()));
+            }
+        }
+    }
 }

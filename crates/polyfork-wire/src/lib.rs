@@ -17,6 +17,7 @@
 //! | [`env`](mod@env) | the environment variables by which a child learns of its channel |
 #![forbid(unsafe_code)]
 
+mod buffer;
 pub mod env;
 mod error;
 mod json;

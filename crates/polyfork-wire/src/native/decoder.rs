@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 
 use super::{HEADER_BYTES, MAX_DESCRIPTORS, Payload};
+use crate::buffer::Buffer;
 use crate::{Limits, ProtocolError};
 
 /// A message and its descriptors.
@@ -26,8 +27,7 @@ pub struct Frame<T, D> {
 #[derive(Debug)]
 pub struct FrameDecoder<D> {
     limits: Limits,
-    buffer: Vec<u8>,
-    start: usize,
+    buffer: Buffer,
     descriptors: VecDeque<D>,
     /// After an error there is no telling where the next frame begins.
     failed: Option<ProtocolError>,
@@ -44,7 +44,7 @@ impl<D> FrameDecoder<D> {
     /// An empty decoder.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, buffer: Vec::new(), start: 0, descriptors: VecDeque::new(), failed: None }
+        Self { limits, buffer: Buffer::default(), descriptors: VecDeque::new(), failed: None }
     }
 
     /// Adds a descriptor that was received. To be called before the bytes of the same read are fed.
@@ -66,17 +66,9 @@ impl<D> FrameDecoder<D> {
 
     /// Appends what was read. After an error the bytes are thrown away.
     pub fn feed(&mut self, bytes: &[u8]) {
-        if self.failed.is_some() {
-            return;
+        if self.failed.is_none() {
+            self.buffer.feed(bytes, self.limits.max_message.saturating_add(HEADER_BYTES));
         }
-        if self.start == self.buffer.len() {
-            self.buffer.clear();
-            self.start = 0;
-        } else if self.start > self.buffer.len() / 2 {
-            self.buffer.drain(..self.start);
-            self.start = 0;
-        }
-        self.buffer.extend_from_slice(bytes);
     }
 
     /// The next complete frame, or `None` until more is fed.
@@ -100,7 +92,7 @@ impl<D> FrameDecoder<D> {
     /// The stream has ended: [`ProtocolError::Truncated`] when it did so inside a frame, which is dropped
     /// with its descriptors.
     pub fn end(&mut self) -> Option<ProtocolError> {
-        let cut_short = self.start < self.buffer.len();
+        let cut_short = self.has_partial();
         self.clear();
         cut_short.then_some(ProtocolError::Truncated)
     }
@@ -108,11 +100,11 @@ impl<D> FrameDecoder<D> {
     /// True when the stream stands inside a frame.
     #[must_use]
     pub fn has_partial(&self) -> bool {
-        self.start < self.buffer.len()
+        !self.buffer.rest().is_empty()
     }
 
     fn try_next<T: Payload>(&mut self) -> Result<Option<Frame<T, D>>, ProtocolError> {
-        let rest = &self.buffer[self.start..];
+        let rest = self.buffer.rest();
         let Some(header) = Header::read(rest, &self.limits)? else {
             // Inside a header there may be the descriptors of the frame that follows.
             let possible = if rest.is_empty() { 0 } else { MAX_DESCRIPTORS };
@@ -125,9 +117,8 @@ impl<D> FrameDecoder<D> {
             return Err(ProtocolError::MissingDescriptor);
         }
         let message = decode(payload)?;
-        self.start += HEADER_BYTES + header.length;
+        self.buffer.skip(HEADER_BYTES + header.length);
         let descriptors = self.descriptors.drain(..header.descriptors).collect();
-        self.shrink();
         Ok(Some(Frame { message, descriptors }))
     }
 
@@ -139,14 +130,6 @@ impl<D> FrameDecoder<D> {
         Ok(None)
     }
 
-    /// Gives the memory of a large frame back.
-    fn shrink(&mut self) {
-        if self.start == self.buffer.len() && self.buffer.capacity() > (256 << 10) {
-            self.buffer = Vec::new();
-            self.start = 0;
-        }
-    }
-
     fn fail(&mut self, error: ProtocolError) -> ProtocolError {
         self.clear();
         self.failed = Some(error.clone());
@@ -154,8 +137,7 @@ impl<D> FrameDecoder<D> {
     }
 
     fn clear(&mut self) {
-        self.buffer = Vec::new();
-        self.start = 0;
+        self.buffer.clear();
         self.descriptors.clear();
     }
 }

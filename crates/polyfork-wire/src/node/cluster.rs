@@ -468,3 +468,248 @@ impl Object {
         line.into_bytes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::Limits;
+    use crate::node::message::{Incoming, parse_line};
+
+    fn read(line: &str) -> ClusterMessage {
+        match parse_line(line.as_bytes(), &Limits::default()) {
+            Ok(Incoming::Cluster(message)) => message,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn query(members: &str) -> Query {
+        let line = format!(r#"{{"cmd":"NODE_CLUSTER","act":"queryServer","seq":1,{members}}}"#);
+        match read(&line).body {
+            FromWorker::QueryServer(query) => query,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The value of a line, which must be one line.
+    fn value(line: &[u8]) -> Value {
+        let text = line.strip_suffix(b"\n").expect("a newline at the end");
+        assert!(!text.contains(&b'\n'));
+        serde_json::from_slice(text).expect("JSON")
+    }
+
+    #[test]
+    fn acts_of_a_worker_are_told_apart() {
+        let body = |members: &str| read(&format!(r#"{{"cmd":"NODE_CLUSTER",{members}}}"#)).body;
+        assert_eq!(body(r#""act":"online","seq":0"#), FromWorker::Online);
+        assert_eq!(
+            body(r#""act":"close","key":"k","seq":0"#),
+            FromWorker::Close { key: "k".into() }
+        );
+        assert_eq!(body(r#""act":"exitedAfterDisconnect""#), FromWorker::ExitedAfterDisconnect);
+        assert_eq!(
+            body(r#""ack":3,"accepted":true"#),
+            FromWorker::Reply { ack: 3, accepted: Some(true) }
+        );
+        assert_eq!(
+            body(r#""ack":3,"accepted":false"#),
+            FromWorker::Reply { ack: 3, accepted: Some(false) }
+        );
+        assert_eq!(body(r#""ack":3,"accepted":1"#), FromWorker::Reply { ack: 3, accepted: None });
+        assert_eq!(body(r#""ack":3"#), FromWorker::Reply { ack: 3, accepted: None });
+        assert_eq!(body(r#""ack":-3"#), FromWorker::Unknown { act: String::new() });
+        assert_eq!(body(r#""act":"suicide""#), FromWorker::Unknown { act: "suicide".into() });
+        assert_eq!(body(r#""act":{"a":1}"#), FromWorker::Unknown { act: r#"{"a":1}"#.into() });
+    }
+
+    #[test]
+    fn sequence_number_may_be_missing_or_odd() {
+        let seq =
+            |value: &str| read(&format!(r#"{{"cmd":"NODE_CLUSTER","act":"online"{value}}}"#)).seq;
+        assert_eq!(seq(r#","seq":12"#), Some(12));
+        for odd in [
+            "",
+            r#","seq":null"#,
+            r#","seq":-1"#,
+            r#","seq":1.5"#,
+            r#","seq":1e300"#,
+            r#","seq":"1""#,
+        ] {
+            assert_eq!(seq(odd), None, "{odd}");
+        }
+    }
+
+    #[test]
+    fn question_for_a_port_is_read() {
+        let query = query(
+            r#""index":0,"data":null,"address":null,"port":8000,"addressType":4,"flags":1,"backlog":17"#,
+        );
+        let expected = Query {
+            port: Some(8000),
+            address_type: AddressType::V4,
+            flags: Some(1),
+            backlog: Some(17),
+            ..Query::default()
+        };
+        assert_eq!(query, expected);
+    }
+
+    #[test]
+    fn question_for_a_path_is_read() {
+        let query = query(
+            r#""index":2,"data":null,"address":"/tmp/x.sock","port":-1,"addressType":-1,"readableAll":true,"writableAll":true,"backlog":9"#,
+        );
+        let expected = Query {
+            index: 2,
+            address: Some("/tmp/x.sock".into()),
+            port: Some(-1),
+            address_type: AddressType::Path,
+            backlog: Some(9),
+            readable_all: true,
+            writable_all: true,
+            ..Query::default()
+        };
+        assert_eq!(query, expected);
+    }
+
+    #[test]
+    fn questions_for_descriptors_and_udp_are_read() {
+        let fd =
+            query(r#""index":0,"data":null,"address":null,"port":null,"addressType":null,"fd":77"#);
+        assert_eq!((fd.fd, fd.port, fd.address_type), (Some(77), None, AddressType::None));
+        let udp =
+            query(r#""address":"0.0.0.0","port":18994,"addressType":"udp4","fd":-1,"flags":64"#);
+        assert_eq!((udp.fd, udp.address_type, udp.flags), (None, AddressType::Udp4, Some(64)));
+        let udp = query(r#""address":null,"port":null,"addressType":"udp6","fd":5,"flags":null"#);
+        assert_eq!((udp.fd, udp.address_type, udp.flags), (Some(5), AddressType::Udp6, None));
+    }
+
+    #[test]
+    fn odd_members_count_as_missing() {
+        let backlog = |value: &str| query(&format!(r#""backlog":{value}"#)).backlog;
+        for none in ["false", "0", "-5", "null", "\"9\"", "0.5", "[9]", "1e999"] {
+            assert_eq!(backlog(none), None, "{none}");
+        }
+        assert_eq!(backlog("1e300"), Some(u32::MAX));
+        assert_eq!(backlog("2.7"), Some(2));
+        let query = query(
+            r#""index":-1,"port":1e300,"fd":1.5,"flags":4294967296,"address":7,"addressType":5,"readableAll":1"#,
+        );
+        assert_eq!(query, Query { address_type: AddressType::Other, ..Query::default() });
+        assert_eq!(self::query(r#""addressType":"tcp""#).address_type, AddressType::Other);
+        assert_eq!(self::query(r#""addressType":-1.0"#).address_type, AddressType::Path);
+    }
+
+    #[test]
+    fn data_is_kept_as_it_came() {
+        let query = query(r#""data":{"ticketKeys":"00ff", "n":1.0}"#);
+        assert_eq!(
+            query.data.as_ref().map(RawJson::as_str),
+            Some(r#"{"ticketKeys":"00ff", "n":1.0}"#)
+        );
+    }
+
+    #[test]
+    fn listening_of_bun_has_no_number() {
+        let line = "\u{2}{\"cmd\":\"NODE_CLUSTER\",\"act\":\"listening\",\"address\":\"0.0.0.0\",\"port\":80,\"data\":null,\"addressType\":4}";
+        let message = read(line);
+        assert_eq!(message.seq, None);
+        let expected = Query {
+            address: Some("0.0.0.0".into()),
+            port: Some(80),
+            address_type: AddressType::V4,
+            ..Query::default()
+        };
+        assert_eq!(message.body, FromWorker::Listening(expected));
+    }
+
+    #[test]
+    fn round_robin_answer_names_the_bound_address() {
+        let sockname = Sockname::from(std::net::SocketAddr::from(([0_u16; 8], 8000)));
+        let line = reply_round_robin(4, 9, "a\"b\n", None, Some(&sockname));
+        assert_eq!(
+            value(&line),
+            json!({"cmd": "NODE_CLUSTER", "errno": null, "key": "a\"b\n", "ack": 4, "data": null, "seq": 9,
+                   "sockname": {"address": "::", "family": "IPv6", "port": 8000}})
+        );
+        let data = RawJson::new("{\"ticketKeys\":\n\"00\"}").expect("it is JSON");
+        let line = reply_round_robin(4, 9, "k", Some(&data), None);
+        assert_eq!(
+            value(&line),
+            json!({"cmd": "NODE_CLUSTER", "errno": null, "key": "k", "ack": 4, "seq": 9,
+                   "data": {"ticketKeys": "00"}})
+        );
+    }
+
+    #[test]
+    fn shared_answer_is_an_envelope() {
+        for (kind, name) in
+            [(HandleKind::NetNative, "net.Native"), (HandleKind::DgramNative, "dgram.Native")]
+        {
+            assert_eq!(
+                value(&reply_shared(1, 2, "k", None, kind)),
+                json!({"cmd": "NODE_HANDLE", "type": name,
+                       "msg": {"cmd": "NODE_CLUSTER", "errno": 0, "key": "k", "ack": 1, "data": null, "seq": 2}})
+            );
+        }
+    }
+
+    #[test]
+    fn errno_is_always_negative() {
+        for (given, sent) in [(-98, -98), (98, -98), (0, -22), (i32::MIN, -i32::MAX)] {
+            assert_eq!(value(&reply_error(1, 2, "k", given, None))["errno"], sent);
+        }
+    }
+
+    #[test]
+    fn short_messages_are_written() {
+        assert_eq!(value(&reply_ack(5, 6)), json!({"cmd": "NODE_CLUSTER", "ack": 5, "seq": 6}));
+        assert_eq!(
+            value(&disconnect(7)),
+            json!({"cmd": "NODE_CLUSTER", "act": "disconnect", "seq": 7})
+        );
+        assert_eq!(value(HANDLE_ACK), json!({"cmd": "NODE_HANDLE_ACK"}));
+        assert_eq!(value(HANDLE_NACK), json!({"cmd": "NODE_HANDLE_NACK"}));
+        assert_eq!(
+            value(&socket_count("k", 3)),
+            json!({"cmd": "NODE_SOCKET_COUNT", "key": "k", "count": 3})
+        );
+        assert_eq!(
+            value(&socket_all_closed("k")),
+            json!({"cmd": "NODE_SOCKET_ALL_CLOSED", "key": "k"})
+        );
+        assert_eq!(
+            value(&new_connection("k", 8)),
+            json!({"cmd": "NODE_HANDLE", "type": "net.Native",
+                   "msg": {"cmd": "NODE_CLUSTER", "act": "newconn", "key": "k", "seq": 8}})
+        );
+    }
+
+    #[test]
+    fn user_messages_stay_on_one_line() {
+        assert_eq!(user_message("{\n\"a\": \"\\n\"\r\n}"), b"{ \"a\": \"\\n\"  }\n");
+        assert_eq!(checked_user_message("[1]").as_deref(), Ok(&b"[1]\n"[..]));
+        assert!(checked_user_message("[1").is_err());
+        assert_eq!(
+            value(&handle_message(HandleKind::NetSocket, "{\n}", Some("4:x:0"))),
+            json!({"cmd": "NODE_HANDLE", "type": "net.Socket", "msg": {}, "key": "4:x:0"})
+        );
+        assert_eq!(
+            value(&dgram_handle_message(DgramType::Udp6, "1")),
+            json!({"cmd": "NODE_HANDLE", "type": "dgram.Socket", "msg": 1, "dgramType": "udp6"})
+        );
+    }
+
+    #[test]
+    fn bun_gets_a_mark_before_cluster_messages_only() {
+        assert_eq!(Flavour::of(true), Flavour::Bun);
+        for line in [reply_ack(1, 2), disconnect(3), reply_error(1, 2, "k", -98, None)] {
+            assert_eq!(Flavour::Node.apply(line.clone()), line);
+            assert_eq!(Flavour::Bun.apply(line.clone()), [&[2], &line[..]].concat());
+        }
+        for line in [HANDLE_ACK.to_vec(), new_connection("k", 1), user_message("1")] {
+            assert_eq!(Flavour::Bun.apply(line.clone()), line);
+        }
+    }
+}

@@ -85,3 +85,75 @@ impl<D> Inbox<D> {
         self.surplus
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inbox() -> Inbox<u32> {
+        Inbox::new(Limits { max_fds_queued: 3, ..Limits::default() })
+    }
+
+    fn with(descriptors: &[u32]) -> Inbox<u32> {
+        let mut inbox = inbox();
+        for descriptor in descriptors {
+            inbox.push(*descriptor).expect("there is room");
+        }
+        inbox
+    }
+
+    #[test]
+    fn nth_descriptor_belongs_to_the_nth_envelope() {
+        let mut inbox = with(&[1, 2]);
+        assert_eq!(inbox.claim(), Ok(1));
+        inbox.push(3).expect("there is room");
+        assert_eq!((inbox.claim(), inbox.claim()), (Ok(2), Ok(3)));
+        assert!(inbox.is_empty());
+    }
+
+    #[test]
+    fn envelope_without_a_descriptor_is_told() {
+        assert_eq!(inbox().claim(), Err(ProtocolError::MissingDescriptor));
+    }
+
+    #[test]
+    fn descriptor_of_a_plain_message_does_not_shift_later_ones() {
+        let mut inbox = with(&[1]);
+        assert_eq!(inbox.settle(false).collect::<Vec<_>>(), [1]);
+        inbox.push(2).expect("there is room");
+        assert_eq!(inbox.claim(), Ok(2));
+        assert_eq!(inbox.surplus_total(), 1);
+    }
+
+    #[test]
+    fn unfinished_line_keeps_one_descriptor() {
+        let mut inbox = with(&[1, 2]);
+        assert_eq!(inbox.settle(true).collect::<Vec<_>>(), [2]);
+        assert_eq!(inbox.settle(true).count(), 0);
+        assert_eq!(inbox.claim(), Ok(1));
+    }
+
+    #[test]
+    fn settling_works_without_looking_at_the_result() {
+        let mut inbox = with(&[1, 2, 3]);
+        drop(inbox.settle(false));
+        assert_eq!((inbox.len(), inbox.surplus_total()), (0, 3));
+    }
+
+    #[test]
+    fn full_inbox_drops_and_counts() {
+        let mut inbox = with(&[1, 2, 3]);
+        assert_eq!(inbox.push(4), Err(ProtocolError::SurplusDescriptor));
+        assert_eq!((inbox.len(), inbox.surplus_total()), (3, 1));
+    }
+
+    #[test]
+    fn ten_thousand_descriptors_without_envelopes_are_given_back_at_once() {
+        let mut inbox = inbox();
+        for descriptor in 0..10_000 {
+            inbox.push(descriptor).expect("each is settled before the next");
+            assert_eq!(inbox.settle(false).collect::<Vec<_>>(), [descriptor]);
+        }
+        assert_eq!(inbox.surplus_total(), 10_000);
+    }
+}

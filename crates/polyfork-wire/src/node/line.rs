@@ -10,13 +10,11 @@
 
 use std::ops::Deref;
 
+use crate::buffer::Buffer;
 use crate::{Limits, ProtocolError};
 
 /// The byte in front of an internal line of Bun.
 pub(crate) const BUN_PREFIX: u8 = 0x02;
-
-/// A line at least this long is moved out of the buffer instead of being copied.
-const MOVE_FROM_BYTES: usize = 64 << 10;
 
 /// One complete line of valid UTF-8, without its newline.
 ///
@@ -64,10 +62,8 @@ impl AsRef<[u8]> for Line {
 #[derive(Debug)]
 pub struct LineDecoder {
     limits: Limits,
-    buffer: Vec<u8>,
-    /// Where the first line that was not taken begins.
-    start: usize,
-    /// Everything from `start` to here holds no newline.
+    buffer: Buffer,
+    /// So much of the buffer is known to hold no newline.
     scanned: usize,
     /// A line was too long: there is no telling where the next one begins.
     failed: bool,
@@ -77,21 +73,17 @@ impl LineDecoder {
     /// An empty decoder.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, buffer: Vec::new(), start: 0, scanned: 0, failed: false }
+        Self { limits, buffer: Buffer::default(), scanned: 0, failed: false }
     }
 
     /// Appends what was read. After [`ProtocolError::TooLong`] the bytes are thrown away.
     pub fn feed(&mut self, bytes: &[u8]) {
-        if !self.failed && self.pending() > self.limits.max_message && self.find_newline().is_none()
-        {
+        if !self.failed && self.is_too_long() && self.find_newline().is_none() {
             self.fail();
         }
-        if self.failed {
-            return;
+        if !self.failed {
+            self.buffer.feed(bytes, self.limits.max_message.saturating_add(1));
         }
-        self.compact();
-        self.reserve(bytes.len());
-        self.buffer.extend_from_slice(bytes);
     }
 
     /// The next complete line, or `None` until more is fed.
@@ -109,18 +101,15 @@ impl LineDecoder {
             return Err(self.too_long());
         }
         let Some(newline) = self.find_newline() else {
-            // One byte more is allowed for Bun's mark.
-            if self.pending() > self.limits.max_message.saturating_add(1) {
-                return Err(self.fail());
-            }
-            return Ok(None);
+            return if self.is_too_long() { Err(self.fail()) } else { Ok(None) };
         };
-        let prefixed = self.buffer[self.start] == BUN_PREFIX;
-        let from = self.start + usize::from(prefixed);
+        let prefixed = self.buffer.rest()[0] == BUN_PREFIX;
+        let from = usize::from(prefixed);
         if newline - from > self.limits.max_message {
             return Err(self.fail());
         }
-        let bytes = self.cut(from, newline);
+        self.scanned = 0;
+        let bytes = self.buffer.take(from..newline, newline + 1);
         if bytes.iter().all(|byte| matches!(byte, b' ' | b'\t' | b'\r')) {
             return Err(ProtocolError::EmptyLine);
         }
@@ -133,100 +122,46 @@ impl LineDecoder {
     /// Only meaningful after [`next`](Self::next) said `None`.
     #[must_use]
     pub fn has_partial(&self) -> bool {
-        self.pending() > 0
+        !self.buffer.rest().is_empty()
     }
 
     /// The stream has ended: [`ProtocolError::Truncated`] when it did so inside a line, which is dropped.
     ///
     /// Complete lines must be taken before; those left are dropped as well.
     pub fn end(&mut self) -> Option<ProtocolError> {
-        let cut_short = self
-            .buffer
-            .get(self.start..)
-            .is_some_and(|rest| rest.last().is_some_and(|last| *last != b'\n'));
+        let cut_short = self.buffer.rest().last().is_some_and(|last| *last != b'\n');
         self.clear();
         cut_short.then_some(ProtocolError::Truncated)
     }
 
-    fn pending(&self) -> usize {
-        self.buffer.len() - self.start
+    /// Whether what waits would be too long for one line; Bun's mark does not count.
+    fn is_too_long(&self) -> bool {
+        let waiting = self.buffer.rest();
+        let mark = usize::from(waiting.first() == Some(&BUN_PREFIX));
+        waiting.len() - mark > self.limits.max_message
     }
 
     /// The position of the newline that ends the first line. Never looks at a byte twice.
     fn find_newline(&mut self) -> Option<usize> {
-        match memchr::memchr(b'\n', &self.buffer[self.scanned..]) {
-            Some(offset) => {
-                self.scanned += offset;
-                Some(self.scanned)
-            }
-            None => {
-                self.scanned = self.buffer.len();
-                None
-            }
-        }
-    }
-
-    /// Takes the bytes `from..newline` out and steps over the newline.
-    fn cut(&mut self, from: usize, newline: usize) -> Vec<u8> {
-        let after = self.buffer.len() - (newline + 1);
-        let length = newline - from;
-        if length >= MOVE_FROM_BYTES && after <= length {
-            let rest = self.buffer.split_off(newline + 1);
-            let mut line = std::mem::replace(&mut self.buffer, rest);
-            self.start = 0;
-            self.scanned = 0;
-            line.truncate(newline);
-            line.drain(..from);
-            return line;
-        }
-        let line = self.buffer[from..newline].to_vec();
-        self.start = newline + 1;
-        self.scanned = self.start;
-        line
+        let waiting = self.buffer.rest();
+        let found = memchr::memchr(b'\n', &waiting[self.scanned..]);
+        self.scanned = found.map_or(waiting.len(), |offset| self.scanned + offset);
+        found.map(|_| self.scanned)
     }
 
     fn decode(&mut self, bytes: Vec<u8>) -> Result<String, ProtocolError> {
-        match String::from_utf8(bytes) {
-            Ok(text) => Ok(text),
-            Err(invalid) => {
-                // A replacement takes three bytes for one, so measure before allocating.
-                let bytes = invalid.as_bytes();
-                let length: usize = bytes
-                    .utf8_chunks()
-                    .map(|chunk| chunk.valid().len() + 3 * usize::from(!chunk.invalid().is_empty()))
-                    .sum();
-                if length > self.limits.max_message {
-                    return Err(self.fail());
-                }
-                Ok(String::from_utf8_lossy(bytes).into_owned())
+        String::from_utf8(bytes).or_else(|invalid| {
+            // A replacement may take three bytes for one, so measure before allocating.
+            let bytes = invalid.as_bytes();
+            let length: usize = bytes
+                .utf8_chunks()
+                .map(|chunk| chunk.valid().len() + 3 * usize::from(!chunk.invalid().is_empty()))
+                .sum();
+            if length > self.limits.max_message {
+                return Err(self.fail());
             }
-        }
-    }
-
-    /// Moves the unread bytes to the front once they are the smaller part.
-    fn compact(&mut self) {
-        if self.start == self.buffer.len() {
-            if self.buffer.capacity() > 4 * MOVE_FROM_BYTES {
-                self.buffer = Vec::new();
-            }
-            self.buffer.clear();
-        } else if self.start > self.buffer.len() / 2 {
-            self.buffer.drain(..self.start);
-        } else {
-            return;
-        }
-        self.scanned -= self.start;
-        self.start = 0;
-    }
-
-    /// Doubles the buffer, but not beyond one message and one read.
-    fn reserve(&mut self, more: usize) {
-        let needed = self.buffer.len() + more;
-        if needed > self.buffer.capacity() {
-            let most = self.limits.max_message.saturating_add(more).saturating_add(2);
-            let target = self.buffer.capacity().saturating_mul(2).min(most).max(needed);
-            self.buffer.reserve_exact(target - self.buffer.len());
-        }
+            Ok(String::from_utf8_lossy(bytes).into_owned())
+        })
     }
 
     fn fail(&mut self) -> ProtocolError {
@@ -236,12 +171,172 @@ impl LineDecoder {
     }
 
     fn clear(&mut self) {
-        self.buffer = Vec::new();
-        self.start = 0;
+        self.buffer.clear();
         self.scanned = 0;
     }
 
     fn too_long(&self) -> ProtocolError {
         ProtocolError::TooLong { limit: self.limits.max_message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn small() -> Limits {
+        Limits { max_message: 10, ..Limits::default() }
+    }
+
+    /// Everything that the stream gives when it is fed in these pieces: lines, marks, errors, the end.
+    fn decode<'a>(
+        limits: Limits,
+        pieces: impl IntoIterator<Item = &'a [u8]>,
+    ) -> Vec<Result<(Vec<u8>, bool), ProtocolError>> {
+        let mut decoder = LineDecoder::new(limits);
+        let mut seen = Vec::new();
+        for piece in pieces {
+            decoder.feed(piece);
+            loop {
+                match decoder.next() {
+                    Ok(Some(line)) => seen.push(Ok((line.to_vec(), line.prefixed))),
+                    Ok(None) => break,
+                    Err(error @ ProtocolError::TooLong { .. }) => {
+                        seen.push(Err(error));
+                        return seen;
+                    }
+                    Err(error) => seen.push(Err(error)),
+                }
+            }
+        }
+        seen.extend(decoder.end().map(Err));
+        seen
+    }
+
+    fn plain(text: &str) -> Result<(Vec<u8>, bool), ProtocolError> {
+        Ok((text.as_bytes().to_vec(), false))
+    }
+
+    #[test]
+    fn lines_are_cut_at_newlines_only() {
+        let seen = decode(Limits::default(), [&b"1\n{\"a\":\r2}\r\n \"b\" \n"[..]]);
+        assert_eq!(seen, [plain("1"), plain("{\"a\":\r2}\r"), plain(" \"b\" ")]);
+    }
+
+    #[test]
+    fn bun_mark_is_taken_off_and_told() {
+        let seen = decode(Limits::default(), [&b"\x02{}\n{}\n\x02\x02\n"[..]]);
+        let marked = |bytes: &[u8]| Ok((bytes.to_vec(), true));
+        assert_eq!(seen, [marked(b"{}"), plain("{}"), marked(b"\x02")]);
+    }
+
+    #[test]
+    fn empty_line_is_an_error_and_the_next_line_is_not() {
+        let empty = || Err(ProtocolError::EmptyLine);
+        let seen = decode(Limits::default(), [&b"\n1\n \t\r\n\x02\n2\n"[..]]);
+        assert_eq!(seen, [empty(), plain("1"), empty(), empty(), plain("2")]);
+    }
+
+    #[test]
+    fn invalid_utf8_becomes_the_replacement_character() {
+        let seen = decode(Limits::default(), [&b"a\xffb\n\xe2\x82\n\xf0\x9f\x98\x80\n"[..]]);
+        assert_eq!(seen, [plain("a\u{fffd}b"), plain("\u{fffd}"), plain("\u{1f600}")]);
+    }
+
+    #[test]
+    fn end_inside_a_line_is_told_and_delivers_nothing() {
+        let stream = b"{\"a\":1}\n{\"b\":2}\n";
+        for cut in 0..=stream.len() {
+            let seen = decode(Limits::default(), [&stream[..cut]]);
+            let whole = stream[..cut].iter().filter(|byte| **byte == b'\n').count();
+            let inside = !matches!(cut, 0 | 8 | 16);
+            assert_eq!(seen.iter().filter(|line| line.is_ok()).count(), whole, "cut at {cut}");
+            assert_eq!(seen.last() == Some(&Err(ProtocolError::Truncated)), inside, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn limit_counts_the_line_without_newline_and_mark() {
+        let too_long = || Err(ProtocolError::TooLong { limit: 10 });
+        assert_eq!(decode(small(), [&b"0123456789\n"[..]]), [plain("0123456789")]);
+        assert_eq!(
+            decode(small(), [&b"\x020123456789\n"[..]]),
+            [Ok((b"0123456789".to_vec(), true))]
+        );
+        assert_eq!(decode(small(), [&b"1\n0123456789a\n"[..]]), [plain("1"), too_long()]);
+        // Without a newline as well, and no later than at the first byte too many.
+        assert_eq!(decode(small(), [&b"0123456789a"[..]]), [too_long()]);
+        assert_eq!(decode(small(), [&b"\x020123456789a"[..]]), [too_long()]);
+    }
+
+    #[test]
+    fn replacing_cannot_exceed_the_limit() {
+        assert_eq!(decode(small(), [&b"\xff\xff\xff\n"[..]]), [plain("\u{fffd}\u{fffd}\u{fffd}")]);
+        let seen = decode(small(), [&b"\xff\xff\xff\xff\n"[..]]);
+        assert_eq!(seen, [Err(ProtocolError::TooLong { limit: 10 })]);
+    }
+
+    #[test]
+    fn too_long_is_final_and_keeps_nothing() {
+        let mut decoder = LineDecoder::new(small());
+        decoder.feed(&[b'x'; 11]);
+        for _ in 0..3 {
+            assert_eq!(decoder.next(), Err(ProtocolError::TooLong { limit: 10 }));
+            decoder.feed(b"\n1\n");
+        }
+        assert!(!decoder.has_partial());
+        assert_eq!(decoder.end(), None);
+    }
+
+    #[test]
+    fn endless_line_is_dropped_even_if_nobody_takes_lines() {
+        let mut decoder = LineDecoder::new(small());
+        for _ in 0..1000 {
+            decoder.feed(b"xxxxxxxx");
+            assert!(decoder.buffer.rest().len() <= 10 + 8);
+        }
+        assert_eq!(decoder.next(), Err(ProtocolError::TooLong { limit: 10 }));
+    }
+
+    #[test]
+    fn ten_megabytes_byte_by_byte_are_scanned_once() {
+        let long = [vec![b'1'; 10 << 20], vec![b'\n']].concat();
+        let mut decoder = LineDecoder::new(Limits::default());
+        let mut lines = 0;
+        for (fed, byte) in long.iter().enumerate() {
+            decoder.feed(std::slice::from_ref(byte));
+            lines += usize::from(decoder.next().expect("it is below the limit").is_some());
+            let known = if decoder.has_partial() { fed + 1 } else { 0 };
+            assert_eq!(
+                decoder.scanned, known,
+                "a byte is looked at when it comes, and then never again"
+            );
+        }
+        assert_eq!(lines, 1);
+    }
+
+    proptest! {
+        #[test]
+        fn any_cutting_equals_the_whole(
+            stream in prop::collection::vec(
+                prop_oneof![Just(b'\n'), Just(b'\x02'), Just(b' '), Just(0xff), Just(0xe2), Just(0x82), any::<u8>()], 0..200),
+            cuts in prop::collection::vec(1..20_usize, 1..50),
+        ) {
+            let limits = Limits { max_message: 40, ..Limits::default() };
+            let whole = decode(limits, [&stream[..]]);
+            let bytes = decode(limits, stream.chunks(1));
+            prop_assert_eq!(&whole, &bytes);
+            let mut rest = &stream[..];
+            let mut pieces = Vec::new();
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() { break }
+                let (piece, after) = rest.split_at((*cut).min(rest.len()));
+                pieces.push(piece);
+                rest = after;
+            }
+            prop_assert_eq!(whole, decode(limits, pieces));
+        }
     }
 }

@@ -347,3 +347,174 @@ impl<'a> Fields<'a> {
         (cmd.len() > 5 && cmd.starts_with("NODE_")).then_some(cmd)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::cluster::FromWorker;
+
+    fn parse(line: &str) -> Incoming {
+        parse_line(line.as_bytes(), &Limits::default()).expect(line)
+    }
+
+    fn refused(line: &[u8]) -> ProtocolError {
+        parse_line(line, &Limits::default()).expect_err("the line is faulty")
+    }
+
+    fn user(json: &str) -> Incoming {
+        Incoming::User(UserMessage(RawJson::new(json).expect("it is JSON")))
+    }
+
+    #[test]
+    fn every_json_value_is_a_user_message_as_it_was_written() {
+        for text in [
+            "null",
+            "true",
+            "-1.50e+1",
+            "\"str\"",
+            "[1, 2]",
+            "{}",
+            r#"{"cmd":"NODE_"}"#,
+            r#"{"cmd":"node_x"}"#,
+            r#"{"cmd":"xNODE_CLUSTER"}"#,
+            r#"{"cmd":["NODE_CLUSTER"]}"#,
+            r#"[{"cmd":"NODE_CLUSTER"}]"#,
+            r#"{"a":{"cmd":"NODE_CLUSTER"}}"#,
+            r#"{"cmd":"NODE_CLUSTER","cmd":1}"#,
+            r#"{"__proto__":{"cmd":"NODE_X"}}"#,
+            r#"{"CMD":"NODE_CLUSTER"}"#,
+            "\"\\ud800\"",
+            "12345678901234567890123",
+        ] {
+            assert_eq!(parse(text), user(text), "{text}");
+            assert_eq!(parse(&format!(" \t{text}\r")), user(text), "{text} with blanks");
+        }
+    }
+
+    #[test]
+    fn reserved_names_are_internal_however_they_are_written() {
+        let other = |cmd: &str| Incoming::OtherInternal { cmd: cmd.to_owned() };
+        assert_eq!(parse(r#"{"cmd":"NODE_X"}"#), other("NODE_X"));
+        assert_eq!(parse(r#"{"\u0063md":"\u004eODE_DEBUG_ENABLED"}"#), other("NODE_DEBUG_ENABLED"));
+        assert_eq!(parse(r#"{"cmd":1,"cmd":"NODE_X"}"#), other("NODE_X"));
+        assert_eq!(parse(r#"{"cmd":"NODE_HANDLE_ACK"}"#), Incoming::HandleAck);
+        assert_eq!(parse(r#"{"x":[],"cmd":"NODE_HANDLE_NACK"}"#), Incoming::HandleNack);
+    }
+
+    #[test]
+    fn bun_mark_is_stepped_over() {
+        let Incoming::Cluster(message) =
+            parse("\u{2}{\"cmd\":\"NODE_CLUSTER\",\"act\":\"online\"}")
+        else {
+            panic!("it is a cluster message");
+        };
+        assert_eq!(message.body, FromWorker::Online);
+        assert!(matches!(refused(b"\x02\x02{}"), ProtocolError::NotJson { at: 0, .. }));
+    }
+
+    #[test]
+    fn connection_counting_is_read() {
+        let key = || "4:127.0.0.1:0".to_owned();
+        let line =
+            |cmd: &str| parse(&format!(r#"{{"cmd":"{cmd}","key":"4:127.0.0.1:0","count":7}}"#));
+        assert_eq!(line("NODE_SOCKET_NOTIFY_CLOSE"), Incoming::SocketNotifyClose { key: key() });
+        assert_eq!(line("NODE_SOCKET_ALL_CLOSED"), Incoming::SocketAllClosed { key: key() });
+        assert_eq!(line("NODE_SOCKET_GET_COUNT"), Incoming::SocketGetCount { key: key() });
+        assert_eq!(line("NODE_SOCKET_COUNT"), Incoming::SocketCount { key: key(), count: 7 });
+        let odd = Incoming::SocketCount { key: String::new(), count: 0 };
+        assert_eq!(parse(r#"{"cmd":"NODE_SOCKET_COUNT","count":-1.5}"#), odd);
+    }
+
+    #[test]
+    fn envelope_names_what_the_descriptor_is() {
+        for (name, kind) in [
+            ("net.Native", HandleKind::NetNative),
+            ("net.Server", HandleKind::NetServer),
+            ("net.Socket", HandleKind::NetSocket),
+            ("dgram.Native", HandleKind::DgramNative),
+            ("dgram.Socket", HandleKind::DgramSocket),
+            ("net.BoundSocket", HandleKind::NetBoundSocket),
+            ("tty", HandleKind::Other("tty".into())),
+        ] {
+            let line = format!(
+                r#"{{"cmd":"NODE_HANDLE","type":"{name}","msg":{{"a":1}},"key":"k","dgramType":"udp6"}}"#
+            );
+            assert_eq!(kind.as_str(), name);
+            assert_eq!(
+                parse(&line),
+                Incoming::Handle(HandleEnvelope {
+                    kind,
+                    key: Some("k".into()),
+                    dgram_type: Some(DgramType::Udp6),
+                    message: Box::new(user(r#"{"a":1}"#)),
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn envelope_without_anything_is_tolerated() {
+        let Incoming::Handle(envelope) = parse(r#"{"cmd":"NODE_HANDLE"}"#) else {
+            panic!("envelope")
+        };
+        assert_eq!(envelope.kind, HandleKind::Other(String::new()));
+        assert_eq!((envelope.key, envelope.dgram_type), (None, None));
+        assert_eq!(*envelope.message, user("null"));
+    }
+
+    #[test]
+    fn retransmitted_envelope_is_unwrapped_to_the_innermost() {
+        // What stock Node makes of a message that was refused three times.
+        let mut line =
+            r#"{"cmd":"NODE_HANDLE","type":"net.Socket","msg":{"n":1},"key":"k"}"#.to_owned();
+        for _ in 0..3 {
+            line = format!(r#"{{"cmd":"NODE_HANDLE","type":"net.Native","msg":{line}}}"#);
+        }
+        let Incoming::Handle(envelope) = parse(&line) else { panic!("envelope") };
+        assert_eq!(envelope.kind, HandleKind::NetSocket);
+        assert_eq!(envelope.key.as_deref(), Some("k"));
+        assert_eq!(*envelope.message, user(r#"{"n":1}"#));
+    }
+
+    #[test]
+    fn envelopes_without_end_are_refused() {
+        let levels = 1_000_000;
+        let line = r#"{"cmd":"NODE_HANDLE","msg":"#.repeat(levels) + "1" + &"}".repeat(levels);
+        let limits = Limits { max_depth: levels, ..Limits::default() };
+        let error = parse_line(line.as_bytes(), &limits).expect_err("nested too often");
+        assert!(matches!(error, ProtocolError::BadEnvelope { .. }));
+    }
+
+    #[test]
+    fn acknowledgement_inside_an_envelope_acknowledges_nothing() {
+        for cmd in ["NODE_HANDLE_ACK", "NODE_HANDLE_NACK"] {
+            let line =
+                format!(r#"{{"cmd":"NODE_HANDLE","type":"net.Native","msg":{{"cmd":"{cmd}"}}}}"#);
+            let Incoming::Handle(envelope) = parse(&line) else { panic!("envelope") };
+            assert_eq!(*envelope.message, Incoming::OtherInternal { cmd: cmd.into() });
+        }
+    }
+
+    #[test]
+    fn faulty_lines_are_told_apart() {
+        assert_eq!(refused(b""), ProtocolError::EmptyLine);
+        assert_eq!(refused(b" \r"), ProtocolError::EmptyLine);
+        assert_eq!(
+            refused(b"Segmentation fault\x1b[0m"),
+            ProtocolError::NotJson { at: 0, excerpt: r"Segmentation fault\x1b[0m".into() }
+        );
+        let deep = "[".repeat(129) + &"]".repeat(129);
+        assert_eq!(refused(deep.as_bytes()), ProtocolError::TooDeep { limit: 128 });
+        let limits = Limits { max_message: 3, ..Limits::default() };
+        assert_eq!(parse_line(b"1234", &limits), Err(ProtocolError::TooLong { limit: 3 }));
+    }
+
+    #[test]
+    fn user_message_is_built_on_demand() {
+        let Incoming::User(message) = parse(r#"{"a":[1,2]}"#) else { panic!("user message") };
+        let value: serde_json::Value = message.parse().expect("it is valid");
+        assert_eq!(value["a"][1], 2);
+        assert!(message.parse::<u8>().is_err());
+        assert_eq!(message.into_string(), r#"{"a":[1,2]}"#);
+    }
+}
