@@ -1,0 +1,426 @@
+// Lets a stock Node worker leave without cutting anybody off.
+//
+// Polyfork puts this file into NODE_OPTIONS of the Node workers it starts. A worker asked to leave ("drain")
+// then answers with `Connection: close`, gives kept-alive connections that are idle a short time to speak
+// up, and says GOAWAY on HTTP/2; a worker whose primary died finishes the requests in hand before it exits,
+// where stock Node drops them. Grace periods of a drain, signals, and which worker is to leave are the
+// primary's business. Upgraded connections (WebSocket) and plain TCP are left to the program.
+//
+// The surprising rule: until a drain begins this does next to nothing. It loads no module that the worker
+// did not load already, adds no listener that the program could count on `message` or `disconnect` (either
+// would hold the channel open), and takes itself out of the environment, so that children of the worker
+// and its threads run without it. Whatever fails in here fails in silence: the worker is then as stock.
+//
+// Behaviour follows: Node `lib/internal/cluster/child.js`, `lib/internal/child_process.js`,
+// `lib/_http_server.js`, `lib/internal/http2/core.js`, 18 to 26; RFC 9112 9.6, RFC 9113 6.8.
+'use strict';
+
+// What was added to NODE_OPTIONS, to the letter; its presence says that this process is meant.
+const added = process.env.POLYFORK_PRELOAD;
+if (added === undefined) return;
+
+/** How long a worker without a primary may go on, in milliseconds. */
+const graceMs = takeNumber('POLYFORK_GRACE_MS', 30_000);
+/** How long a connection must have been idle, since the drain began, to be closed, in milliseconds. */
+const lingerMs = takeNumber('POLYFORK_LINGER_MS', 1_000);
+
+restoreEnvironment();
+delete require.cache[__filename];
+
+// Kept from before the program can replace them, as fake clocks in test suites do.
+const { setTimeout, setImmediate } = globalThis;
+const { hrtime } = process;
+
+/** Weak references to the servers that listen by way of the primary. */
+const listening = new Set();
+/** HTTP/2 sessions seen on those servers, while open. */
+const sessions = new Set();
+/** Sessions between two streams, and since when; GOAWAY waits for the next one or the linger time. */
+const quietSince = new WeakMap();
+/** Per connection: how many bytes it had read when it was last in use, and when that was. */
+const seen = new WeakMap();
+/** Per connection: the answer that says, or is going to say, `Connection: close`. */
+const lastAnswers = new WeakMap();
+
+let draining = false;
+let orphaned = false;
+/** The primary's end of the channel went away; the program did not close it. */
+let endOfChannel = false;
+/** Undoes what only holds while cluster closes the servers. */
+let shields = [];
+
+guarded(install)();
+
+function install() {
+  if (!require('worker_threads').isMainThread) return;
+  const cluster = require('cluster');
+  if (!cluster.worker) return;
+  watchServers(cluster);
+  watchRequestToLeave(cluster);
+  watchPrimary(cluster.worker);
+}
+
+// ---- The environment -------------------------------------------------------------------------------------
+
+function takeNumber(name, otherwise) {
+  const text = process.env[name];
+  delete process.env[name];
+  return /^[0-9]{1,10}$/.test(text) ? Math.min(Number(text), 0x7fffffff) : otherwise;
+}
+
+/** Leaves NODE_OPTIONS as the user set it, or absent. */
+function restoreEnvironment() {
+  const { env } = process;
+  delete env.POLYFORK_PRELOAD;
+  const options = env.NODE_OPTIONS;
+  if (options === undefined || added === '') return;
+  if (options === added && added[0] !== ' ') {
+    delete env.NODE_OPTIONS; // with a blank it was there, and empty
+    return;
+  }
+  // From the end: another preload may have added to it since.
+  const at = options.lastIndexOf(added);
+  if (at >= 0) env.NODE_OPTIONS = options.slice(0, at) + options.slice(at + added.length);
+}
+
+// ---- What is watched before a drain ----------------------------------------------------------------------
+
+/** Remembers each server as it asks the primary for its port: once per listen, nothing per connection. */
+function watchServers(cluster) {
+  const getServer = cluster._getServer;
+  if (typeof getServer !== 'function') return;
+  const remember = guarded((server) => {
+    if (typeof server?.getConnections !== 'function') return; // a UDP socket
+    for (const reference of listening) if (!reference.deref()) listening.delete(reference);
+    if (!knownServers().includes(server)) listening.add(new WeakRef(server));
+    // Before Node 24 a server does not know its HTTP/2 sessions, so that nobody could say GOAWAY.
+    if (isHttp2(server) && !property(server, 'sessions')) watchSessions(server);
+  });
+  cluster._getServer = function _getServer(server) {
+    remember(server);
+    return getServer.apply(this, arguments);
+  };
+}
+
+function watchSessions(server) {
+  if (server.listeners('session').includes(onSession)) return;
+  server.on('session', onSession);
+}
+
+const onSession = guarded((session) => {
+  sessions.add(session);
+  session.once('close', () => sessions.delete(session));
+  if (draining) sayGoawayWhenQuiet(session);
+});
+
+function watchRequestToLeave(cluster) {
+  // Before cluster's own listener, which closes the servers.
+  process.prependListener('internalMessage', guarded((message) => {
+    if (message?.cmd !== 'NODE_CLUSTER' || message.act !== 'disconnect') return;
+    beginDrain();
+    process.nextTick(afterClose);
+    // Cluster does not know servers that were bound with `exclusive` or `reusePort`. An immediate, since
+    // what the loop can accept before then is served.
+    setImmediate(guarded(closeOwnServers));
+  }));
+  const { prototype } = cluster.Worker;
+  const { disconnect } = prototype;
+  prototype.disconnect = function () {
+    if (this !== cluster.worker) return disconnect.apply(this, arguments);
+    guarded(beginDrain)();
+    try {
+      return disconnect.apply(this, arguments);
+    } finally {
+      afterClose();
+    }
+  };
+  Object.defineProperty(prototype.disconnect, 'name', { value: disconnect.name });
+}
+
+/**
+ * Stands in for cluster's own `disconnect` listener, which exits at once when nobody asked for the end.
+ * Taking its place, rather than adding a listener, leaves the count of listeners and so the hold on the
+ * channel as they were.
+ */
+function watchPrimary(worker) {
+  const stock = process.listeners('disconnect').find((listener) => /exitedAfterDisconnect/.test(listener));
+  const channel = property(process, 'kChannelHandle');
+  const onread = channel?.onread;
+  if (!stock || typeof onread !== 'function') return;
+
+  // `process.disconnect()` by the program looks the same from the event. End of file passes here.
+  channel.onread = function (buffer) {
+    if (!buffer && process.connected) endOfChannel = true;
+    return onread.apply(this, arguments);
+  };
+  process.removeListener('disconnect', stock);
+  process.prependOnceListener('disconnect', function () {
+    if (endOfChannel) {
+      if (worker.exitedAfterDisconnect) {
+        becomeOrphan(worker);
+      } else {
+        // Last of the worker's listeners, so that the program's still find the worker as stock leaves it,
+        // and before the check that exits.
+        worker.once('disconnect', () => becomeOrphan(worker));
+      }
+    }
+    return stock.apply(this, arguments);
+  });
+}
+
+// ---- The drain -------------------------------------------------------------------------------------------
+
+/** Called just before the servers are closed. */
+function beginDrain() {
+  if (draining) return;
+  draining = true;
+  onDiagnostics('http.server.request.start', guarded(({ response, socket }) => answerWithClose(response, socket)));
+  for (const server of allServers()) {
+    // From Node 19 on, closing a server cuts its idle connections under a request that is on its way, from
+    // 24 on it says GOAWAY to sessions that are between two streams.
+    shield(server, 'closeIdleConnections');
+    if (isHttp2(server)) {
+      watchSessions(server);
+      for (const session of property(server, 'sessions') ?? []) onSession(session);
+    }
+    for (const { socket } of httpConnections(server)) {
+      const answer = socket?._httpMessage;
+      // With later requests already read on it, this answer is not the last one.
+      const latest = socket?.parser?.incoming;
+      if (answer && (!latest || latest === answer.req)) answerWithClose(answer, socket);
+    }
+  }
+  for (const session of sessions) shield(session, 'close');
+  sweepLater();
+}
+
+/** Called when the servers have been told to close. */
+function afterClose() {
+  for (const lift of shields) guarded(lift)();
+  shields = [];
+  for (const session of sessions) guarded(sayGoawayWhenQuiet)(session);
+}
+
+/** Servers bound by the worker itself; only those that still listen. */
+function closeOwnServers() {
+  for (const server of allServers()) {
+    if (!server.listening) continue;
+    shield(server, 'closeIdleConnections');
+    guarded(() => server.close())();
+  }
+  afterClose();
+}
+
+/** Makes `response` the last one on its connection, unless its head is already written. */
+function answerWithClose(response, socket) {
+  const previous = lastAnswers.get(socket);
+  if (previous && previous.response !== response) previous.revoke();
+  if (response.headersSent || !response.shouldKeepAlive) return;
+
+  let last = true;
+  lastAnswers.set(socket, {
+    response,
+    // A pipelined request came after it: what follows a `close` would be lost.
+    revoke() {
+      if (!last || response.headersSent) return;
+      last = false;
+      response.shouldKeepAlive = true;
+    },
+  });
+  response.shouldKeepAlive = false;
+
+  // Proxies copy `Connection: keep-alive` from the answer they pass on, and that would win.
+  const { writeHead } = response;
+  response.writeHead = function (...args) {
+    if (last) guarded(replaceKeepAlive)(this, args);
+    return writeHead.apply(this, args);
+  };
+}
+
+/** Turns an explicit `Connection: keep-alive`, set before or given to `writeHead`, into `close`. */
+function replaceKeepAlive(response, args) {
+  const isKeepAlive = (name, value) =>
+    /^connection$/i.test(name) && /keep-alive/i.test(value) && !/upgrade/i.test(value);
+  if (isKeepAlive('connection', response.getHeader('connection'))) response.setHeader('connection', 'close');
+  const at = typeof args[1] === 'string' ? 2 : args.length - 1;
+  const headers = at >= 1 ? args[at] : undefined;
+  if (Array.isArray(headers)) {
+    const pairs = Array.isArray(headers[0]);
+    args[at] = headers.map((entry, index) => {
+      if (pairs) return isKeepAlive(entry[0], entry[1]) ? [entry[0], 'close'] : entry;
+      return index % 2 === 1 && isKeepAlive(headers[index - 1], entry) ? 'close' : entry;
+    });
+  } else if (headers && typeof headers === 'object') {
+    for (const name of Object.keys(headers)) {
+      if (isKeepAlive(name, headers[name])) args[at] = { ...args[at], [name]: 'close' };
+    }
+  }
+}
+
+/**
+ * A stream that crosses a GOAWAY is refused, which a client may but need not repeat. So it is said while
+ * the client waits for an answer; to a silent one, after the linger time. (Node can not say the
+ * two-step GOAWAY of RFC 9113: after the first one it refuses streams whatever number was given.)
+ */
+function sayGoawayWhenQuiet(session) {
+  if (session.closed || session.destroyed || quietSince.has(session)) return;
+  const open = property(session, 'state')?.streams?.size;
+  if (open === undefined || open > 0) {
+    session.close();
+    return;
+  }
+  quietSince.set(session, now());
+  session.prependOnceListener('stream', guarded(() => session.close()));
+}
+
+// ---- Idle connections ------------------------------------------------------------------------------------
+
+/** The timer never holds the process: it has to wait for nobody but open connections, and those hold it. */
+function sweepLater() {
+  const interval = Math.max(5, Math.min(200, lingerMs / 5));
+  setTimeout(guarded(sweep), interval).unref();
+}
+
+function sweep() {
+  const expired = allServers().flatMap(idleConnections);
+  const quiet = [...sessions].filter((session) => isOver(quietSince.get(session)));
+  if (expired.length > 0 || quiet.length > 0) {
+    // After the loop has read what has arrived by now: only a request that is still on its way can cross.
+    setImmediate(guarded(() => {
+      const still = new Set(allServers().flatMap(idleConnections));
+      for (const socket of expired) if (still.has(socket)) guarded(() => socket.destroySoon())();
+      for (const session of quiet) if (!session.closed) guarded(() => session.close())();
+    }));
+  }
+  whetherServing((serving) => {
+    if (serving) sweepLater();
+    else if (orphaned) exit();
+  });
+}
+
+/** HTTP/1 connections without a request in hand for the linger time. The first look starts the clock. */
+function idleConnections(server) {
+  const between = new Set(property(server, 'http.server.connections')?.idle());
+  return httpConnections(server).flatMap((parser) => {
+    const { socket } = parser;
+    if (!socket || socket.destroyed) return [];
+    const bytes = socket.bytesRead;
+    // Nothing read at all: opened ahead of need, which older majors count as in use.
+    const busy = socket._httpMessage || (bytes > 0 && !between.has(parser));
+    const last = seen.get(socket);
+    if (!busy && last?.bytes === bytes) return isOver(last.since) ? [socket] : [];
+    seen.set(socket, { bytes, since: now() });
+    return [];
+  });
+}
+
+function isOver(since) {
+  return since !== undefined && now() - since >= lingerMs;
+}
+
+/** Tells whether any connection is left, of whatever protocol. */
+function whetherServing(tell) {
+  const servers = allServers();
+  if (servers.length === 0) process.nextTick(tell, false);
+  let left = servers.length;
+  let connections = 0;
+  for (const server of servers) {
+    server.getConnections(guarded((error, count) => {
+      connections += error ? 0 : count;
+      left -= 1;
+      if (left === 0) tell(connections > 0);
+    }));
+  }
+}
+
+// ---- Without a primary -----------------------------------------------------------------------------------
+
+/** Stops accepting at once, so that a new primary can have the port; exits when the work in hand is done. */
+function becomeOrphan(worker) {
+  orphaned = true;
+  guarded(() => {
+    beginDrain();
+    // When a drain was under way, cluster closes the channel at its end, and there is none: an error event.
+    process.disconnect = guarded(exitWhenDone);
+    setTimeout(exit, graceMs).unref();
+  })();
+  // Closes what cluster knows, UDP too, and sets the mark by which cluster does not exit.
+  guarded(() => worker.disconnect())();
+  guarded(closeOwnServers)();
+  guarded(exitWhenDone)();
+}
+
+function exitWhenDone() {
+  whetherServing((serving) => {
+    if (!serving) exit();
+  });
+}
+
+function exit() {
+  process.exit(0);
+}
+
+// ---- Looking into Node -----------------------------------------------------------------------------------
+
+/** Milliseconds on a clock that only goes forward. */
+function now() {
+  const [seconds, nanoseconds] = hrtime();
+  return seconds * 1e3 + nanoseconds / 1e6;
+}
+
+function knownServers() {
+  return [...listening].map((reference) => reference.deref()).filter(Boolean);
+}
+
+/** The servers that cluster was asked for, and those that the worker bound by itself. */
+function allServers() {
+  const servers = new Set(knownServers());
+  for (const handle of process._getActiveHandles?.() ?? []) {
+    for (const candidate of [handle, handle?.server]) {
+      if (typeof candidate?.getConnections === 'function') servers.add(candidate);
+    }
+  }
+  return [...servers];
+}
+
+/** The parsers of a server's HTTP/1 connections; upgraded ones have none. */
+function httpConnections(server) {
+  return property(server, 'http.server.connections')?.all() ?? [];
+}
+
+function isHttp2(server) {
+  return typeof server.updateSettings === 'function';
+}
+
+/** What Node keeps under a symbol of this description. */
+function property(object, description) {
+  const symbol = Object.getOwnPropertySymbols(object).find((symbol) => symbol.description === description);
+  return symbol && object[symbol];
+}
+
+function onDiagnostics(name, subscriber) {
+  const diagnostics = require('diagnostics_channel');
+  // Node 18 before 18.7 has no `subscribe` that keeps the channel from being collected.
+  if (diagnostics.subscribe) diagnostics.subscribe(name, subscriber);
+  else (onDiagnostics.kept ??= []).push(diagnostics.channel(name)) && diagnostics.channel(name).subscribe(subscriber);
+}
+
+/** Makes a method of one object do nothing until `afterClose`. */
+function shield(object, name) {
+  if (typeof object[name] !== 'function') return;
+  const own = Object.getOwnPropertyDescriptor(object, name);
+  if (own && !own.configurable) return;
+  Object.defineProperty(object, name, { configurable: true, writable: true, value() {} });
+  shields.push(() => (own ? Object.defineProperty(object, name, own) : delete object[name]));
+}
+
+/** The program never sees an error of ours. */
+function guarded(action) {
+  return (...args) => {
+    try {
+      return action(...args);
+    } catch {
+      return undefined;
+    }
+  };
+}
