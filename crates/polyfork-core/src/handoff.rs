@@ -275,10 +275,10 @@ impl<C> Handoff<C> {
         }
     }
 
-    /// Ends a stalled worker's trial and pause: the shell heard from it in some other way.
+    /// Ends the trial of a worker that connections were taken back from: the shell heard from it in some other way.
     pub fn heard(&mut self, now: Time, worker: WorkerId) {
         self.tell_time(now);
-        if let Some(member) = self.members.get_mut(&worker) {
+        if let Some(member) = self.members.get_mut(&worker).filter(|member| member.on_trial) {
             member.on_trial = false;
             member.paused_until = None;
         }

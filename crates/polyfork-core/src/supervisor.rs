@@ -227,32 +227,36 @@ impl Supervisor {
 impl Supervisor {
     fn scale(&mut self, workers: u32, out: &mut Vec<Action>) {
         self.phase = Phase::Running;
-        while self.target() > workers {
-            let last = self.slots.values().rfind(|slot| slot.wanted && slot.counted);
-            let Some(id) = last.map(|slot| slot.id) else { return };
+        let now = self.target();
+        let counted = self.slots.values().rev().filter(|slot| slot.wanted && slot.counted);
+        let surplus = now.saturating_sub(workers) as usize;
+        let surplus: Vec<SlotId> = counted.take(surplus).map(|slot| slot.id).collect();
+        for id in surplus {
             self.retire(id, out);
         }
-        while self.target() < workers {
-            if !self.open_slot(true) {
-                let given = self.target();
-                out.push(Action::Report(Report::TooManySlots { asked: workers, given }));
-                return;
-            }
-        }
+        self.open_slots(workers.saturating_sub(now), true, out);
     }
 
     fn fork(&mut self, out: &mut Vec<Action>) {
         self.phase = Phase::Running;
-        if !self.open_slot(false) {
-            let given = MAX_SLOTS;
-            out.push(Action::Report(Report::TooManySlots { asked: given + 1, given }));
+        self.open_slots(1, false, out);
+    }
+
+    /// Opens the lowest slots that are not in use, also ones that are being retired. Their workers start at once.
+    fn open_slots(&mut self, more: u32, counted: bool, out: &mut Vec<Action>) {
+        let free = |id: &SlotId| self.slots.get(id).is_none_or(|slot| !slot.wanted);
+        let free = (1..=MAX_SLOTS).map(SlotId).filter(free).take(more as usize);
+        let free: Vec<SlotId> = free.collect();
+        let opened = u32::try_from(free.len()).unwrap_or(u32::MAX);
+        for id in free {
+            self.open_slot(id, counted);
+        }
+        if opened < more {
+            out.push(Action::Report(Report::TooManySlots { asked: more, given: opened }));
         }
     }
 
-    /// Adds the lowest slot that is not in use, or takes back one that is being retired. Its worker starts at once.
-    fn open_slot(&mut self, counted: bool) -> bool {
-        let free = |id: &SlotId| self.slots.get(id).is_none_or(|slot| !slot.wanted);
-        let Some(id) = (1..=MAX_SLOTS).map(SlotId).find(free) else { return false };
+    fn open_slot(&mut self, id: SlotId, counted: bool) {
         let leaving = self.slots.remove(&id).map(|slot| slot.leaving).unwrap_or_default();
         let mut slot = Slot::new(id);
         slot.counted = counted;
@@ -260,7 +264,6 @@ impl Supervisor {
         slot.leaving = leaving;
         slot.waiting = Some(Wait { until: self.now, counts: false });
         self.slots.insert(id, slot);
-        true
     }
 
     /// Takes a slot out of the cluster; it disappears with its last worker.
@@ -637,24 +640,29 @@ impl Supervisor {
         self.workers.keys().copied().collect()
     }
 
-    /// Each round moves every worker and slot whose time has come one step on; steps without a wait follow at once.
+    /// Moves every worker whose time has come on, steps without a wait at once, then starts what is to be started.
+    ///
+    /// It ends: a worker only moves forward through its states, and a slot is looked at once.
     fn do_what_is_due(&mut self, out: &mut Vec<Action>) {
         loop {
-            let is_due = |at: Option<Time>| at.is_some_and(|at| at <= self.now);
-            let workers = self.workers.values().filter(|worker| is_due(worker.deadline));
-            let workers: Vec<WorkerId> = workers.map(|worker| worker.view.id).collect();
-            let slots = self.slots.values().filter(|slot| is_due(slot.waiting.map(|w| w.until)));
-            let slots: Vec<SlotId> = slots.map(|slot| slot.id).collect();
-            if workers.is_empty() && slots.is_empty() {
-                return;
+            let due = self.workers.values().filter(|worker| self.is_due(worker.deadline));
+            let due: Vec<WorkerId> = due.map(|worker| worker.view.id).collect();
+            if due.is_empty() {
+                break;
             }
-            for id in workers {
+            for id in due {
                 self.worker_is_due(id, out);
             }
-            for id in slots {
-                self.start_worker(id, out);
-            }
         }
+        let due = self.slots.values().filter(|slot| self.is_due(slot.waiting.map(|w| w.until)));
+        let due: Vec<SlotId> = due.map(|slot| slot.id).collect();
+        for id in due {
+            self.start_worker(id, out);
+        }
+    }
+
+    fn is_due(&self, at: Option<Time>) -> bool {
+        at.is_some_and(|at| at <= self.now)
     }
 
     fn worker_is_due(&mut self, id: WorkerId, out: &mut Vec<Action>) {

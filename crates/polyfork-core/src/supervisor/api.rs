@@ -352,11 +352,11 @@ pub enum Report {
         /// Which.
         worker: WorkerId,
     },
-    /// So many slots cannot be had.
+    /// So many more slots cannot be had: [`super::MAX_SLOTS`] is the most.
     TooManySlots {
-        /// How many would be needed.
+        /// How many more were wanted.
         asked: u32,
-        /// How many there are now.
+        /// How many more there are.
         given: u32,
     },
     /// The last slot stays.
@@ -455,6 +455,8 @@ pub struct SlotView<'a> {
     pub leaving: &'a [WorkerId],
     /// Whether an ended worker is replaced here.
     pub supervised: bool,
+    /// Whether the slot is part of the cluster; when not, it goes with its last worker.
+    pub wanted: bool,
     /// Restarts since the slot exists.
     pub restarts: u32,
     /// Why its latest worker ended.

@@ -146,6 +146,7 @@ impl Slot {
             current: self.current,
             leaving: &self.leaving,
             supervised: self.supervised,
+            wanted: self.wanted,
             restarts: self.history.total(),
             last_reason: self.last_reason,
         }
