@@ -9,6 +9,7 @@
 //! | [`restart`] | how long a restart waits, and when a slot has been restarted too often |
 //! | [`turn`] | whose turn it is |
 //! | [`handoff`] | which worker gets which accepted connection, and who still owes an acknowledgement |
+//! | [`listeners`] | who holds which listening socket, and when it may be closed |
 //! | [`time`], [`id`] | the values the others speak in |
 //!
 //! The surprising rule: time is an argument of every call, and it may go backwards. A state machine then behaves as if
@@ -19,6 +20,7 @@
 
 pub mod handoff;
 pub mod id;
+pub mod listeners;
 pub mod restart;
 pub mod supervisor;
 pub mod time;
@@ -26,6 +28,7 @@ pub mod turn;
 
 pub use handoff::{Accepted, Assignment, Counters, Handoff, HandoffConfig, HandoffFault};
 pub use id::{SlotId, WorkerId};
+pub use listeners::{Decision, ListenerId, Listeners};
 pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
 pub use supervisor::{
     Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, Supervisor,

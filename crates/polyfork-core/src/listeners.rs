@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::time::WorkerId;
+use crate::id::WorkerId;
 
 /// Names one listening socket of the primary; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -144,9 +144,9 @@ impl<K: PartialEq> Listeners<K> {
 
     /// The sockets a worker is a member of, with their key and whether it listens.
     pub fn of(&self, worker: WorkerId) -> impl Iterator<Item = (ListenerId, &K, bool)> + '_ {
-        self.entries
-            .iter()
-            .filter_map(move |(id, e)| e.members.get(&worker).map(|listening| (*id, &e.key, *listening)))
+        self.entries.iter().filter_map(move |(id, e)| {
+            e.members.get(&worker).map(|listening| (*id, &e.key, *listening))
+        })
     }
 }
 

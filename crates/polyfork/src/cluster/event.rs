@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use polyfork_core::{Outcome, Reason};
+use polyfork_core::Reason;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast;
@@ -123,6 +123,35 @@ pub enum Event {
     Lagged(u64),
 }
 
+/// How a cluster ended.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// As asked; every worker left by itself, or was ended after its grace period.
+    Stopped,
+    /// At once, as asked by a second signal or [`super::Cluster::stop_now`].
+    Forced,
+    /// No worker ever served, because an address that the program wants cannot be had.
+    BindFailed {
+        /// The address.
+        address: Address,
+        /// The system's error.
+        error: Arc<std::io::Error>,
+    },
+    /// Every slot was restarted too often, after the cluster had served.
+    AllFailed {
+        /// Why the last worker ended.
+        last: Reason,
+    },
+    /// Every slot was restarted too often and no worker ever became ready.
+    NeverReady {
+        /// Why the very first worker ended: usually the root of the others.
+        first: Reason,
+        /// Why the last one did.
+        last: Reason,
+    },
+}
+
 /// Which worker an event is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Who {
@@ -195,8 +224,12 @@ impl Message {
     /// When the message does not have that shape.
     pub fn decode<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         match &self.0 {
-            Encoded::Json(text) => serde_json::from_str(text).map_err(|e| DecodeError(e.to_string())),
-            Encoded::Postcard(bytes) => postcard::from_bytes(bytes).map_err(|e| DecodeError(e.to_string())),
+            Encoded::Json(text) => {
+                serde_json::from_str(text).map_err(|e| DecodeError(e.to_string()))
+            }
+            Encoded::Postcard(bytes) => {
+                postcard::from_bytes(bytes).map_err(|e| DecodeError(e.to_string()))
+            }
         }
     }
 

@@ -149,6 +149,7 @@ pub struct Settings {
     pub(crate) window: usize,
     pub(crate) ack_limit: Duration,
     pub(crate) drain_preload: bool,
+    pub(crate) watchdog: Option<Duration>,
 }
 
 impl Settings {
@@ -175,6 +176,7 @@ impl Settings {
             window: 8,
             ack_limit: Duration::from_secs(1),
             drain_preload: true,
+            watchdog: None,
         }
     }
 
@@ -335,6 +337,14 @@ impl Settings {
         self
     }
 
+    /// Workers of the sockets dialect: how long they may go without `WATCHDOG=1`, told to them as
+    /// `WATCHDOG_USEC`. Default: no watchdog.
+    #[must_use]
+    pub fn watchdog(mut self, limit: Option<Duration>) -> Self {
+        self.watchdog = limit;
+        self
+    }
+
     /// The name of the cluster.
     pub fn display_name(&self) -> String {
         self.name.clone().unwrap_or_else(|| {
@@ -444,7 +454,8 @@ impl FromStr for Address {
             return Ok(Address::Tcp(address));
         }
         let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
-        let port: u16 = port.parse().map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
+        let port: u16 =
+            port.parse().map_err(|_| wrong("the port is not a number from 0 to 65535"))?;
         match host {
             "" | "*" => Ok(Address::Tcp(SocketAddr::from(([0u16; 8], port)))),
             "localhost" => Ok(Address::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))),
@@ -468,7 +479,9 @@ mod tests {
 
     #[test]
     fn a_wrong_address_says_what_is_wrong_and_what_is_right() {
-        for (text, part) in [("127.0.0.1:99999", "port"), ("example.org:1", "host"), ("unix:", "path")] {
+        for (text, part) in
+            [("127.0.0.1:99999", "port"), ("example.org:1", "host"), ("unix:", "path")]
+        {
             let error = text.parse::<Address>().expect_err(text).to_string();
             assert!(error.contains(part) && error.contains("unix:PATH"), "{error}");
         }

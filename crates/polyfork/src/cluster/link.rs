@@ -1,0 +1,419 @@
+//! One worker's channel as the primary sees it: bytes and descriptors in, bytes and descriptors out.
+//!
+//! Reading is a task per worker that turns bytes into items for the primary's loop, and waits when that loop
+//! is behind. Writing happens in the loop itself, as far as the kernel takes it; a task waits for the rest.
+//! What the items mean is decided in `node` and `native`.
+//!
+//! The rule that surprises: when the process has ended, the reader first takes everything that is still in
+//! the socket and only then says so. Acknowledgements that a dying worker wrote count.
+//!
+//! References: unix(7), recvmsg(2); wire formats in `polyfork-wire`.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use polyfork_core::{ListenerId, WorkerId};
+use polyfork_sys::channel;
+use polyfork_wire::ProtocolError;
+use polyfork_wire::limits::Limits;
+use polyfork_wire::native::{FrameDecoder, NativeOutbox, ToPrimary, ToWorker};
+use polyfork_wire::node::cluster::{self, Flavour};
+use polyfork_wire::node::inbox::Inbox;
+use polyfork_wire::node::line::LineDecoder;
+use polyfork_wire::node::message::{self, Incoming};
+use polyfork_wire::node::outbox::Outbox;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
+
+use super::SendError;
+use super::primary::{FromIo, Outgoing};
+
+/// Above this many bytes that wait in our own memory, `send` makes its caller wait.
+const HIGH_MARK_BYTES: usize = 256 * 1024;
+
+/// Read at most this much at once; Node does the same.
+const READ_BYTES: usize = 64 * 1024;
+
+/// A descriptor on its way to a worker. The primary's copy lives as long as somebody holds this.
+#[derive(Debug, Clone)]
+pub(crate) struct Passed {
+    pub(crate) fd: Arc<OwnedFd>,
+    /// Set for a connection that is handed over: which listener it came from and its number there.
+    pub(crate) connection: Option<(ListenerId, u64)>,
+}
+
+impl AsFd for Passed {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// What a reader hands to the primary's loop.
+#[derive(Debug)]
+pub(crate) enum Item {
+    /// A line of a Node worker; `prefixed` when it began with Bun's byte 0x02.
+    Node { incoming: Incoming, prefixed: bool, fd: Option<OwnedFd> },
+    /// A frame of a native worker.
+    Native(ToPrimary),
+}
+
+/// How a worker is written to.
+pub(crate) enum Link {
+    Node(NodeLink),
+    Native(NativeLink),
+    /// Signals only.
+    None,
+}
+
+pub(crate) struct NodeLink {
+    wire: Wire,
+    pub(crate) outbox: Outbox<Passed>,
+    /// How internal lines are marked for this peer.
+    pub(crate) flavour: Flavour,
+}
+
+pub(crate) struct NativeLink {
+    wire: Wire,
+    pub(crate) outbox: NativeOutbox<Passed>,
+}
+
+/// The socket, and the two tasks that wait on it.
+struct Wire {
+    worker: WorkerId,
+    socket: Arc<AsyncFd<OwnedFd>>,
+    to_loop: mpsc::Sender<FromIo>,
+    process_ended: Arc<Notify>,
+    reader: AbortHandle,
+    writer: Option<AbortHandle>,
+    broken: bool,
+}
+
+/// Which codec a channel speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Codec {
+    Node,
+    Native,
+}
+
+impl Link {
+    /// Starts reading from `socket`, our non-blocking end of the worker's channel.
+    pub(crate) fn open(
+        worker: WorkerId,
+        socket: OwnedFd,
+        codec: Codec,
+        limits: Limits,
+        window: usize,
+        to_loop: mpsc::Sender<FromIo>,
+    ) -> io::Result<Link> {
+        let socket = Arc::new(AsyncFd::new(socket)?);
+        let process_ended = Arc::new(Notify::new());
+        let reader = Reader {
+            worker,
+            socket: Arc::clone(&socket),
+            fds: VecDeque::new(),
+            codec: match codec {
+                Codec::Node => Decoder::Node(LineDecoder::new(limits), Inbox::new(limits)),
+                Codec::Native => Decoder::Native(FrameDecoder::new(limits)),
+            },
+            limits,
+            to_loop: to_loop.clone(),
+        };
+        let reader = tokio::spawn(reader.run(Arc::clone(&process_ended))).abort_handle();
+        let wire =
+            Wire { worker, socket, to_loop, process_ended, reader, writer: None, broken: false };
+        Ok(match codec {
+            Codec::Node => {
+                Link::Node(NodeLink { wire, outbox: Outbox::new(window), flavour: Flavour::Node })
+            }
+            Codec::Native => Link::Native(NativeLink { wire, outbox: NativeOutbox::new() }),
+        })
+    }
+
+    fn wire(&mut self) -> Option<&mut Wire> {
+        match self {
+            Link::Node(link) => Some(&mut link.wire),
+            Link::Native(link) => Some(&mut link.wire),
+            Link::None => None,
+        }
+    }
+
+    /// Whether there is a channel at all.
+    pub(crate) fn exists(&self) -> bool {
+        !matches!(self, Link::None)
+    }
+
+    /// The process has ended: the reader takes what is left, then reports the end of the channel.
+    pub(crate) fn process_ended(&mut self) {
+        if let Some(wire) = self.wire() {
+            wire.process_ended.notify_one();
+        }
+    }
+
+    /// Queues a message of the user.
+    pub(crate) fn push_user_message(&mut self, message: &Outgoing) -> Result<(), SendError> {
+        match self {
+            Link::Node(link) => link.outbox.push(cluster::user_message(&message.json)),
+            Link::Native(link) => {
+                link.outbox.push(&ToWorker::Message(message.postcard.to_vec()), Vec::new());
+            }
+            Link::None => return Err(SendError::Disconnected),
+        }
+        Ok(())
+    }
+
+    /// Writes what can be written now. When the worker's end is closed, reading still
+    /// goes on, so that nothing it said is lost.
+    pub(crate) fn flush(&mut self) {
+        match self {
+            Link::Node(link) => link.flush(),
+            Link::Native(link) => link.flush(),
+            Link::None => {}
+        }
+    }
+
+    /// Bytes that wait in our memory.
+    pub(crate) fn queued_bytes(&self) -> usize {
+        match self {
+            Link::Node(link) => link.outbox.queued_bytes(),
+            Link::Native(link) => link.outbox.queued_bytes(),
+            Link::None => 0,
+        }
+    }
+
+    /// Whether a sender should wait before it sends more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.queued_bytes() > HIGH_MARK_BYTES
+    }
+
+    /// Ends both tasks and lets go of the socket.
+    pub(crate) fn close(&mut self) {
+        if let Some(wire) = self.wire() {
+            wire.reader.abort();
+            if let Some(writer) = wire.writer.take() {
+                writer.abort();
+            }
+        }
+        *self = Link::None;
+    }
+
+    /// The writable task has ended; to be called before the next [`Link::flush`].
+    pub(crate) fn writable(&mut self) {
+        if let Some(wire) = self.wire() {
+            wire.writer = None;
+        }
+    }
+}
+
+impl NodeLink {
+    fn flush(&mut self) {
+        while let Some(chunk) = self.outbox.peek() {
+            let Some(written) =
+                self.wire.write(chunk.bytes, chunk.handle.map(AsFd::as_fd).as_slice())
+            else {
+                return;
+            };
+            self.outbox.wrote(written);
+        }
+    }
+}
+
+impl NativeLink {
+    fn flush(&mut self) {
+        while let Some(chunk) = self.outbox.peek() {
+            let fds: Vec<_> = chunk.handles.iter().map(AsFd::as_fd).collect();
+            let Some(written) = self.wire.write(chunk.bytes, &fds) else { return };
+            self.outbox.wrote(written);
+        }
+    }
+
+    /// Queues one frame with the descriptors that go with it.
+    pub(crate) fn push(&mut self, frame: &ToWorker, handles: Vec<Passed>) {
+        self.outbox.push(frame, handles);
+    }
+}
+
+impl Wire {
+    /// One write. `None`: not now (a task waits) or never (the worker's end is gone).
+    fn write(&mut self, bytes: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<usize> {
+        if self.broken || self.writer.is_some() {
+            return None;
+        }
+        let sent = self.socket.try_io(Interest::WRITABLE, |s| channel::send(s.as_fd(), bytes, fds));
+        match sent {
+            Ok(written) => Some(written),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                self.wait_writable(None);
+                None
+            }
+            // Too many descriptors in flight or no memory: the kernel is full, not the channel.
+            Err(e) if is_shortage(&e) => {
+                self.wait_writable(Some(std::time::Duration::from_millis(20)));
+                None
+            }
+            // EPIPE, ECONNRESET: the other end is gone; the reader will tell the end of the channel.
+            Err(_) => {
+                self.broken = true;
+                None
+            }
+        }
+    }
+
+    fn wait_writable(&mut self, pause: Option<std::time::Duration>) {
+        let socket = Arc::clone(&self.socket);
+        let to_loop = self.to_loop.clone();
+        let worker = self.worker;
+        let task = tokio::spawn(async move {
+            if let Some(pause) = pause {
+                tokio::time::sleep(pause).await;
+            }
+            if let Ok(mut guard) = socket.writable().await {
+                guard.retain_ready();
+            }
+            // The loop is gone only when the whole primary ends.
+            let _ = to_loop.send(FromIo::Writable { worker }).await;
+        });
+        self.writer = Some(task.abort_handle());
+    }
+}
+
+/// Errors that pass: out of descriptors, buffers or memory, or too many descriptors in flight.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let shortages =
+        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::TOOMANYREFS, Errno::AGAIN];
+    error.raw_os_error().is_some_and(|raw| shortages.iter().any(|e| e.raw_os_error() == raw))
+}
+
+struct Reader {
+    worker: WorkerId,
+    socket: Arc<AsyncFd<OwnedFd>>,
+    codec: Decoder,
+    fds: VecDeque<OwnedFd>,
+    limits: Limits,
+    to_loop: mpsc::Sender<FromIo>,
+}
+
+enum Decoder {
+    Node(LineDecoder, Inbox<OwnedFd>),
+    Native(FrameDecoder<OwnedFd>),
+}
+
+enum Step {
+    Read(usize),
+    Empty,
+    End,
+}
+
+impl Reader {
+    async fn run(mut self, process_ended: Arc<Notify>) {
+        let fault = self.read_to_end(&process_ended).await.err();
+        // The loop is gone only when the whole primary ends.
+        let _ = self.to_loop.send(FromIo::ChannelEnd { worker: self.worker, fault }).await;
+    }
+
+    async fn read_to_end(&mut self, process_ended: &Notify) -> Result<(), ProtocolError> {
+        let mut buffer = vec![0; 4096];
+        let mut last = false;
+        loop {
+            match self.read(&mut buffer, last)? {
+                Step::Read(len) => {
+                    self.decode(&buffer[..len]).await?;
+                    // Most workers say little: memory grows only for those that say much at once.
+                    if len == buffer.len() && len < READ_BYTES {
+                        buffer.resize(READ_BYTES, 0);
+                    }
+                }
+                Step::End => return self.end(),
+                Step::Empty if last => return self.end(),
+                Step::Empty => last = self.wait(process_ended).await,
+            }
+        }
+    }
+
+    /// Waits for bytes or for the end of the process; true for the latter.
+    async fn wait(&self, process_ended: &Notify) -> bool {
+        tokio::select! {
+            ready = self.socket.readable() => {
+                if let Ok(mut guard) = ready {
+                    guard.retain_ready();
+                }
+                false
+            }
+            () = process_ended.notified() => true,
+        }
+    }
+
+    /// One `recvmsg`. The last reads, after the process has ended, do not rely on what the event loop has
+    /// been told of the socket so far.
+    fn read(&mut self, buffer: &mut [u8], last: bool) -> Result<Step, ProtocolError> {
+        let fds = &mut self.fds;
+        let got = if last {
+            channel::receive(self.socket.get_ref().as_fd(), buffer, fds)
+        } else {
+            self.socket.try_io(Interest::READABLE, |s| channel::receive(s.as_fd(), buffer, fds))
+        };
+        match got {
+            Ok(got) if got.truncated => Err(ProtocolError::MissingDescriptor),
+            Ok(got) if got.len == 0 => Ok(Step::End),
+            Ok(got) => Ok(Step::Read(got.len)),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Step::Empty),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(Step::Read(0)),
+            // ECONNRESET: the peer died with unread bytes of ours. An end like any other.
+            Err(_) => Ok(Step::End),
+        }
+    }
+
+    async fn decode(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
+        match &mut self.codec {
+            Decoder::Node(lines, inbox) => {
+                for fd in self.fds.drain(..) {
+                    inbox.push(fd)?;
+                }
+                lines.feed(bytes);
+                while let Some(line) = lines.next()? {
+                    let prefixed = line.prefixed;
+                    let incoming = message::parse_line(&line, &self.limits)?;
+                    // The n-th descriptor belongs to the n-th envelope. A missing one is answered as such.
+                    let fd = match incoming {
+                        Incoming::Handle(_) => inbox.claim().ok(),
+                        _ => None,
+                    };
+                    let item = Item::Node { incoming, prefixed, fd };
+                    Self::give(&self.to_loop, self.worker, item).await;
+                }
+                // Descriptors that came with anything else are closed at once.
+                drop(inbox.settle(lines.has_partial()));
+            }
+            Decoder::Native(frames) => {
+                for fd in self.fds.drain(..) {
+                    frames.push_descriptor(fd)?;
+                }
+                frames.feed(bytes);
+                while let Some(frame) = frames.next::<ToPrimary>()? {
+                    // A worker has no descriptors for its primary.
+                    if !frame.descriptors.is_empty() {
+                        return Err(ProtocolError::SurplusDescriptor);
+                    }
+                    let item = Item::Native(frame.message);
+                    Self::give(&self.to_loop, self.worker, item).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn give(to_loop: &mpsc::Sender<FromIo>, worker: WorkerId, item: Item) {
+        // The loop is gone only when the whole primary ends.
+        let _ = to_loop.send(FromIo::Item { worker, item }).await;
+    }
+
+    /// A cut last message is no fault: whoever dies while writing leaves one.
+    fn end(&mut self) -> Result<(), ProtocolError> {
+        self.fds.clear();
+        Ok(())
+    }
+}

@@ -1,0 +1,349 @@
+//! Many worker processes behind one port: Node's `cluster`, for any program.
+//!
+//! A *primary* starts *workers*, owns the listening sockets, gives each worker its share of the connections
+//! and replaces workers that end. [`Cluster`] is the primary's side; [`Worker`] and [`run`] are the side of
+//! a worker written in Rust.
+//!
+//! ```no_run
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use polyfork::cluster::{Cluster, Event, Settings};
+//!
+//! // Unmodified Node on every core, behind the port that server.js listens on.
+//! let cluster = Cluster::start(Settings::new("server.js"))?;
+//! let mut events = cluster.events();
+//! while let Some(event) = events.next().await {
+//!     if let Event::Message { who, message } = event {
+//!         println!("worker {} says {:?}", who.worker, message.json());
+//!     }
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! Names and the order of events are Node's: <https://nodejs.org/api/cluster.html>. What differs is said where
+//! it differs; above all, workers that end are replaced unless [`Settings::supervise`] says otherwise.
+
+mod detect;
+mod event;
+mod link;
+mod listener;
+mod native;
+mod node;
+mod notify;
+mod ports;
+mod preload;
+mod primary;
+mod process;
+mod settings;
+mod signals;
+mod traffic;
+mod worker;
+
+pub use detect::{DetectError, Detected, Runtime, detect};
+pub use event::{
+    Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
+};
+#[cfg(feature = "axum")]
+pub use listener::RemoteAddr;
+pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
+pub use polyfork_core::{Exit, Reason, RestartPolicy};
+pub use polyfork_wire::limits::Limits;
+pub use settings::{
+    Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
+    Settings, Stream, default_workers, usable_cpus,
+};
+pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
+
+use std::ffi::OsString;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use polyfork_core::WorkerId;
+use serde::Serialize;
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+
+use primary::{Command, Outgoing, Primary};
+
+/// Events kept for a subscriber that is behind.
+pub(crate) const EVENT_BUFFER: usize = 4096;
+/// Most connections that may be unacknowledged per worker.
+pub(crate) const MAX_WINDOW: usize = 64;
+
+/// A running cluster, as its primary sees it (Node: the `cluster` module in the primary).
+///
+/// A cheap handle: clone it freely. The cluster is asked to stop when the last handle is dropped.
+#[derive(Clone)]
+pub struct Cluster {
+    commands: mpsc::Sender<Command>,
+    events: broadcast::Sender<Event>,
+    first: Arc<Mutex<Option<broadcast::Receiver<Event>>>>,
+    outcome: watch::Receiver<Option<Outcome>>,
+}
+
+/// A worker, named by its id (Node: `cluster.Worker`).
+#[derive(Clone)]
+pub struct WorkerHandle {
+    id: u64,
+    commands: mpsc::Sender<Command>,
+}
+
+/// What a primary knows of one worker.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct WorkerStatus {
+    /// Stable position, from 1.
+    pub slot: u32,
+    /// Id, never used twice.
+    pub worker: u64,
+    /// Process id.
+    pub pid: u32,
+    /// `starting`, `online`, `ready` or `draining`.
+    pub state: &'static str,
+    /// Time since the process was started.
+    pub uptime: Duration,
+    /// Whether its channel is open (Node: `worker.isConnected()`).
+    pub connected: bool,
+}
+
+/// Why a cluster did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The program is not there, cannot be run, or nothing here can run it.
+    #[error(transparent)]
+    Program(#[from] DetectError),
+    /// An address of [`Settings::listen`] cannot be listened on.
+    #[error("cannot listen on {address}: {error}")]
+    Bind {
+        /// The address.
+        address: Address,
+        /// The system's error.
+        error: io::Error,
+    },
+    /// The settings contradict each other.
+    #[error("{0}")]
+    Settings(String),
+}
+
+/// Why a message was not sent.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// No worker has this id (any more).
+    #[error("no such worker")]
+    NoSuchWorker,
+    /// The worker's channel is closed (Node: `ERR_IPC_CHANNEL_CLOSED`), or it has none.
+    #[error("the channel is closed")]
+    Disconnected,
+    /// The value cannot be encoded.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The encoded value is larger than one message may be.
+    #[error("the message is {bytes} bytes long, more than the limit of {limit}")]
+    TooLong {
+        /// Its size.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
+    /// The cluster has ended.
+    #[error("the cluster has ended")]
+    Ended,
+}
+
+/// The cluster has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the cluster has ended")]
+pub struct Ended;
+
+impl Cluster {
+    /// Starts the primary and, unless [`Settings::supervise`] is off, its workers. Must be called inside a
+    /// tokio runtime; returns at once, workers come up while it runs.
+    ///
+    /// # Errors
+    /// [`StartError::Program`] when the program cannot be run, [`StartError::Bind`] when an address that
+    /// workers should inherit cannot be bound, [`StartError::Settings`] when settings contradict each other.
+    pub fn start(settings: Settings) -> Result<Cluster, StartError> {
+        let path = settings.env.iter().rev().find(|(key, _)| key == "PATH").map(|(_, v)| v.clone());
+        let detected = match settings.dialect {
+            // The caller knows better than any look at the file.
+            Some(Dialect::Native) => Detected {
+                dialect: Dialect::Native,
+                runtime: Runtime::Native { protocol: polyfork_wire::native::PROTOCOL },
+                exec: settings.exec.clone().into(),
+                args_before: Vec::new(),
+                why: "asked for".to_owned(),
+                warning: None,
+            },
+            _ => detect(&settings.exec, &settings.args, settings.cwd.as_deref(), path.as_deref())?,
+        };
+        Self::start_detected(settings, detected)
+    }
+
+    /// As [`Cluster::start`], with a program that has been looked at already.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`].
+    pub fn start_detected(
+        settings: Settings,
+        mut detected: Detected,
+    ) -> Result<Cluster, StartError> {
+        if let Some(dialect) = settings.dialect {
+            detected.dialect = dialect;
+        }
+        let started = Primary::start(settings, detected)?;
+        let (tell, outcome) = watch::channel(None);
+        tokio::spawn(async move {
+            if let Ok(outcome) = started.end.await {
+                // Nobody has to listen.
+                let _ = tell.send(Some(outcome));
+            }
+        });
+        Ok(Cluster {
+            commands: started.commands,
+            events: started.events,
+            first: Arc::new(Mutex::new(Some(started.first))),
+            outcome,
+        })
+    }
+
+    /// The events of the cluster. The first call gets every event since the start; later ones get what
+    /// happens from then on.
+    pub fn events(&self) -> Events {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Events(first.unwrap_or_else(|| self.events.subscribe()))
+    }
+
+    /// Waits for the end of the cluster. Cancel safe.
+    pub async fn wait(&self) -> Outcome {
+        let mut outcome = self.outcome.clone();
+        match outcome.wait_for(Option::is_some).await {
+            Ok(found) => found.clone().unwrap_or(Outcome::Stopped),
+            // The loop's task was dropped with its runtime.
+            Err(_) => Outcome::Stopped,
+        }
+    }
+
+    /// Asks all workers to finish what they serve and leave (Node: `cluster.disconnect()`), within the grace
+    /// period; returns when the request is on its way. [`Cluster::wait`] tells the end. A second call ends
+    /// the workers at once.
+    pub async fn stop(&self) {
+        self.command(Command::Stop).await;
+    }
+
+    /// Ends all workers at once, with SIGKILL.
+    pub async fn stop_now(&self) {
+        self.command(Command::StopNow).await;
+    }
+
+    /// Changes the number of workers. Those too many finish what they serve first.
+    pub async fn scale(&self, workers: u32) {
+        self.command(Command::Scale(workers)).await;
+    }
+
+    /// One worker more.
+    pub async fn add_worker(&self) {
+        self.command(Command::AddOne).await;
+    }
+
+    /// One worker less; at least one stays.
+    pub async fn remove_worker(&self) {
+        self.command(Command::RemoveOne).await;
+    }
+
+    /// Starts one more worker in a slot of its own, with these variables on top of its environment (Node:
+    /// `cluster.fork(env)`). It is not replaced when it ends, unless the cluster is supervised.
+    ///
+    /// # Errors
+    /// When the cluster is stopping, or the process cannot be started; the events say why.
+    pub async fn fork<K, V>(
+        &self,
+        env: impl IntoIterator<Item = (K, V)>,
+    ) -> Result<WorkerHandle, Ended>
+    where
+        K: Into<OsString>,
+        V: Into<OsString>,
+    {
+        let (reply, answer) = oneshot::channel();
+        let env = env.into_iter().map(|(k, v)| (k.into(), v.into())).collect();
+        self.command(Command::Fork { env, reply }).await;
+        let WorkerId(id) = answer.await.ok().flatten().ok_or(Ended)?;
+        Ok(self.worker(id))
+    }
+
+    /// A handle for the worker with this id (Node: `cluster.workers[id]`). Whether there is one shows when
+    /// the handle is used.
+    pub fn worker(&self, id: u64) -> WorkerHandle {
+        WorkerHandle { id, commands: self.commands.clone() }
+    }
+
+    /// All workers that have not ended.
+    pub async fn status(&self) -> Vec<WorkerStatus> {
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Status(reply)).await;
+        answer.await.unwrap_or_default()
+    }
+
+    /// Sends a message to every worker.
+    ///
+    /// # Errors
+    /// When the value cannot be encoded, or the cluster has ended. Workers without a channel are passed over.
+    pub async fn broadcast<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
+        let message = Outgoing::new(value)?;
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Broadcast { message, reply }).await;
+        answer.await.unwrap_or(Err(SendError::Ended))
+    }
+
+    pub(crate) async fn reap_strangers(&self) {
+        self.command(Command::ReapStrangers).await;
+    }
+
+    async fn command(&self, command: Command) {
+        // A cluster that has ended needs no commands; whoever waits for an answer sees the end.
+        let _ = self.commands.send(command).await;
+    }
+}
+
+impl WorkerHandle {
+    /// The worker's id.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Sends a message (Node: `worker.send()`), as JSON over Node's channel and as postcard to a worker built
+    /// on this crate. Waits while more than 256 KiB wait for the worker to read.
+    ///
+    /// # Errors
+    /// [`SendError`]; the message has not been sent then.
+    pub async fn send<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
+        let message = Outgoing::new(value)?;
+        let (reply, answer) = oneshot::channel();
+        let to = WorkerId(self.id);
+        if self.commands.send(Command::Send { to, message, reply }).await.is_err() {
+            return Err(SendError::Ended);
+        }
+        answer.await.unwrap_or(Err(SendError::Ended))
+    }
+
+    /// Asks the worker to finish what it serves and leave (Node: `worker.disconnect()`).
+    pub async fn disconnect(&self) {
+        // A cluster that has ended has no workers.
+        let _ = self.commands.send(Command::Disconnect(WorkerId(self.id))).await;
+    }
+
+    /// Sends a signal, e.g. `libc::SIGTERM` (Node: `worker.process.kill()`).
+    pub async fn kill(&self, signal: i32) {
+        // A cluster that has ended has no workers.
+        let _ = self.commands.send(Command::Kill(WorkerId(self.id), signal)).await;
+    }
+}
+
+impl Outgoing {
+    fn new<T: Serialize + ?Sized>(value: &T) -> Result<Self, EncodeError> {
+        Ok(Outgoing {
+            json: Message::to_json(value)?.into(),
+            postcard: Message::postcard(value)?.into(),
+        })
+    }
+}

@@ -1,0 +1,117 @@
+//! `NOTIFY_SOCKET`: how a worker of the sockets dialect tells that it is ready, stopping or alive.
+//!
+//! One datagram socket per worker, under an abstract name that nobody can guess; it leaves no file behind.
+//! A datagram counts only when the kernel vouches that its sender has our own or the worker's user id.
+//! What the words mean is `polyfork_wire::notify`.
+//!
+//! Reference: sd_notify(3), unix(7).
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use polyfork_core::WorkerId;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SocketAddrUnix, SocketFlags, SocketType, bind, recvmsg, socket_with, sockopt,
+};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use super::primary::FromIo;
+
+/// An open notify socket; closed on drop.
+pub(crate) struct NotifySocket {
+    address: String,
+    reader: AbortHandle,
+}
+
+impl NotifySocket {
+    pub(crate) fn open(worker: WorkerId, io: mpsc::Sender<FromIo>) -> io::Result<Self> {
+        let name = format!(
+            "polyfork/{:016x}{:016x}/{}",
+            super::process::random_seed(),
+            super::process::random_seed(),
+            worker.0
+        );
+        let socket = AsyncFd::new(bind_abstract(name.as_bytes())?)?;
+        let reader = tokio::spawn(read(worker, socket, io)).abort_handle();
+        Ok(NotifySocket { address: format!("@{name}"), reader })
+    }
+
+    /// The value of `NOTIFY_SOCKET`.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+}
+
+impl Drop for NotifySocket {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+async fn read(worker: WorkerId, socket: AsyncFd<OwnedFd>, io: mpsc::Sender<FromIo>) {
+    let mut buffer = vec![0; 4096];
+    loop {
+        let Ok(mut ready) = socket.readable().await else { return };
+        match ready.try_io(|s| receive(s.get_ref(), &mut buffer)) {
+            Ok(Ok(Some(len))) => {
+                let text = buffer[..len].to_vec();
+                if io.send(FromIo::Notified { worker, text }).await.is_err() {
+                    return;
+                }
+            }
+            // From a stranger, or longer than any honest one: ignored.
+            Ok(Ok(None)) | Err(_) => {}
+            Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(_)) => return,
+        }
+    }
+}
+
+fn bind_abstract(name: &[u8]) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    // Before the address exists, so that no datagram can come without credentials.
+    sockopt::set_socket_passcred(&socket, true)?;
+    bind(&socket, &SocketAddrUnix::new_abstract_name(name)?)?;
+    Ok(socket)
+}
+
+/// One datagram: its length, or `None` when it is to be ignored. Descriptors that came along are closed.
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    let mut space =
+        [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(253))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let got = recvmsg(socket, &mut [io::IoSliceMut::new(buffer)], &mut control, flags)?;
+    let mut trusted = false;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmCredentials(sender) = message {
+            let own = rustix::process::geteuid();
+            trusted = sender.uid == own || sender.uid.is_root();
+        }
+    }
+    let whole = !got.flags.contains(ReturnFlags::TRUNC);
+    Ok((trusted && whole).then_some(got.bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendFlags, sendto, socket};
+
+    #[tokio::test]
+    async fn what_a_worker_says_arrives_with_its_id() {
+        let (tx, mut rx) = mpsc::channel(4);
+        let open = NotifySocket::open(WorkerId(7), tx).expect("socket");
+        let to = SocketAddrUnix::new_abstract_name(open.address()[1..].as_bytes()).expect("name");
+        let client = socket(AddressFamily::UNIX, SocketType::DGRAM, None).expect("client");
+        sendto(&client, b"READY=1", SendFlags::empty(), &to).expect("send");
+        match rx.recv().await {
+            Some(FromIo::Notified { worker: WorkerId(7), text }) => assert_eq!(text, b"READY=1"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -1,0 +1,859 @@
+//! The listening sockets of a primary, and how connections get from them to workers.
+//!
+//! Who may share which socket is decided in `polyfork_core::Listeners`, whose turn it is in
+//! `polyfork_core::Handoff` or by the kernel program in `polyfork_sys::reuseport`. Here are the sockets
+//! themselves: opened once, kept for as long as the cluster lives, whatever becomes of workers.
+//!
+//! The rule that surprises: under the kernel mechanism every slot has a socket from the start, also slots
+//! whose worker never asks; such a slot is not live, and what reached its queue by the kernel's own choice
+//! while nobody was live is moved to the others as soon as there is one.
+//!
+//! References: socket(7) `SO_REUSEPORT`, `SO_ATTACH_REUSEPORT_EBPF`; Node `lib/internal/cluster/`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polyfork_core::{
+    Decision, Handoff, HandoffConfig, ListenerId, Listeners, SlotId, Time, WorkerId,
+};
+use polyfork_sys::channel;
+use polyfork_sys::reuseport::{
+    self, BindError, Group, Options, Rescued, Selection, UdpFlags, UnixSocket, Want,
+};
+use polyfork_wire::RawJson;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::AbortHandle;
+
+use super::event::{Carried, Via};
+use super::link::is_shortage;
+use super::primary::FromIo;
+use super::settings::{Address, Mechanism, Policy};
+
+/// Most connections accepted in one go, before other events get a turn.
+const ACCEPT_BATCH: usize = 64;
+
+/// What makes two requests of workers mean the same socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Key {
+    /// The address as the worker wrote it.
+    pub(crate) address: Option<String>,
+    pub(crate) port: Option<i64>,
+    pub(crate) kind: KeyKind,
+    pub(crate) fd: Option<i64>,
+    /// Which of several servers on port 0; 0 for every other port.
+    pub(crate) index: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KeyKind {
+    Tcp4,
+    Tcp6,
+    Udp4,
+    Udp6,
+    Unix,
+    Inherited,
+}
+
+/// What to open.
+#[derive(Debug, Clone)]
+pub(crate) struct Want4Port {
+    /// Tried in this order; a later one only when the family of the earlier does not exist here.
+    pub(crate) addresses: Vec<Address>,
+    pub(crate) backlog: i32,
+    pub(crate) ipv6_only: bool,
+    pub(crate) udp_reuse_address: bool,
+    /// Permission bits of a Unix socket's file.
+    pub(crate) unix_mode: Option<u32>,
+    /// The worker cannot take a listening socket of its own (Deno).
+    pub(crate) handoff_only: bool,
+    /// The worker cannot take connections (anything of the sockets dialect).
+    pub(crate) sockets_only: bool,
+}
+
+impl Want4Port {
+    pub(crate) fn new(address: Address) -> Self {
+        Want4Port {
+            addresses: vec![address],
+            backlog: 511,
+            ipv6_only: false,
+            udp_reuse_address: false,
+            unix_mode: None,
+            handoff_only: false,
+            sockets_only: false,
+        }
+    }
+}
+
+/// One open socket (or one per slot).
+pub(crate) struct Port {
+    pub(crate) address: Address,
+    pub(crate) via: Arc<Via>,
+    /// First `data` that a worker sent for it (Node: TLS ticket keys), given to every later one.
+    pub(crate) data: Option<RawJson>,
+    kind: Kind,
+}
+
+enum Kind {
+    Slots {
+        group: Group,
+        /// Connections accepted here from queues that the kernel cannot move (classic BPF), passed on by hand.
+        stranded: Handoff<Arc<OwnedFd>>,
+    },
+    Shared(Arc<OwnedFd>),
+    SharedUnix(UnixSocket),
+    Turns(Turns),
+}
+
+struct Turns {
+    socket: Arc<AsyncFd<TurnsFd>>,
+    handoff: Handoff<Arc<OwnedFd>>,
+    /// The task that waits for the socket; told to wait again after the queue was found empty.
+    again: Arc<Notify>,
+    task: AbortHandle,
+    paused: bool,
+    /// There may be more in the kernel's queue than was accepted.
+    more: bool,
+}
+
+enum TurnsFd {
+    Plain(OwnedFd),
+    Unix(UnixSocket),
+}
+
+impl AsFd for TurnsFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            TurnsFd::Plain(fd) => fd.as_fd(),
+            TurnsFd::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl std::os::fd::AsRawFd for TurnsFd {
+    fn as_raw_fd(&self) -> i32 {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+/// A connection on its way to a worker.
+pub(crate) struct Delivery {
+    pub(crate) port: ListenerId,
+    pub(crate) worker: WorkerId,
+    pub(crate) seq: u64,
+    pub(crate) connection: Arc<OwnedFd>,
+}
+
+/// Something that went wrong while accepting.
+pub(crate) struct AcceptTrouble {
+    pub(crate) port: ListenerId,
+    pub(crate) address: Address,
+    pub(crate) error: io::Error,
+}
+
+#[derive(Default)]
+pub(crate) struct Ports {
+    pub(crate) book: Listeners<Key>,
+    open: BTreeMap<ListenerId, Port>,
+    slots: BTreeSet<SlotId>,
+    /// Workers that may get connections, with their slot.
+    admitted: BTreeMap<WorkerId, SlotId>,
+    /// Slot of every worker that is a member of something.
+    slot_of: BTreeMap<WorkerId, SlotId>,
+    windows: BTreeMap<WorkerId, usize>,
+    policy: Policy,
+    mechanism: Mechanism,
+}
+
+impl Ports {
+    pub(crate) fn new(policy: Policy, mechanism: Mechanism) -> Self {
+        Ports { policy, mechanism, ..Ports::default() }
+    }
+
+    pub(crate) fn get(&self, id: ListenerId) -> Option<&Port> {
+        self.open.get(&id)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: ListenerId) -> Option<&mut Port> {
+        self.open.get_mut(&id)
+    }
+
+    // ---- opening and closing ----
+
+    /// Opens a socket under an id that [`Listeners::ask`] or [`Listeners::pin`] gave out.
+    pub(crate) fn open(
+        &mut self,
+        id: ListenerId,
+        want: &Want4Port,
+        config: HandoffConfig,
+        io: &mpsc::Sender<FromIo>,
+    ) -> Result<&Port, (Address, io::Error)> {
+        let mut last = None;
+        for address in &want.addresses {
+            match self.try_open(id, address, want, &config, io) {
+                Ok(port) => {
+                    let port = self.open.entry(id).or_insert(port);
+                    return Ok(port);
+                }
+                // No such family on this machine, or the address is not of it: the next one may do.
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+                    ) && want.addresses.len() > 1 =>
+                {
+                    last = Some((address.clone(), e));
+                }
+                Err(e) => return Err((address.clone(), e)),
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            let nothing = Address::Unix(PathBuf::new());
+            (nothing, io::Error::from_raw_os_error(libc::EINVAL))
+        }))
+    }
+
+    fn try_open(
+        &self,
+        id: ListenerId,
+        address: &Address,
+        want: &Want4Port,
+        config: &HandoffConfig,
+        io: &mpsc::Sender<FromIo>,
+    ) -> io::Result<Port> {
+        let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
+        let (kind, address, carried, why) = match address {
+            Address::Udp(at) => {
+                let fd = reuseport::bind_udp(
+                    *at,
+                    UdpFlags {
+                        ipv6_only: want.ipv6_only,
+                        reuse_address: want.udp_reuse_address,
+                        reuse_port: false,
+                    },
+                )
+                .map_err(into_io)?;
+                let real = local_address(fd.as_fd())?;
+                let why = "one UDP socket, shared by all workers".to_owned();
+                (Kind::Shared(Arc::new(fd)), Address::Udp(real), Carried::SharedSocket, why)
+            }
+            Address::Tcp(at) => self.open_tcp(id, *at, &options, want, config, io)?,
+            Address::Unix(path) => {
+                let listener =
+                    reuseport::bind_unix(path, want.backlog, want.unix_mode).map_err(into_io)?;
+                let address = Address::Unix(path.clone());
+                if want.sockets_only || self.policy == Policy::Shared {
+                    let why =
+                        "one socket, shared: a Unix path cannot have a socket per slot".to_owned();
+                    (Kind::SharedUnix(listener), address, Carried::SharedSocket, why)
+                } else {
+                    let why = "exact turns: a Unix path cannot have a socket per slot, so the primary accepts";
+                    let turns = Turns::new(id, TurnsFd::Unix(listener), config, io)?;
+                    (Kind::Turns(turns), address, Carried::Handoff, why.to_owned())
+                }
+            }
+            Address::Inherited(number) => self.open_inherited(id, *number, want, config, io)?,
+        };
+        let policy = if carried == Carried::SharedSocket { Policy::Shared } else { self.policy };
+        Ok(Port {
+            address,
+            via: Arc::new(Via { policy, mechanism: carried, why }),
+            data: None,
+            kind,
+        })
+    }
+
+    fn open_tcp(
+        &self,
+        id: ListenerId,
+        at: SocketAddr,
+        options: &Options,
+        want: &Want4Port,
+        config: &HandoffConfig,
+        io: &mpsc::Sender<FromIo>,
+    ) -> io::Result<(Kind, Address, Carried, String)> {
+        if self.policy == Policy::Shared && !want.handoff_only {
+            let fd = reuseport::bind_listener(at, options).map_err(into_io)?;
+            let address = Address::Tcp(local_address(fd.as_fd())?);
+            let why = "asked for: one socket, whichever worker wakes first accepts".to_owned();
+            return Ok((Kind::Shared(Arc::new(fd)), address, Carried::SharedSocket, why));
+        }
+        if self.mechanism == Mechanism::Handoff || want.handoff_only {
+            let fd = reuseport::bind_listener(at, options).map_err(into_io)?;
+            let address = Address::Tcp(local_address(fd.as_fd())?);
+            let why = if want.handoff_only {
+                "exact turns: this runtime accepts no connection from a socket it is given"
+                    .to_owned()
+            } else {
+                "exact turns: asked for, the primary accepts and passes connections on".to_owned()
+            };
+            let turns = Turns::new(id, TurnsFd::Plain(fd), config, io)?;
+            return Ok((Kind::Turns(turns), address, Carried::Handoff, why));
+        }
+        let slots: Vec<u32> = self.slots.iter().map(|slot| slot.0).collect();
+        let group = Group::bind(at, options, &slots, Want::Auto).map_err(into_io)?;
+        let (carried, why) = match group.selection() {
+            Selection::Ebpf => (
+                Carried::KernelExact,
+                "exact turns: a socket per slot, an eBPF program picks the next live one"
+                    .to_owned(),
+            ),
+            Selection::Classic => {
+                let reason = group.fallback_reason().map_or(String::new(), |e| format!(" ({e})"));
+                (
+                    Carried::KernelRandom,
+                    format!(
+                        "even on average: a socket per slot, a classic BPF program picks a live one at random, \
+                         because eBPF is not permitted here{reason}; --mechanism handoff gives exact turns"
+                    ),
+                )
+            }
+        };
+        let address = Address::Tcp(group.address());
+        let stranded = Handoff::new(config.clone());
+        Ok((Kind::Slots { group, stranded }, address, carried, why))
+    }
+
+    /// A descriptor that the primary itself inherited: only a listening socket, and never one of ours, which
+    /// are all close-on-exec.
+    fn open_inherited(
+        &self,
+        id: ListenerId,
+        number: i32,
+        want: &Want4Port,
+        config: &HandoffConfig,
+        io: &mpsc::Sender<FromIo>,
+    ) -> io::Result<(Kind, Address, Carried, String)> {
+        let fd = duplicate_inherited(number)?;
+        channel::set_nonblocking(fd.as_fd(), true)?;
+        let address = Address::Inherited(number);
+        let is_udp = matches!(channel::kind(fd.as_fd())?, channel::FdKind::Udp);
+        if is_udp || want.sockets_only || self.policy == Policy::Shared {
+            let why = "one inherited socket, shared by all workers".to_owned();
+            return Ok((Kind::Shared(Arc::new(fd)), address, Carried::SharedSocket, why));
+        }
+        let why =
+            "exact turns: one inherited socket cannot be split, so the primary accepts".to_owned();
+        let turns = Turns::new(id, TurnsFd::Plain(fd), config, io)?;
+        Ok((Kind::Turns(turns), address, Carried::Handoff, why))
+    }
+
+    /// Closes a socket. Connections that wait on it and belong to nobody are dropped, as when a server closes.
+    pub(crate) fn close(&mut self, id: ListenerId) -> Option<Address> {
+        self.book.remove(id);
+        self.open.remove(&id).map(|port| port.address)
+    }
+
+    /// Closes what no worker uses any more, and says what that was.
+    pub(crate) fn close_unused(&mut self) -> Vec<Address> {
+        self.book.unused().into_iter().filter_map(|id| self.close(id)).collect()
+    }
+
+    // ---- slots ----
+
+    /// A slot begins: every reuse-port group gets a socket for it. Gives what went wrong.
+    pub(crate) fn add_slot(&mut self, slot: SlotId) -> Vec<String> {
+        if !self.slots.insert(slot) {
+            return Vec::new();
+        }
+        self.each_group(|group| group.add_slot(slot.0), slot, "add")
+    }
+
+    /// A slot ends: its sockets are closed, and what waits on them goes to the others first.
+    pub(crate) fn remove_slot(&mut self, slot: SlotId) -> Vec<String> {
+        if !self.slots.remove(&slot) {
+            return Vec::new();
+        }
+        self.each_group(|group| group.remove_slot(slot.0), slot, "remove")
+    }
+
+    fn each_group(
+        &mut self,
+        mut act: impl FnMut(&mut Group) -> io::Result<()>,
+        slot: SlotId,
+        verb: &str,
+    ) -> Vec<String> {
+        let mut failures = Vec::new();
+        for port in self.open.values_mut() {
+            if let Kind::Slots { group, .. } = &mut port.kind
+                && let Err(e) = act(group)
+            {
+                failures.push(format!("cannot {verb} slot {} on {}: {e}", slot.0, port.address));
+            }
+        }
+        failures
+    }
+
+    /// The sockets that a sockets worker in this slot inherits, with their names.
+    pub(crate) fn inherited_by(&self, slot: SlotId) -> io::Result<Vec<(OwnedFd, String)>> {
+        let mut sockets = Vec::new();
+        for port in self.open.values() {
+            if let Some(fd) = port.socket_for(slot) {
+                // Colons separate names in LISTEN_FDNAMES.
+                let name = port.address.to_string().replace(':', "_");
+                sockets.push((fd.try_clone_to_owned()?, name));
+            }
+        }
+        Ok(sockets)
+    }
+
+    // ---- workers ----
+
+    pub(crate) fn belongs(&mut self, worker: WorkerId, slot: SlotId) {
+        self.slot_of.insert(worker, slot);
+    }
+
+    /// A worker may have connections from now on, wherever it listens.
+    pub(crate) fn admit(&mut self, worker: WorkerId, slot: SlotId, window: usize) {
+        self.admitted.insert(worker, slot);
+        self.windows.insert(worker, window);
+    }
+
+    /// A worker gets nothing new.
+    pub(crate) fn suspend(&mut self, worker: WorkerId) {
+        self.admitted.remove(&worker);
+        for port in self.open.values_mut() {
+            if let Some(handoff) = port.handoff() {
+                handoff.suspend(worker);
+            }
+        }
+    }
+
+    /// A worker is dead: what it had not acknowledged is free again.
+    pub(crate) fn died(&mut self, worker: WorkerId) {
+        self.suspend(worker);
+        self.book.leave(worker);
+        self.slot_of.remove(&worker);
+        self.windows.remove(&worker);
+        for port in self.open.values_mut() {
+            if let Some(handoff) = port.handoff() {
+                handoff.died(worker);
+            }
+        }
+    }
+
+    /// Brings every socket in line with who is admitted and listens: turns, live slots, stranded queues. Gives
+    /// what went wrong.
+    pub(crate) fn refresh(&mut self, now: Time) -> Vec<String> {
+        let mut failures = Vec::new();
+        let ids: Vec<_> = self.open.keys().copied().collect();
+        for id in ids {
+            let ready: Vec<(WorkerId, SlotId)> = self
+                .book
+                .listeners_of(id)
+                .filter_map(|w| self.admitted.get(&w).map(|slot| (w, *slot)))
+                .collect();
+            // A socket that somebody else in the slot still holds must not be shut down under it.
+            let held: BTreeSet<SlotId> =
+                self.book.members_of(id).filter_map(|w| self.slot_of.get(&w).copied()).collect();
+            let Some(port) = self.open.get_mut(&id) else { continue };
+            if let Some(handoff) = port.handoff() {
+                for (worker, _) in &ready {
+                    let window = self.windows.get(worker).copied().unwrap_or(1);
+                    handoff.join(*worker, window);
+                }
+            }
+            if let Kind::Slots { group, stranded } = &mut port.kind {
+                let live: Vec<u32> = ready.iter().map(|(_, slot)| slot.0).collect();
+                match refresh_group(group, &live, &held) {
+                    Ok(left) => strand(group, &left, now, stranded),
+                    Err(e) => {
+                        failures.push(format!("cannot switch slots on {}: {e}", port.address))
+                    }
+                }
+            }
+        }
+        failures
+    }
+
+    /// Whether nothing waits for a suspended worker: neither in its slot's queue nor unacknowledged.
+    pub(crate) fn is_quiet(&self, worker: WorkerId, slot: SlotId) -> bool {
+        self.open.iter().all(|(id, port)| match &port.kind {
+            Kind::Slots { group, stranded } => {
+                stranded.in_flight(worker) == 0
+                    && (self.book.member(worker, *id).is_none()
+                        || group.queue_depth(slot.0).unwrap_or(0) == 0)
+            }
+            Kind::Turns(turns) => turns.handoff.in_flight(worker) == 0,
+            Kind::Shared(_) | Kind::SharedUnix(_) => true,
+        })
+    }
+
+    // ---- handing over ----
+
+    /// The task found the socket readable.
+    pub(crate) fn acceptable(&mut self, id: ListenerId) {
+        if let Some(Port { kind: Kind::Turns(turns), .. }) = self.open.get_mut(&id) {
+            turns.more = true;
+        }
+    }
+
+    pub(crate) fn resume_accepting(&mut self, id: ListenerId) {
+        if let Some(Port { kind: Kind::Turns(turns), .. }) = self.open.get_mut(&id) {
+            turns.paused = false;
+        }
+    }
+
+    /// Accepts what there is room for and says who gets what.
+    pub(crate) fn deliver(&mut self, now: Time, out: &mut Vec<Delivery>) -> Vec<AcceptTrouble> {
+        let mut troubles = Vec::new();
+        let mut assigned = Vec::new();
+        for (id, port) in &mut self.open {
+            if let Kind::Turns(turns) = &mut port.kind
+                && let Err(error) = turns.accept(now)
+            {
+                turns.paused = true;
+                troubles.push(AcceptTrouble { port: *id, address: port.address.clone(), error });
+            }
+            let Some(handoff) = port.handoff() else { continue };
+            handoff.assign(now, &mut assigned);
+            out.extend(assigned.drain(..).map(|a| Delivery {
+                port: *id,
+                worker: a.worker,
+                seq: a.seq,
+                connection: a.connection,
+            }));
+        }
+        troubles
+    }
+
+    pub(crate) fn handoff(&mut self, id: ListenerId) -> Option<&mut Handoff<Arc<OwnedFd>>> {
+        self.open.get_mut(&id)?.handoff()
+    }
+
+    /// Workers that let a connection wait too long.
+    pub(crate) fn overdue(&self, now: Time) -> BTreeSet<WorkerId> {
+        let mut overdue = BTreeSet::new();
+        for port in self.open.values() {
+            if let Some(handoff) = port.handoff_ref() {
+                overdue.extend(handoff.overdue(now).map(|(worker, _)| worker));
+            }
+        }
+        overdue
+    }
+
+    pub(crate) fn deadline(&self) -> Option<Time> {
+        self.open.values().filter_map(|port| port.handoff_ref()?.deadline()).min()
+    }
+
+    /// Whether a round of [`Ports::deliver`] would accept more right away.
+    pub(crate) fn has_more(&self) -> bool {
+        self.open.values().any(|port| match &port.kind {
+            Kind::Turns(turns) => turns.more && !turns.paused && turns.handoff.room() > 0,
+            _ => false,
+        })
+    }
+
+    /// Whether some slot has a socket that nobody accepts from while others serve: connections whose handshake
+    /// was under way when its worker went may still reach it.
+    pub(crate) fn has_idle_slots(&self) -> bool {
+        self.open.iter().any(|(id, port)| match &port.kind {
+            Kind::Slots { group, .. } => {
+                let held = self.book.members_of(*id).count();
+                !group.live().is_empty() && held < group.slots().count()
+            }
+            _ => false,
+        })
+    }
+
+    pub(crate) fn own_socket_via(&self) -> Arc<Via> {
+        Arc::new(Via {
+            policy: Policy::Shared,
+            mechanism: Carried::OwnSocket,
+            why: "the program binds for itself; the kernel spreads connections".to_owned(),
+        })
+    }
+
+    /// A worker inherited every pinned socket: it is a member and listens.
+    pub(crate) fn join_pinned(&mut self, worker: WorkerId, slot: SlotId) -> Vec<ListenerId> {
+        self.belongs(worker, slot);
+        let ids: Vec<_> = self.open.keys().copied().collect();
+        for id in &ids {
+            self.book.join(worker, *id);
+            self.book.listening(worker, *id);
+        }
+        ids
+    }
+
+    /// A leaving worker let go of a socket, which stays.
+    pub(crate) fn let_go(&mut self, worker: WorkerId, id: ListenerId) {
+        self.book.close(worker, id);
+    }
+
+    /// A worker that stays closed a socket. True when the socket should be closed, too.
+    pub(crate) fn closed_by(&mut self, worker: WorkerId, id: ListenerId) -> bool {
+        if let Some(handoff) = self.handoff(id) {
+            handoff.suspend(worker);
+        }
+        self.book.close(worker, id)
+    }
+
+    pub(crate) fn ask(&mut self, worker: WorkerId, key: Key) -> Decision {
+        self.book.ask(worker, key)
+    }
+}
+
+impl Port {
+    /// The socket a worker in this slot is given; `None` when connections are handed over.
+    pub(crate) fn socket_for(&self, slot: SlotId) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Slots { group, .. } => group.listener(slot.0),
+            Kind::Shared(fd) => Some(fd.as_fd()),
+            Kind::SharedUnix(listener) => Some(listener.as_fd()),
+            Kind::Turns(_) => None,
+        }
+    }
+
+    pub(crate) fn is_handoff(&self) -> bool {
+        matches!(self.kind, Kind::Turns(_))
+    }
+
+    fn handoff(&mut self) -> Option<&mut Handoff<Arc<OwnedFd>>> {
+        match &mut self.kind {
+            Kind::Turns(turns) => Some(&mut turns.handoff),
+            Kind::Slots { stranded, .. } => Some(stranded),
+            _ => None,
+        }
+    }
+
+    fn handoff_ref(&self) -> Option<&Handoff<Arc<OwnedFd>>> {
+        match &self.kind {
+            Kind::Turns(turns) => Some(&turns.handoff),
+            Kind::Slots { stranded, .. } => Some(stranded),
+            _ => None,
+        }
+    }
+}
+
+/// Accepts what waits in slots that nobody accepts from and the kernel cannot empty.
+fn strand(group: &Group, slots: &[u32], now: Time, stranded: &mut Handoff<Arc<OwnedFd>>) {
+    for slot in slots {
+        let Some(listener) = group.listener(*slot) else { continue };
+        while stranded.room() > 0
+            && let Ok(connection) = accept(listener)
+        {
+            // Within its room the queue takes everything.
+            drop(stranded.offer(now, Arc::new(connection)));
+        }
+    }
+}
+
+/// Sets who is live, then moves what waits where nobody will accept it. Gives the slots whose queue the kernel
+/// cannot move.
+fn refresh_group(group: &mut Group, live: &[u32], held: &BTreeSet<SlotId>) -> io::Result<Vec<u32>> {
+    let mut live = live.to_vec();
+    live.sort_unstable();
+    live.dedup();
+    if group.live() != live {
+        group.set_live(&live)?;
+    }
+    if live.is_empty() {
+        return Ok(Vec::new());
+    }
+    let idle: Vec<u32> = group
+        .slots()
+        .filter(|slot| !live.contains(slot) && !held.contains(&SlotId(*slot)))
+        .collect();
+    let mut left = Vec::new();
+    for slot in idle {
+        if group.queue_depth(slot)? > 0 && group.rescue(slot)? == Rescued::NotPossible {
+            left.push(slot);
+        }
+    }
+    Ok(left)
+}
+
+impl Turns {
+    fn new(
+        id: ListenerId,
+        fd: TurnsFd,
+        config: &HandoffConfig,
+        io: &mpsc::Sender<FromIo>,
+    ) -> io::Result<Turns> {
+        let socket = Arc::new(AsyncFd::with_interest(fd, Interest::READABLE)?);
+        let again = Arc::new(Notify::new());
+        let task =
+            tokio::spawn(wait_acceptable(id, Arc::clone(&socket), Arc::clone(&again), io.clone()));
+        Ok(Turns {
+            socket,
+            handoff: Handoff::new(config.clone()),
+            again,
+            task: task.abort_handle(),
+            paused: false,
+            more: false,
+        })
+    }
+
+    /// Accepts as many as there is room for. An error is a shortage: pause, nothing is lost.
+    fn accept(&mut self, now: Time) -> io::Result<()> {
+        if self.paused || !self.more {
+            return Ok(());
+        }
+        for _ in 0..self.handoff.room().min(ACCEPT_BATCH) {
+            match self.socket.try_io(Interest::READABLE, |s| accept(s.as_fd())) {
+                // Within its room the queue takes everything.
+                Ok(connection) => drop(self.handoff.offer(now, Arc::new(connection))),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.more = false;
+                    self.again.notify_one();
+                    return Ok(());
+                }
+                // The client went away while it waited, or a signal came: on to the next.
+                Err(e) if is_per_connection(&e) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Turns {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn wait_acceptable(
+    port: ListenerId,
+    socket: Arc<AsyncFd<TurnsFd>>,
+    again: Arc<Notify>,
+    io: mpsc::Sender<FromIo>,
+) {
+    loop {
+        match socket.readable().await {
+            Ok(mut guard) => guard.retain_ready(),
+            Err(_) => return,
+        }
+        if io.send(FromIo::Acceptable { port }).await.is_err() {
+            return;
+        }
+        again.notified().await;
+    }
+}
+
+fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    use rustix::net::{SocketFlags, accept_with};
+    Ok(accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
+}
+
+/// A copy of a descriptor that this process was started with. Only of such a one: the primary's own are all
+/// close-on-exec, and no worker may ask for those by number.
+fn duplicate_inherited(number: i32) -> io::Result<OwnedFd> {
+    use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+    if !polyfork_sys::system::inherited_fds().contains(&number) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    let own = pidfd_open(getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(own, number, PidfdGetfdFlags::empty())?)
+}
+
+/// Number of a network interface, for addresses with a scope.
+pub(crate) fn interface_index(name: &str) -> Option<u32> {
+    if name.contains('/') || name.starts_with('.') {
+        return None;
+    }
+    std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?.trim().parse().ok()
+}
+
+/// Errors of accept(2) that concern one connection, not the listener.
+fn is_per_connection(error: &io::Error) -> bool {
+    !is_shortage(error)
+        && !matches!(
+            error.raw_os_error(),
+            Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP)
+        )
+}
+
+fn into_io(error: BindError) -> io::Error {
+    match error.errno.raw_os_error() {
+        Some(raw) => io::Error::from_raw_os_error(raw),
+        None => io::Error::other(error.to_string()),
+    }
+}
+
+pub(crate) fn local_address(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
+    let address = rustix::net::getsockname(fd)?;
+    SocketAddr::try_from(address).map_err(|_| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
+}
+
+/// TCP addresses that a process listens on by itself, from `/proc`. Empty when that cannot be read.
+pub(crate) fn own_listening_sockets(pid: u32) -> Vec<Address> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let inodes: BTreeSet<u64> = entries
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .filter_map(|target| {
+            target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+        })
+        .collect();
+    let mut found = Vec::new();
+    for table in ["tcp", "tcp6"] {
+        let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")) else {
+            continue;
+        };
+        found.extend(text.lines().skip(1).filter_map(|line| listening_line(line, &inodes)));
+    }
+    found
+}
+
+/// One line of `/proc/net/tcp`: its address if it listens (state 0A) and its inode is one of `inodes`.
+fn listening_line(line: &str, inodes: &BTreeSet<u64>) -> Option<Address> {
+    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+    if *fields.get(3)? != "0A" || !inodes.contains(&fields.get(9)?.parse().ok()?) {
+        return None;
+    }
+    let (host, port) = fields.get(1)?.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    // The kernel prints each 32-bit word of the address in the machine's byte order.
+    let words: Vec<[u8; 4]> = (0..host.len() / 8)
+        .map(|i| Some(u32::from_str_radix(host.get(i * 8..i * 8 + 8)?, 16).ok()?.to_ne_bytes()))
+        .collect::<Option<_>>()?;
+    let ip = match words.as_slice() {
+        [v4] => IpAddr::V4(Ipv4Addr::from(*v4)),
+        [a, b, c, d] => {
+            let mut bytes = [0; 16];
+            for (to, from) in bytes.chunks_exact_mut(4).zip([a, b, c, d]) {
+                to.copy_from_slice(from);
+            }
+            IpAddr::from(bytes)
+        }
+        _ => return None,
+    };
+    Some(Address::Tcp(SocketAddr::new(ip, port)))
+}
+
+/// How long accepting rests when the system is short of something.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_sockets_are_found_with_their_addresses() {
+        let v4 = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let v6 = std::net::TcpListener::bind("[::1]:0");
+        let found = own_listening_sockets(std::process::id());
+        for address in
+            [Some(v4), v6.ok()].into_iter().flatten().map(|l| l.local_addr().expect("address"))
+        {
+            assert!(found.contains(&Address::Tcp(address)), "{address} in {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_makes_no_sense_is_no_socket() {
+        let inodes = BTreeSet::from([7]);
+        for line in
+            ["", "0: x", "0: 0100007F:ZZZZ 0:0 0A 0 0 0 0 0 7", "0: 01:1F90 0:0 0A 0 0 0 0 0 7"]
+        {
+            assert_eq!(listening_line(line, &inodes), None);
+        }
+    }
+}

@@ -1,0 +1,905 @@
+//! The primary: one loop that owns every worker, every listening socket and every decision's outcome.
+//!
+//! What should happen is decided by `polyfork_core::Supervisor` (life of workers) and
+//! `polyfork_core::Handoff` (who gets which connection). This loop feeds them what happened and carries out
+//! what they answer. Starting a process is in `process`, channels in `link`, sockets in `ports`, what Node
+//! workers say in `node`, what native ones say in `native`, `NOTIFY_SOCKET` in `notify`.
+//!
+//! The rule that surprises: a worker's end is told to the supervisor only after its channel was read to the
+//! end, because an acknowledgement it wrote just before it died decides who gets a connection.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use polyfork_core::{
+    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, SlotId, Supervisor, Time,
+    WorkerId,
+};
+use polyfork_wire::ProtocolError;
+use polyfork_wire::notify::{Notification, Watchdog as Alive};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::detect::{Detected, Runtime};
+use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::link::Item;
+use super::ports::{self, Ports};
+use super::process::{self, Environment, Running, Stdio};
+use super::settings::{Address, Dialect, Ready, Settings};
+use super::{SendError, StartError, WorkerStatus};
+
+/// How often a queue that should run dry is looked at.
+const DRAIN_CHECK: Duration = Duration::from_millis(4);
+/// How often a Node worker that said nothing is looked at for a socket of its own.
+const OWN_SOCKET_CHECK: Duration = Duration::from_millis(150);
+/// A sockets worker that does not use `NOTIFY_SOCKET` counts as ready after this.
+const SOCKETS_DELAY: Duration = Duration::from_secs(1);
+/// How long the last output of ended workers is waited for (a grandchild may hold the pipe for ever).
+const OUTPUT_LINGER: Duration = Duration::from_millis(500);
+
+/// What the tasks around the loop report to it.
+#[derive(Debug)]
+pub(crate) enum FromIo {
+    Item { worker: WorkerId, item: Item },
+    ChannelEnd { worker: WorkerId, fault: Option<ProtocolError> },
+    Writable { worker: WorkerId },
+    Exited { worker: WorkerId, status: std::io::Result<std::process::ExitStatus> },
+    Acceptable { port: ListenerId },
+    Notified { worker: WorkerId, text: Vec<u8> },
+}
+
+/// What handles ask of the loop.
+pub(crate) enum Command {
+    Stop,
+    StopNow,
+    Scale(u32),
+    AddOne,
+    RemoveOne,
+    Fork { env: Vec<(OsString, OsString)>, reply: oneshot::Sender<Option<WorkerId>> },
+    Disconnect(WorkerId),
+    Kill(WorkerId, i32),
+    Send { to: WorkerId, message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
+    Broadcast { message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
+    Status(oneshot::Sender<Vec<WorkerStatus>>),
+    ReapStrangers,
+}
+
+/// A message in both encodings it may be needed in.
+#[derive(Debug, Clone)]
+pub(crate) struct Outgoing {
+    pub(crate) json: Arc<str>,
+    pub(crate) postcard: Arc<[u8]>,
+}
+
+/// Things to do at a certain time.
+#[derive(Debug, Clone, Copy)]
+enum Timer {
+    ReadyByAge(WorkerId),
+    OwnSocket(WorkerId),
+    Drained(WorkerId),
+    Accept(ListenerId),
+    Watchdog(WorkerId),
+    Stranded(Duration),
+}
+
+/// A worker that has been started and is not gone yet.
+pub(crate) struct Worker {
+    pub(crate) who: Who,
+    pub(crate) running: Running,
+    pub(crate) started: Instant,
+    pub(crate) online: bool,
+    /// Said to be ready, or found to be.
+    pub(crate) ready: bool,
+    /// Admitted by the supervisor: connections may go to it.
+    pub(crate) admitted: bool,
+    /// It said that it is going (`exitedAfterDisconnect`), or we asked it to.
+    pub(crate) leaving: bool,
+    /// The `disconnect` event was told.
+    pub(crate) disconnected: bool,
+    /// The first byte of its lines showed Bun.
+    pub(crate) prefixed: bool,
+    /// Node: connections on their way, by the sequence number of the `newconn` message.
+    pub(crate) calls: BTreeMap<u64, (ListenerId, u64)>,
+    /// Native: which listener of ours is meant by its ids (the same numbers).
+    pub(crate) bind_failed: bool,
+    status: Option<std::io::Result<std::process::ExitStatus>>,
+    channel_ended: bool,
+    fault: bool,
+    last_watchdog: Instant,
+    pub(crate) last_take_back: Option<Instant>,
+    oom_kills: Option<u64>,
+    waiting_senders: VecDeque<oneshot::Sender<Result<(), SendError>>>,
+}
+
+/// The loop's state.
+pub(crate) struct Primary {
+    pub(crate) settings: Settings,
+    pub(crate) detected: Detected,
+    pub(crate) workers: BTreeMap<WorkerId, Worker>,
+    pub(crate) ports: Ports,
+    pub(crate) io: mpsc::Sender<FromIo>,
+    /// The address that could not be had, if that is why no worker comes up.
+    pub(crate) bind_failure: Option<(Address, Arc<std::io::Error>)>,
+    supervisor: Supervisor,
+    actions: Vec<Action>,
+    commands: mpsc::Receiver<Command>,
+    from_io: mpsc::Receiver<FromIo>,
+    events: broadcast::Sender<Event>,
+    origin: Instant,
+    timers: BTreeMap<(Instant, u64), Timer>,
+    timer_seq: u64,
+    /// Numbers of our own cluster messages (Node: one counter per sending process).
+    sequence: u64,
+    forking: VecDeque<(Vec<(OsString, OsString)>, oneshot::Sender<Option<WorkerId>>)>,
+    environment: Environment,
+    output: process::OutputTasks,
+    ever_ready: bool,
+    all_ready: bool,
+    outcome: Option<Outcome>,
+    told: BTreeMap<&'static str, Instant>,
+    forced: bool,
+    stopping: bool,
+}
+
+/// What a [`super::Cluster`] handle needs of its loop.
+pub(crate) struct Started {
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) events: broadcast::Sender<Event>,
+    pub(crate) first: broadcast::Receiver<Event>,
+    pub(crate) end: oneshot::Receiver<Outcome>,
+}
+
+impl Primary {
+    /// Checks the settings, opens what `listen` names, and starts the loop as a task.
+    pub(crate) fn start(settings: Settings, detected: Detected) -> Result<Started, StartError> {
+        let workers = settings.worker_count();
+        if workers == 0 && settings.supervise {
+            return Err(StartError::Settings(
+                "a cluster needs at least one worker: 0 were asked for".into(),
+            ));
+        }
+        if !settings.listen.is_empty() && detected.dialect != Dialect::Sockets {
+            return Err(StartError::Settings(format!(
+                "addresses to inherit are for the sockets dialect; workers of the {} dialect say themselves \
+                 where they listen",
+                detected.dialect
+            )));
+        }
+        let (commands_tx, commands) = mpsc::channel(64);
+        let (io, from_io) = mpsc::channel(512);
+        let (events, first) = broadcast::channel(super::EVENT_BUFFER);
+        let (end_tx, end) = oneshot::channel();
+        let supervised = if settings.supervise { workers } else { 0 };
+        let plan = Plan {
+            workers: supervised,
+            supervise: settings.supervise,
+            ready_timeout: settings.ready_timeout,
+            grace: settings.grace,
+            kill_after: Duration::from_secs(2),
+            restart: settings.restart.clone(),
+            seed: process::random_seed(),
+        };
+        let environment = Environment::new(&settings, &detected);
+        let mut primary = Primary {
+            ports: Ports::new(settings.policy, settings.mechanism),
+            supervisor: Supervisor::new(plan),
+            actions: Vec::new(),
+            workers: BTreeMap::new(),
+            commands,
+            from_io,
+            io,
+            events: events.clone(),
+            origin: Instant::now(),
+            timers: BTreeMap::new(),
+            timer_seq: 0,
+            sequence: 0,
+            forking: VecDeque::new(),
+            environment,
+            output: process::OutputTasks::default(),
+            ever_ready: false,
+            all_ready: false,
+            bind_failure: None,
+            forced: false,
+            stopping: false,
+            outcome: None,
+            told: BTreeMap::new(),
+            settings,
+            detected,
+        };
+        primary.emit(Event::Setup { workers, dialect: primary.detected.dialect });
+        for text in primary.environment.take_notices() {
+            primary.notice("preload", None, text);
+        }
+        primary.bind_pinned(supervised)?;
+        tokio::spawn(primary.run(end_tx));
+        Ok(Started { commands: commands_tx, events, first, end })
+    }
+
+    async fn run(mut self, end: oneshot::Sender<Outcome>) {
+        self.feed(Input::Start);
+        while self.outcome.is_none() {
+            self.turn().await;
+        }
+        self.output.finish(OUTPUT_LINGER).await;
+        if let Some(outcome) = self.outcome.take() {
+            self.emit(Event::End(outcome.clone()));
+            // Nobody has to wait for the end.
+            let _ = end.send(outcome);
+        }
+    }
+
+    /// One round: wait for something, deal with it and with all that is there by then, act.
+    async fn turn(&mut self) {
+        let deadline = self.deadline();
+        tokio::select! {
+            Some(io) = self.from_io.recv() => {
+                self.on_io(io);
+                // Whatever else has arrived is dealt with in the same round, up to a bound that keeps
+                // commands and timers alive.
+                for _ in 0..256 {
+                    match self.from_io.try_recv() {
+                        Ok(io) => self.on_io(io),
+                        Err(_) => break,
+                    }
+                }
+            }
+            command = self.commands.recv() => match command {
+                Some(command) => self.on_command(command),
+                // Every handle is gone: nobody could stop the cluster any more.
+                None => self.feed(Input::Stop),
+            },
+            () = sleep_until(deadline) => {}
+        }
+        self.run_timers();
+        self.feed(Input::Tick);
+        self.deliver();
+    }
+
+    pub(crate) fn now(&self) -> Time {
+        Time::new(self.origin.elapsed())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        // A batch was cut short: go on after whatever else is there.
+        if self.ports.has_more() {
+            return Some(Instant::now());
+        }
+        let at = |time: Time| self.origin + time.since_origin();
+        let timer = self.timers.keys().next().map(|(at, _)| *at);
+        let supervisor = self.supervisor.deadline().map(at);
+        let handoff = self.ports.deadline().map(at);
+        [timer, supervisor, handoff].into_iter().flatten().min()
+    }
+
+    fn after(&mut self, delay: Duration, timer: Timer) {
+        self.timer_seq += 1;
+        self.timers.insert((Instant::now() + delay, self.timer_seq), timer);
+    }
+
+    fn run_timers(&mut self) {
+        let now = Instant::now();
+        while let Some(entry) = self.timers.first_entry()
+            && entry.key().0 <= now
+        {
+            match entry.remove() {
+                Timer::ReadyByAge(worker) => self.became_ready(worker),
+                Timer::OwnSocket(worker) => self.look_for_own_socket(worker),
+                Timer::Drained(worker) => self.check_drained(worker),
+                Timer::Accept(port) => self.ports.resume_accepting(port),
+                Timer::Watchdog(worker) => self.check_watchdog(worker),
+                Timer::Stranded(pause) => self.stranded_check(pause),
+            }
+        }
+    }
+
+    /// Tells the supervisor, and does what it says.
+    pub(crate) fn feed(&mut self, input: Input) {
+        let now = self.now();
+        self.supervisor.handle(now, input, &mut self.actions);
+        // Acting can lead to more input (a spawn that fails); the supervisor sees it in order.
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            self.act(action);
+        }
+        if self.actions.is_empty() {
+            self.actions = actions;
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Spawn { slot, worker, .. } => self.spawn(slot, worker),
+            Action::Admit { worker } => self.admit(worker),
+            Action::Suspend { worker } => self.suspend(worker),
+            Action::TellStop { worker, grace } => self.tell_stop(worker, grace),
+            Action::Terminate { worker } => self.signal(worker, libc::SIGTERM),
+            Action::Kill { worker } => self.signal(worker, libc::SIGKILL),
+            Action::Signal { worker, signal } => self.signal(worker, signal),
+            Action::Gone { slot, worker, exit, reason, lived, will_restart } => {
+                self.gone(slot, worker, exit, reason, lived, will_restart);
+            }
+            Action::SlotFailed { slot, restarts, window } => {
+                self.emit(Event::SlotFailed { slot: slot.0, restarts, window });
+            }
+            Action::SlotRetired { slot } => {
+                for failure in self.ports.remove_slot(slot) {
+                    self.notice("slot", None, failure);
+                }
+                self.emit(Event::SlotRetired { slot: slot.0 });
+            }
+            Action::Finished { outcome } => self.outcome = Some(self.told_outcome(outcome)),
+            _ => {}
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Stop => {
+                self.forced |= std::mem::replace(&mut self.stopping, true);
+                self.feed(Input::Stop);
+            }
+            Command::StopNow => {
+                self.forced = true;
+                self.feed(Input::StopNow);
+            }
+            Command::Scale(workers) => self.feed(Input::Scale { workers }),
+            Command::AddOne => self.feed(Input::AddOne),
+            Command::RemoveOne => self.feed(Input::RemoveOne),
+            Command::Fork { env, reply } => {
+                self.forking.push_back((env, reply));
+                self.feed(Input::Fork);
+                // Answered by `spawn`; a cluster that is stopping forks nothing.
+                if let Some((_, reply)) = self.forking.pop_front() {
+                    let _ = reply.send(None);
+                }
+            }
+            Command::Disconnect(worker) => self.feed(Input::Disconnect { worker }),
+            Command::Kill(worker, signal) => self.feed(Input::Kill { worker, signal }),
+            Command::Send { to, message, reply } => self.send(to, &message, reply),
+            Command::Broadcast { message, reply } => {
+                let everybody: Vec<_> = self.workers.keys().copied().collect();
+                for worker in everybody {
+                    self.push_message(worker, &message);
+                }
+                // The asker may have gone.
+                let _ = reply.send(Ok(()));
+            }
+            Command::ReapStrangers => self.reap_strangers(),
+            Command::Status(reply) => {
+                // The asker may have gone.
+                let _ = reply.send(self.status());
+            }
+        }
+    }
+
+    fn on_io(&mut self, io: FromIo) {
+        match io {
+            FromIo::Item { worker, item } => self.on_item(worker, item),
+            FromIo::ChannelEnd { worker, fault } => self.on_channel_end(worker, fault),
+            FromIo::Writable { worker } => {
+                if let Some(w) = self.workers.get_mut(&worker) {
+                    w.running.link.writable();
+                }
+                self.flush(worker);
+            }
+            FromIo::Exited { worker, status } => self.on_exited(worker, status),
+            FromIo::Acceptable { port } => self.ports.acceptable(port),
+            FromIo::Notified { worker, text } => self.on_notified(worker, &text),
+        }
+    }
+
+    fn on_item(&mut self, worker: WorkerId, item: Item) {
+        match item {
+            Item::Node { incoming, prefixed, fd } => self.on_node(worker, incoming, prefixed, fd),
+            Item::Native(message) => self.on_native(worker, message),
+        }
+    }
+
+    // ---- life of a worker ----
+
+    fn spawn(&mut self, slot: SlotId, worker: WorkerId) {
+        let forked = self.forking.pop_front();
+        let extra = forked.as_ref().map(|(env, _)| env.as_slice()).unwrap_or_default();
+        for failure in self.ports.add_slot(slot) {
+            self.notice("slot", None, failure);
+        }
+        let inherited = self.ports.inherited_by(slot);
+        let request = process::Request {
+            slot,
+            worker,
+            settings: &self.settings,
+            detected: &self.detected,
+            environment: &self.environment,
+            extra_env: extra,
+            inherited,
+            io: &self.io,
+            output: &mut self.output,
+        };
+        match process::start(request) {
+            Ok(running) => self.spawned(slot, worker, running),
+            Err(error) => {
+                let transient = error.is_transient();
+                self.notice(
+                    "spawn-failed",
+                    Some(Who { slot: slot.0, worker: worker.0, pid: 0 }),
+                    error.to_string(),
+                );
+                self.feed(Input::SpawnFailed { worker, transient });
+            }
+        }
+        if let Some((_, reply)) = forked {
+            // The asker may have gone.
+            let _ = reply.send(self.workers.contains_key(&worker).then_some(worker));
+        }
+    }
+
+    fn spawned(&mut self, slot: SlotId, worker: WorkerId, running: Running) {
+        let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
+        let has_channel = running.link.exists();
+        self.workers.insert(
+            worker,
+            Worker {
+                who,
+                running,
+                started: Instant::now(),
+                online: false,
+                ready: false,
+                admitted: false,
+                leaving: false,
+                disconnected: false,
+                prefixed: false,
+                calls: BTreeMap::new(),
+                bind_failed: false,
+                status: None,
+                channel_ended: !has_channel,
+                fault: false,
+                last_watchdog: Instant::now(),
+                last_take_back: None,
+                oom_kills: polyfork_sys::system::oom_kills(),
+                waiting_senders: VecDeque::new(),
+            },
+        );
+        self.emit(Event::Fork(who));
+        self.feed(Input::Spawned { worker });
+        self.join_pinned(worker);
+        match (self.settings.ready, self.detected.dialect) {
+            (Ready::Delay(delay), _) => self.after(delay, Timer::ReadyByAge(worker)),
+            (Ready::Auto, Dialect::Sockets) => self.after(SOCKETS_DELAY, Timer::ReadyByAge(worker)),
+            (Ready::Auto | Ready::Listening, Dialect::Node) => {
+                self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
+            }
+            _ => {}
+        }
+        if !has_channel {
+            self.on_online(worker);
+        }
+        if let Some(limit) = self.settings.watchdog {
+            self.after(limit, Timer::Watchdog(worker));
+        }
+    }
+
+    /// The worker runs and can talk (Node: `online`).
+    pub(crate) fn on_online(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if std::mem::replace(&mut w.online, true) {
+            return;
+        }
+        let who = w.who;
+        self.emit(Event::Online(who));
+        self.feed(Input::Online { worker });
+    }
+
+    /// The worker may have connections, as far as it is concerned.
+    pub(crate) fn became_ready(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if w.leaving || std::mem::replace(&mut w.ready, true) {
+            return;
+        }
+        self.feed(Input::Ready { worker });
+    }
+
+    fn admit(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        w.admitted = true;
+        let who = w.who;
+        self.ever_ready = true;
+        self.ports.admit(worker, SlotId(who.slot), self.settings.window);
+        self.refresh_ports();
+        self.emit(Event::Ready(who));
+        self.check_all_ready();
+    }
+
+    /// All slots have a ready worker: say so, and close sockets that the present program does not use.
+    fn check_all_ready(&mut self) {
+        let wanted = self.supervisor.slots().count();
+        let ready = self.workers.values().filter(|w| w.admitted).count();
+        let all = wanted > 0 && ready >= wanted;
+        if all && !self.all_ready {
+            self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
+            for address in self.ports.close_unused() {
+                self.emit(Event::Closed { address });
+            }
+        }
+        self.all_ready = all;
+    }
+
+    fn suspend(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        let was_admitted = std::mem::replace(&mut w.admitted, false);
+        let who = w.who;
+        self.ports.suspend(worker);
+        self.refresh_ports();
+        if was_admitted {
+            self.emit(Event::Draining(who));
+            self.all_ready = false;
+        }
+        self.check_drained(worker);
+    }
+
+    /// What waited for a suspended worker has been taken by it: it can be asked to stop without loss.
+    fn check_drained(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get(&worker) else { return };
+        if self.ports.is_quiet(worker, SlotId(w.who.slot)) {
+            self.feed(Input::Drained { worker });
+        } else {
+            self.after(DRAIN_CHECK, Timer::Drained(worker));
+        }
+    }
+
+    fn tell_stop(&mut self, worker: WorkerId, grace: Duration) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        // One that said it is going needs no telling; a second word would cut its connections.
+        if std::mem::replace(&mut w.leaving, true) {
+            return;
+        }
+        match self.detected.dialect {
+            Dialect::Node if !w.channel_ended => self.tell_node_stop(worker),
+            Dialect::Native if !w.channel_ended => self.tell_native_stop(worker, grace),
+            _ => self.signal(worker, libc::SIGTERM),
+        }
+    }
+
+    fn signal(&mut self, worker: WorkerId, signal: i32) {
+        let Some(w) = self.workers.get(&worker) else { return };
+        if let Err(error) = w.running.signal(signal) {
+            let who = w.who;
+            self.notice("signal", Some(who), format!("cannot send signal {signal}: {error}"));
+        }
+    }
+
+    fn on_exited(&mut self, worker: WorkerId, status: std::io::Result<std::process::ExitStatus>) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        w.status = Some(status);
+        w.running.link.process_ended();
+        self.settle(worker);
+    }
+
+    fn on_channel_end(&mut self, worker: WorkerId, fault: Option<ProtocolError>) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        w.channel_ended = true;
+        match fault {
+            Some(fault) => self.protocol_fault(worker, &fault.to_string()),
+            None => self.told_disconnect(worker),
+        }
+        self.settle(worker);
+    }
+
+    /// A worker broke the rules of its channel: it is replaced, and nothing else happens.
+    pub(crate) fn protocol_fault(&mut self, worker: WorkerId, what: &str) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if std::mem::replace(&mut w.fault, true) {
+            return;
+        }
+        let who = w.who;
+        w.running.link.close();
+        w.channel_ended = true;
+        self.notice("protocol-fault", Some(who), format!("{what}; the worker is replaced"));
+        self.feed(Input::Unfit { worker, reason: Reason::ProtocolFault });
+        self.told_disconnect(worker);
+        self.settle(worker);
+    }
+
+    /// Node's `disconnect`, once.
+    fn told_disconnect(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if std::mem::replace(&mut w.disconnected, true) {
+            return;
+        }
+        let (who, alive, leaving) = (w.who, w.status.is_none(), w.leaving);
+        for waiting in w.waiting_senders.drain(..) {
+            // The sender may have given up.
+            let _ = waiting.send(Err(SendError::Disconnected));
+        }
+        self.emit(Event::Disconnect(who));
+        if alive && !leaving {
+            self.feed(Input::ChannelClosed { worker });
+        }
+    }
+
+    /// Both the process and its channel have ended: only now is the worker dead to the supervisor.
+    fn settle(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if !w.channel_ended {
+            return;
+        }
+        let Some(status) = w.status.take() else { return };
+        let before = w.oom_kills;
+        let exit = match &status {
+            Ok(status) => exit_of(*status),
+            Err(_) => Exit::Unknown,
+        };
+        let out_of_memory = exit == Exit::Signal(libc::SIGKILL)
+            && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
+        self.feed(Input::Exited { worker, exit, out_of_memory });
+    }
+
+    fn gone(
+        &mut self,
+        slot: SlotId,
+        worker: WorkerId,
+        exit: Exit,
+        reason: Reason,
+        lived: Duration,
+        will_restart: Option<Duration>,
+    ) {
+        let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
+            Some(mut w) => {
+                w.running.link.close();
+                for waiting in w.waiting_senders.drain(..) {
+                    // The sender may have given up.
+                    let _ = waiting.send(Err(SendError::Disconnected));
+                }
+                if !w.disconnected && self.detected.dialect != Dialect::Sockets {
+                    self.emit(Event::Disconnect(w.who));
+                }
+                (w.who, w.leaving, w.bind_failed)
+            }
+            None => (Who { slot: slot.0, worker: worker.0, pid: 0 }, false, false),
+        };
+        self.all_ready = false;
+        self.ports.died(worker);
+        self.refresh_ports();
+        let (code, signal) = match exit {
+            Exit::Code(code) => (Some(code), None),
+            Exit::Signal(signal) => (None, Some(signal)),
+            Exit::Unknown | Exit::NotStarted => (None, None),
+        };
+        self.emit(Event::Exit {
+            who,
+            code,
+            signal,
+            reason,
+            lived,
+            voluntary,
+            restart_in: will_restart,
+        });
+        // A first start that fails because the address is taken will not get better by trying again.
+        if bind_failed && !self.ever_ready && self.settings.supervise && !self.stopping {
+            self.feed(Input::StopNow);
+        }
+    }
+
+    fn told_outcome(&mut self, ended: Ended) -> Outcome {
+        match (ended, self.bind_failure.take()) {
+            (_, Some((address, error))) if !self.ever_ready => {
+                Outcome::BindFailed { address, error }
+            }
+            (Ended::Stopped, _) if self.forced => Outcome::Forced,
+            (Ended::Stopped, _) => Outcome::Stopped,
+            (Ended::AllFailed { last }, _) => Outcome::AllFailed { last },
+            (Ended::NeverReady { first, last }, _) => Outcome::NeverReady { first, last },
+        }
+    }
+
+    // ---- messages ----
+
+    fn send(
+        &mut self,
+        to: WorkerId,
+        message: &Outgoing,
+        reply: oneshot::Sender<Result<(), SendError>>,
+    ) {
+        let outcome = self.push_message(to, message);
+        match self.workers.get_mut(&to) {
+            Some(w) if outcome.is_ok() && w.running.link.is_full() => {
+                w.waiting_senders.push_back(reply);
+            }
+            _ => {
+                // The sender may have given up.
+                let _ = reply.send(outcome);
+            }
+        }
+    }
+
+    fn push_message(&mut self, to: WorkerId, message: &Outgoing) -> Result<(), SendError> {
+        let w = self.workers.get_mut(&to).ok_or(SendError::NoSuchWorker)?;
+        if w.channel_ended || w.disconnected {
+            return Err(SendError::Disconnected);
+        }
+        w.running.link.push_user_message(message)?;
+        self.flush(to);
+        Ok(())
+    }
+
+    /// Writes what waits, and releases senders once there is room.
+    pub(crate) fn flush(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        w.running.link.flush();
+        if !w.running.link.is_full() {
+            for waiting in w.waiting_senders.drain(..) {
+                // The sender may have given up.
+                let _ = waiting.send(Ok(()));
+            }
+        }
+    }
+
+    pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
+        let Some(w) = self.workers.get(&worker) else { return };
+        let who = w.who;
+        if self.settings.ready == Ready::Message
+            && matches!(&message, Encoded::Json(text) if &**text == "\"ready\"")
+        {
+            self.became_ready(worker);
+        }
+        self.emit(Event::Message { who, message: Message(message) });
+    }
+
+    // ---- small things ----
+
+    fn on_notified(&mut self, worker: WorkerId, text: &[u8]) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        let who = w.who;
+        let state = Notification::parse(text);
+        if state.watchdog == Some(Alive::Alive) {
+            w.last_watchdog = Instant::now();
+        }
+        if let Some(text) = state.status {
+            self.emit(Event::Status { who, text });
+        }
+        if state.stopping
+            && let Some(w) = self.workers.get_mut(&worker)
+        {
+            w.leaving = true;
+            self.feed(Input::Leaving { worker });
+        }
+        if state.ready && matches!(self.settings.ready, Ready::Auto | Ready::Notify) {
+            self.became_ready(worker);
+        }
+        if state.watchdog == Some(Alive::Trigger) {
+            self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
+        }
+    }
+
+    fn check_watchdog(&mut self, worker: WorkerId) {
+        let (Some(limit), Some(w)) = (self.settings.watchdog, self.workers.get(&worker)) else {
+            return;
+        };
+        if w.leaving {
+            return;
+        }
+        let silent = w.last_watchdog.elapsed();
+        if silent < limit {
+            self.after(limit - silent, Timer::Watchdog(worker));
+            return;
+        }
+        let who = w.who;
+        let text = format!("no WATCHDOG=1 for {} s; the worker is replaced", silent.as_secs());
+        self.notice("watchdog", Some(who), text);
+        self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
+    }
+
+    /// A program may bind for itself (`exclusive`, `reusePort`) and tell nobody. Then its own listening
+    /// socket is what makes it ready.
+    fn look_for_own_socket(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get(&worker) else { return };
+        if w.ready || w.leaving {
+            return;
+        }
+        let who = w.who;
+        let found = ports::own_listening_sockets(who.pid);
+        if found.is_empty() || !w.online {
+            self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
+            return;
+        }
+        let by = self.ports.own_socket_via();
+        for address in found {
+            self.emit(Event::Listening { who, address, by: Arc::clone(&by) });
+        }
+        self.became_ready(worker);
+    }
+
+    pub(crate) fn next_sequence(&mut self) -> u64 {
+        let sequence = self.sequence;
+        self.sequence += 1;
+        sequence
+    }
+
+    /// One look at a time: an earlier one that is planned is replaced.
+    pub(crate) fn look_for_stranded(&mut self, pause: Duration) {
+        self.timers.retain(|_, timer| !matches!(timer, Timer::Stranded(_)));
+        self.after(pause, Timer::Stranded(pause));
+    }
+
+    pub(crate) fn pause_accepting(&mut self, port: ListenerId, pause: Duration) {
+        self.after(pause, Timer::Accept(port));
+    }
+
+    /// As PID 1: ended processes that nobody else will ever wait for.
+    fn reap_strangers(&self) {
+        let ours: Vec<u32> = self.workers.values().map(|w| w.who.pid).collect();
+        polyfork_sys::system::reap_strangers(&|pid| {
+            u32::try_from(pid.as_raw_nonzero().get()).is_ok_and(|pid| ours.contains(&pid))
+        });
+    }
+
+    /// A remark that is made at most once in `pause`, however often its cause repeats.
+    pub(crate) fn notice_at_most(&mut self, code: &'static str, pause: Duration, text: String) {
+        let now = Instant::now();
+        let last = self.told.insert(code, now);
+        match last {
+            Some(last) if now - last < pause => {
+                self.told.insert(code, last);
+            }
+            _ => self.notice(code, None, text),
+        }
+    }
+
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.detected.runtime
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        // No subscriber is fine.
+        let _ = self.events.send(event);
+    }
+
+    pub(crate) fn notice(&self, code: &'static str, who: Option<Who>, text: String) {
+        self.emit(Event::Notice(Notice { code, who, text }));
+    }
+
+    fn status(&self) -> Vec<WorkerStatus> {
+        let state = |w: &Worker| match (w.leaving, w.admitted, w.online) {
+            (true, ..) => "draining",
+            (_, true, _) => "ready",
+            (_, _, true) => "online",
+            _ => "starting",
+        };
+        self.workers
+            .values()
+            .map(|w| WorkerStatus {
+                slot: w.who.slot,
+                worker: w.who.worker,
+                pid: w.who.pid,
+                state: state(w),
+                uptime: w.started.elapsed(),
+                connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
+            })
+            .collect()
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn exit_of(status: std::process::ExitStatus) -> Exit {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::Code(code),
+        (None, Some(signal)) => Exit::Signal(signal),
+        (None, None) => Exit::Unknown,
+    }
+}
+
+impl From<Stdio> for super::settings::Stream {
+    fn from(stdio: Stdio) -> Self {
+        match stdio {
+            Stdio::Out => super::settings::Stream::Stdout,
+            Stdio::Err => super::settings::Stream::Stderr,
+        }
+    }
+}

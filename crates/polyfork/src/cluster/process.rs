@@ -1,0 +1,436 @@
+//! Starts a worker process the way its dialect wants it, and watches it.
+//!
+//! Environment, descriptors, channel and output pipes are put together here; the system call is in
+//! `polyfork_sys::spawn`. Whether and when a worker is started is not decided here.
+//!
+//! The rule that surprises: every worker is the leader of its own process group, so that Ctrl-C in a terminal
+//! reaches the primary alone, which then drains.
+//!
+//! References: Node `lib/internal/cluster/primary.js` (`createWorkerProcess`); sd_listen_fds(3), sd_notify(3).
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use polyfork_core::{SlotId, WorkerId};
+use polyfork_sys::spawn::{Child, Command, SpawnError};
+use polyfork_wire::env as names;
+use rustix::process::Signal;
+use tokio::io::AsyncReadExt;
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::detect::{Detected, Runtime};
+use super::link::{Codec, Link};
+use super::notify::NotifySocket;
+use super::preload;
+use super::primary::FromIo;
+use super::settings::{Dialect, Output, OutputLine, Settings};
+
+/// Descriptor number of the channel in the worker, as Node's `fork` has it.
+pub(crate) const CHANNEL_FD: i32 = 3;
+/// First inherited socket in a sockets worker (`SD_LISTEN_FDS_START`).
+const LISTEN_FDS_START: i32 = 3;
+/// A line of output longer than this is passed on in pieces.
+const LINE_LIMIT: usize = 64 * 1024;
+
+/// Whose channel it is: like `LISTEN_PID`, so that a grandchild is not fooled by what it inherits.
+pub(crate) const POLYFORK_CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
+/// Room made for each read from a worker's output.
+const READ_BYTES: usize = 8 * 1024;
+
+/// Standard output or error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stdio {
+    Out,
+    Err,
+}
+
+/// What all workers have in their environment, worked out once.
+pub(crate) struct Environment {
+    set: Vec<(OsString, OsString)>,
+    notices: Vec<String>,
+}
+
+/// Ours or our parent's, and not for workers.
+const NOT_INHERITED: [&str; 11] = [
+    names::NODE_CHANNEL_FD,
+    names::NODE_CHANNEL_SERIALIZATION_MODE,
+    names::NODE_UNIQUE_ID,
+    names::POLYFORK_CHANNEL_FD,
+    POLYFORK_CHANNEL_PID,
+    names::POLYFORK_WORKER_ID,
+    names::POLYFORK_SLOT,
+    names::LISTEN_FDS,
+    names::LISTEN_PID,
+    names::LISTEN_FDNAMES,
+    names::NOTIFY_SOCKET,
+];
+
+impl Environment {
+    pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
+        let mut set: Vec<(OsString, OsString)> = settings.env.clone();
+        let mut notices = Vec::new();
+        if settings.drain_preload && matches!(detected.runtime, Runtime::Node { .. }) {
+            let own = settings.env.iter().rev().find(|(key, _)| key == "NODE_OPTIONS");
+            let existing =
+                own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os("NODE_OPTIONS"));
+            match preload::place() {
+                Ok(path) => {
+                    set.extend(preload::environment(existing.as_deref(), &path, settings.grace));
+                }
+                Err(error) => notices.push(format!(
+                    "cannot write the drain preload ({error}): workers that drain will wait for kept-alive \
+                     clients; set XDG_CACHE_HOME to a folder that can be written"
+                )),
+            }
+        }
+        Environment { set, notices }
+    }
+
+    /// What a person should know about it, once.
+    pub(crate) fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
+    }
+}
+
+/// All that goes into one start.
+pub(crate) struct Request<'a> {
+    pub(crate) slot: SlotId,
+    pub(crate) worker: WorkerId,
+    pub(crate) settings: &'a Settings,
+    pub(crate) detected: &'a Detected,
+    pub(crate) environment: &'a Environment,
+    pub(crate) extra_env: &'a [(OsString, OsString)],
+    /// Listening sockets for a sockets worker, with their names.
+    pub(crate) inherited: io::Result<Vec<(OwnedFd, String)>>,
+    pub(crate) io: &'a mpsc::Sender<FromIo>,
+    pub(crate) output: &'a mut OutputTasks,
+}
+
+/// A started process with all that is attached to it.
+pub(crate) struct Running {
+    child: std::sync::Arc<AsyncFd<ChildFd>>,
+    pub(crate) link: Link,
+    /// Present while the worker lives, for the dialects that use it.
+    _notify: Option<NotifySocket>,
+}
+
+/// A child, waited for through its pidfd.
+struct ChildFd(Child);
+
+impl std::os::fd::AsRawFd for ChildFd {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.pidfd().as_raw_fd()
+    }
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        u32::try_from(self.child.get_ref().0.pid().as_raw_nonzero().get()).unwrap_or(0)
+    }
+
+    pub(crate) fn child(&self) -> &Child {
+        &self.child.get_ref().0
+    }
+
+    /// Sends a signal through the pidfd. A process that has ended already is no error.
+    pub(crate) fn signal(&self, number: i32) -> io::Result<()> {
+        let signal = Signal::from_named_raw(number)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no such signal"))?;
+        match self.child().signal(signal) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// Why a worker could not be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartFailure {
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    #[error("cannot prepare a worker: {0}")]
+    Prepare(#[from] io::Error),
+}
+
+impl StartFailure {
+    /// Worth trying again: the machine is short of something.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            StartFailure::Spawn(e) => super::link::is_shortage(&e.errno),
+            StartFailure::Prepare(e) => super::link::is_shortage(e),
+        }
+    }
+}
+
+/// Starts one worker process and the tasks that watch it.
+pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
+    let Request { slot, worker, settings, detected, environment, extra_env, .. } = request;
+    let mut command = Command::new(&detected.exec);
+    command.args(&detected.args_before).args(&settings.args);
+    command.process_group(true).null(0);
+    for name in NOT_INHERITED {
+        command.env_remove(name);
+    }
+    for (key, value) in environment.set.iter().chain(extra_env) {
+        command.env(key, value);
+    }
+    command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
+    if let Some(directory) = &settings.cwd {
+        command.current_dir(directory);
+    }
+    let pipes = output_pipes(&mut command, &settings.output)?;
+    let (ours, codec) = dialect(&mut command, &request)?;
+    let notify = match detected.dialect {
+        Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
+        _ => None,
+    };
+    if let Some(socket) = &notify {
+        command.env(names::NOTIFY_SOCKET, socket.address());
+        if let Some(limit) = settings.watchdog {
+            command.env("WATCHDOG_USEC", limit.as_micros().to_string());
+            command.pid_env("WATCHDOG_PID");
+        }
+        // What cannot be asked by message is asked by signal when the primary is gone.
+        command.parent_death_signal(Some(Signal::TERM));
+    }
+    let child = command.spawn()?;
+    let link = match ours {
+        Some(socket) => {
+            let limits = settings.limits;
+            Link::open(worker, socket, codec, limits, settings.window, request.io.clone())?
+        }
+        None => Link::None,
+    };
+    let child =
+        std::sync::Arc::new(AsyncFd::with_interest(ChildFd(child), tokio::io::Interest::READABLE)?);
+    tokio::spawn(watch(worker, std::sync::Arc::clone(&child), request.io.clone()));
+    if let (Some((out, err)), Output::Lines(sink)) = (pipes, &settings.output) {
+        for (pipe, stdio) in [(out, Stdio::Out), (err, Stdio::Err)] {
+            request.output.read(pipe, slot, worker, stdio, sink.clone())?;
+        }
+    }
+    Ok(Running { child, link, _notify: notify })
+}
+
+/// Sets the command up for its dialect; gives our end of the channel, if there is one.
+fn dialect(
+    command: &mut Command,
+    request: &Request<'_>,
+) -> Result<(Option<OwnedFd>, Codec), StartFailure> {
+    let Request { slot, worker, inherited, .. } = request;
+    match request.detected.dialect {
+        Dialect::Node => {
+            let (ours, theirs) = polyfork_sys::channel::pair()?;
+            command.fd(CHANNEL_FD, theirs);
+            command.env(names::NODE_CHANNEL_FD, CHANNEL_FD.to_string());
+            command.env(names::NODE_CHANNEL_SERIALIZATION_MODE, "json");
+            command.env(names::NODE_UNIQUE_ID, worker.0.to_string());
+            Ok((Some(ours), Codec::Node))
+        }
+        Dialect::Native => {
+            let (ours, theirs) = polyfork_sys::channel::pair()?;
+            command.fd(CHANNEL_FD, theirs);
+            command.env(names::POLYFORK_CHANNEL_FD, CHANNEL_FD.to_string());
+            command.env(names::POLYFORK_WORKER_ID, worker.0.to_string());
+            command.env(names::POLYFORK_SLOT, slot.0.to_string());
+            command.pid_env(POLYFORK_CHANNEL_PID);
+            Ok((Some(ours), Codec::Native))
+        }
+        Dialect::Sockets => {
+            let inherited = match inherited {
+                Ok(sockets) => sockets,
+                Err(e) => return Err(io::Error::new(e.kind(), e.to_string()).into()),
+            };
+            let mut sockets = Vec::new();
+            for (number, (socket, name)) in (LISTEN_FDS_START..).zip(inherited) {
+                command.fd(number, socket.try_clone()?);
+                sockets.push(name.as_str());
+            }
+            if !sockets.is_empty() {
+                command.env(names::LISTEN_FDS, sockets.len().to_string());
+                command.env(names::LISTEN_FDNAMES, sockets.join(":"));
+                command.pid_env(names::LISTEN_PID);
+            }
+            command.env(names::POLYFORK_SLOT, slot.0.to_string());
+            Ok((None, Codec::Node))
+        }
+    }
+}
+
+type Pipes = Option<(OwnedFd, OwnedFd)>;
+
+fn output_pipes(command: &mut Command, output: &Output) -> io::Result<Pipes> {
+    use rustix::pipe::{PipeFlags, pipe_with};
+    match output {
+        Output::Inherit => Ok(None),
+        Output::Null => {
+            command.null(1).null(2);
+            Ok(None)
+        }
+        Output::Lines(_) => {
+            let (out, out_child) = pipe_with(PipeFlags::CLOEXEC)?;
+            let (err, err_child) = pipe_with(PipeFlags::CLOEXEC)?;
+            command.fd(1, out_child).fd(2, err_child);
+            Ok(Some((out, err)))
+        }
+    }
+}
+
+/// Waits for the end of the process and reports it, once.
+async fn watch(
+    worker: WorkerId,
+    child: std::sync::Arc<AsyncFd<ChildFd>>,
+    io: mpsc::Sender<FromIo>,
+) {
+    let status = loop {
+        let mut ready = match child.readable().await {
+            Ok(ready) => ready,
+            Err(e) => break Err(e),
+        };
+        match child.get_ref().0.try_wait() {
+            Ok(Some(status)) => break Ok(status),
+            Ok(None) => ready.clear_ready(),
+            Err(e) => break Err(e),
+        }
+    };
+    // The loop is gone only when the whole primary ends.
+    let _ = io.send(FromIo::Exited { worker, status }).await;
+}
+
+/// The tasks that read what workers write. They outlive their worker until its pipes end.
+#[derive(Default)]
+pub(crate) struct OutputTasks(JoinSet<()>);
+
+impl OutputTasks {
+    fn read(
+        &mut self,
+        pipe: OwnedFd,
+        slot: SlotId,
+        worker: WorkerId,
+        stdio: Stdio,
+        sink: mpsc::Sender<OutputLine>,
+    ) -> io::Result<()> {
+        while self.0.try_join_next().is_some() {}
+        polyfork_sys::channel::set_nonblocking(std::os::fd::AsFd::as_fd(&pipe), true)?;
+        let pipe = pipe::Receiver::from_owned_fd(pipe)?;
+        self.0.spawn(pass_lines(pipe, slot, worker, stdio, sink));
+        Ok(())
+    }
+
+    /// Waits for the last words of ended workers, but not for ever.
+    pub(crate) async fn finish(&mut self, limit: Duration) {
+        // Past the limit a grandchild holds the pipe: what it writes later is its own.
+        let _ = tokio::time::timeout(limit, async { while self.0.join_next().await.is_some() {} })
+            .await;
+        self.0.abort_all();
+    }
+}
+
+/// Cuts a stream into lines. Waits while the reader of lines is behind, which in time makes the worker wait.
+async fn pass_lines(
+    mut pipe: pipe::Receiver,
+    slot: SlotId,
+    worker: WorkerId,
+    stdio: Stdio,
+    sink: mpsc::Sender<OutputLine>,
+) {
+    let line = |line: Vec<u8>, complete| OutputLine {
+        slot: slot.0,
+        worker: worker.0,
+        stream: stdio.into(),
+        line,
+        complete,
+    };
+    let mut pending = Vec::new();
+    loop {
+        let start = pending.len();
+        pending.reserve(READ_BYTES);
+        // An error on a pipe means that it is over.
+        if !matches!(pipe.read_buf(&mut pending).await, Ok(read) if read > 0) {
+            break;
+        }
+        let mut from = 0;
+        let mut look = start;
+        while let Some(at) = pending[look..].iter().position(|b| *b == b'\n') {
+            let end = look + at;
+            if sink.send(line(pending[from..end].to_vec(), true)).await.is_err() {
+                return;
+            }
+            from = end + 1;
+            look = from;
+        }
+        pending.drain(..from);
+        if pending.len() >= LINE_LIMIT
+            && sink.send(line(std::mem::take(&mut pending), false)).await.is_err()
+        {
+            return;
+        }
+        if pending.is_empty() && pending.capacity() > LINE_LIMIT {
+            pending = Vec::new();
+        }
+    }
+    if !pending.is_empty() {
+        // The reader of lines may have gone.
+        let _ = sink.send(line(pending, false)).await;
+    }
+}
+
+/// A seed for jitter, different in every process.
+pub(crate) fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+/// The value of a variable as a worker would see it, for [`Environment`] and for tests.
+#[cfg(test)]
+fn value<'a>(set: &'a [(OsString, OsString)], key: &str) -> Option<&'a OsStr> {
+    set.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_os_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn lines_of(text: &[u8]) -> Vec<(String, bool)> {
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let (tx, mut rx) = mpsc::channel(4);
+        let mut tasks = OutputTasks::default();
+        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        let text = text.to_vec();
+        let writing = tokio::task::spawn_blocking(move || {
+            use std::io::Write;
+            std::fs::File::from(writer).write_all(&text).expect("write");
+        });
+        let mut lines = Vec::new();
+        while let Some(line) = rx.recv().await {
+            lines.push((String::from_utf8_lossy(&line.line).into_owned(), line.complete));
+        }
+        writing.await.expect("writer");
+        lines
+    }
+
+    #[tokio::test]
+    async fn lines_arrive_whole_and_a_last_one_without_newline_too() {
+        let lines = lines_of(b"one\n\ntwo").await;
+        let expected = [("one", true), ("", true), ("two", false)];
+        assert_eq!(lines, expected.map(|(l, c)| (l.to_owned(), c)));
+    }
+
+    #[tokio::test]
+    async fn a_line_without_end_comes_in_pieces() {
+        let lines = lines_of(&vec![b'x'; 300_000]).await;
+        assert!(lines.len() > 1 && lines.iter().all(|(_, complete)| !complete));
+        assert_eq!(lines.iter().map(|(l, _)| l.len()).sum::<usize>(), 300_000);
+    }
+
+    #[test]
+    fn settings_override_what_is_inherited() {
+        let settings = Settings::new("x").env("A", "1").env("A", "2");
+        assert_eq!(value(&settings.env, "A"), Some(OsStr::new("2")));
+    }
+}

@@ -1,0 +1,87 @@
+//! What signals mean to a primary.
+//!
+//! | signal | meaning |
+//! | --- | --- |
+//! | TERM, INT, HUP | drain: workers finish what they serve; a second one ends them now |
+//! | QUIT | end now |
+//! | TTIN, TTOU | one worker more, one less |
+//! | PIPE | ignored (Rust's start-up code does it); writes report the error instead |
+//! | CHLD | as PID 1: ended processes that are not ours are reaped |
+//!
+//! Reference: signal(7).
+
+use std::io;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::Cluster;
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+    quit: Signal,
+    more: Signal,
+    fewer: Signal,
+    child: Option<Signal>,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        let on = |raw| signal(SignalKind::from_raw(raw));
+        let child = polyfork_sys::system::is_pid_one().then(|| on(libc::SIGCHLD)).transpose()?;
+        Ok(Signals {
+            terminate: on(libc::SIGTERM)?,
+            interrupt: on(libc::SIGINT)?,
+            hang_up: on(libc::SIGHUP)?,
+            quit: on(libc::SIGQUIT)?,
+            more: on(libc::SIGTTIN)?,
+            fewer: on(libc::SIGTTOU)?,
+            child,
+        })
+    }
+
+    /// Signals handled from here on, whoever waits for them later.
+    async fn obey(mut self, cluster: &Cluster) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => cluster.stop().await,
+                _ = self.interrupt.recv() => cluster.stop().await,
+                _ = self.hang_up.recv() => cluster.stop().await,
+                _ = self.quit.recv() => cluster.stop_now().await,
+                _ = self.more.recv() => cluster.add_worker().await,
+                _ = self.fewer.recv() => cluster.remove_worker().await,
+                Some(_) = recv(&mut self.child) => cluster.reap_strangers().await,
+            }
+        }
+    }
+}
+
+async fn recv(signal: &mut Option<Signal>) -> Option<()> {
+    match signal {
+        Some(signal) => signal.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Cluster {
+    /// Obeys signals until the cluster has ended: TERM, INT and HUP let workers finish what they serve, a
+    /// second one ends them now, QUIT ends them now, TTIN and TTOU mean one worker more or less. As PID 1,
+    /// orphans are reaped.
+    ///
+    /// From the first call on, these signals no longer have their default effect on this process.
+    pub async fn obey_signals(&self) {
+        match Signals::listen() {
+            Ok(signals) => {
+                tokio::select! {
+                    () = signals.obey(self) => {}
+                    _ = self.wait() => {}
+                }
+            }
+            // Without signal handling (no descriptors left) the defaults apply.
+            Err(_) => {
+                self.wait().await;
+            }
+        }
+    }
+}
