@@ -332,3 +332,167 @@ impl Variable {
         EnvError { name: self.name, value: excerpt(self.bytes()), why }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+    fn node(variables: Pairs<'_>) -> Result<Option<NodeChannel>, EnvError> {
+        node_channel(variables.iter().copied())
+    }
+
+    fn native(variables: Pairs<'_>) -> Result<Option<NativeChannel>, EnvError> {
+        native_channel(variables.iter().copied())
+    }
+
+    fn listen(variables: Pairs<'_>) -> Result<Option<Vec<String>>, EnvError> {
+        listen_fds(variables.iter().copied(), 77).map(|fds| fds.map(|fds| fds.names))
+    }
+
+    #[test]
+    fn node_channel_is_found() {
+        let channel = |mode, unique_id| Ok(Some(NodeChannel { fd: 3, mode, unique_id }));
+        let fd = (NODE_CHANNEL_FD, "3");
+        assert_eq!(node(&[]), Ok(None));
+        assert_eq!(node(&[(NODE_CHANNEL_FD, ""), (NODE_UNIQUE_ID, "x")]), Ok(None));
+        assert_eq!(node(&[fd, ("PATH", "/bin")]), channel(SerializationMode::Json, None));
+        let mode = |mode| (NODE_CHANNEL_SERIALIZATION_MODE, mode);
+        assert_eq!(node(&[fd, mode("")]), channel(SerializationMode::Json, None));
+        assert_eq!(node(&[fd, mode("json")]), channel(SerializationMode::Json, None));
+        assert_eq!(node(&[mode("advanced"), fd]), channel(SerializationMode::Advanced, None));
+        assert_eq!(node(&[fd, (NODE_UNIQUE_ID, "12")]), channel(SerializationMode::Json, Some(12)));
+    }
+
+    #[test]
+    fn native_channel_is_found() {
+        let all = [(POLYFORK_CHANNEL_FD, "0"), (POLYFORK_WORKER_ID, "9"), (POLYFORK_SLOT, "2")];
+        assert_eq!(native(&all), Ok(Some(NativeChannel { fd: 0, worker: 9, slot: 2 })));
+        assert_eq!(native(&all[1..]), Ok(None));
+        let error = native(&all[..2]).expect_err("the slot is missing");
+        assert_eq!(error.to_string(), "environment variable POLYFORK_SLOT=\"\" is missing");
+        assert!(native(&[all[0], all[1], (POLYFORK_SLOT, "0")]).is_err());
+        assert!(native(&[all[0], all[1], (POLYFORK_SLOT, "4294967296")]).is_err());
+    }
+
+    #[test]
+    fn hostile_numbers_are_refused_in_words() {
+        for (value, why) in [
+            ("-1", "is not a decimal number"),
+            ("+3", "is not a decimal number"),
+            (" 3", "is not a decimal number"),
+            ("3x", "is not a decimal number"),
+            ("0x3", "is not a decimal number"),
+            ("3.0", "is not a decimal number"),
+            ("٣", "is not a decimal number"),
+            ("2147483648", "is too large a number"),
+            ("99999999999999999999999999", "is too large a number"),
+        ] {
+            let error = node(&[(NODE_CHANNEL_FD, value)]).expect_err(value);
+            assert_eq!((error.name, error.why), (NODE_CHANNEL_FD, why), "{value}");
+            assert!(error.to_string().is_ascii());
+        }
+        let error = node(&[(NODE_CHANNEL_FD, "3"), (NODE_CHANNEL_SERIALIZATION_MODE, "\u{1b}x")]);
+        assert_eq!(
+            error.expect_err("no such mode").to_string(),
+            r#"environment variable NODE_CHANNEL_SERIALIZATION_MODE="\x1bx" must be json or advanced"#
+        );
+    }
+
+    #[test]
+    fn last_of_a_repeated_variable_counts() {
+        let twice = [(NODE_CHANNEL_FD, "3"), (NODE_CHANNEL_FD, "4")];
+        assert_eq!(node(&twice).map(|channel| channel.map(|channel| channel.fd)), Ok(Some(4)));
+    }
+
+    #[test]
+    fn sockets_are_found_with_their_names() {
+        let names = |names: &[&str]| Ok(Some(names.iter().map(|&name| name.to_owned()).collect()));
+        assert_eq!(listen(&[]), Ok(None));
+        assert_eq!(listen(&[(LISTEN_FDS, "0")]), names(&[]));
+        assert_eq!(
+            listen(&[(LISTEN_FDS, "2"), (LISTEN_PID, "77")]),
+            names(&["unknown", "unknown"])
+        );
+        assert_eq!(
+            listen(&[(LISTEN_FDS, "2"), (LISTEN_FDNAMES, "web:admin")]),
+            names(&["web", "admin"])
+        );
+        assert_eq!(listen(&[(LISTEN_FDS, "1"), (LISTEN_PID, "78")]), Ok(None));
+    }
+
+    #[test]
+    fn wrong_numbers_of_sockets_are_refused() {
+        assert!(listen(&[(LISTEN_FDS, "65537")]).is_err());
+        assert!(listen(&[(LISTEN_FDS, "1"), (LISTEN_PID, "self")]).is_err());
+        assert!(listen(&[(LISTEN_FDS, "1"), (LISTEN_FDNAMES, "a:b")]).is_err());
+        assert!(listen(&[(LISTEN_FDS, "2"), (LISTEN_FDNAMES, "a")]).is_err());
+    }
+
+    #[test]
+    fn options_are_appended_and_never_replaced() {
+        let path = r#"--require=/my "app"\x.js"#;
+        let quoted = r#""--require=/my \"app\"\\x.js""#;
+        assert_eq!(append_node_options(None, path), quoted);
+        assert_eq!(append_node_options(Some(""), path), quoted);
+        assert_eq!(append_node_options(Some("-r ./a"), path), format!("-r ./a {quoted}"));
+        assert_eq!(append_node_options(Some("-r ./a "), path), format!("-r ./a {quoted}"));
+        assert_eq!(
+            append_node_options(Some("-r ./a"), r"--require=C:\x"),
+            r"-r ./a --require=C:\x"
+        );
+        assert_eq!(append_node_options(Some("-r ./a"), ""), "-r ./a");
+    }
+
+    #[test]
+    fn options_that_node_refuses_stay_as_they_are() {
+        for broken in ["\"-r ./a", "\"-r ./a\\", "\"-r ./a\\\""] {
+            assert!(split_node_options(broken).is_err());
+            assert_eq!(append_node_options(Some(broken), "--x"), broken);
+        }
+    }
+
+    #[test]
+    fn options_are_split_as_node_does() {
+        let split = |options| split_node_options(options).expect(options);
+        assert_eq!(split(""), [""; 0]);
+        assert_eq!(split("   "), [""; 0]);
+        assert_eq!(split(" a  b "), ["a", "b"]);
+        assert_eq!(split(r#"a"b c"d"#), ["ab cd"]);
+        assert_eq!(split(r#"a\ b "\a\\\"" "#), [r"a\", "b", r#"a\""#]);
+        assert_eq!(split("a\tb\nc"), ["a\tb\nc"]);
+        // An empty quoted argument disappears in Node.
+        assert_eq!(split(r#"a "" b"#), ["a", "b"]);
+    }
+
+    proptest! {
+        #[test]
+        fn appended_option_is_found_again(
+            existing in prop::option::of("[a \"\\\\é-]{0,20}"), extra in "[a \"\\\\é\t-]{1,20}"
+        ) {
+            let before = split_node_options(existing.as_deref().unwrap_or_default());
+            let options = append_node_options(existing.as_deref(), &extra);
+            prop_assert!(options.starts_with(existing.as_deref().unwrap_or_default()));
+            match before {
+                Ok(mut arguments) => {
+                    arguments.push(extra);
+                    prop_assert_eq!(split_node_options(&options), Ok(arguments));
+                }
+                Err(_) => prop_assert_eq!(Some(options), existing),
+            }
+        }
+
+        #[test]
+        fn garbage_never_panics(values in prop::collection::vec(any::<String>(), 6), options in any::<String>()) {
+            let names = [CHANNEL_VARIABLES, [LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES, "", "", ""]].concat();
+            let pairs: Vec<_> = names.iter().zip(values.iter().cycle()).collect();
+            let _ = node_channel(pairs.iter().copied());
+            let _ = native_channel(pairs.iter().copied());
+            let _ = listen_fds(pairs.iter().copied(), 1);
+            let _ = split_node_options(&options);
+        }
+    }
+}

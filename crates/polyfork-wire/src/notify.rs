@@ -133,3 +133,91 @@ fn printable(value: &[u8]) -> String {
         .map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(datagram: &str) -> Notification {
+        Notification::parse(datagram.as_bytes())
+    }
+
+    #[test]
+    fn everything_known_is_read() {
+        let datagram = "READY=1\nRELOADING=1\nSTOPPING=1\nSTATUS=half way: 50 %\nERRNO=13\nMAINPID=42\n\
+            WATCHDOG=1\nWATCHDOG_USEC=20000000\nEXTEND_TIMEOUT_USEC=5\nMONOTONIC_USEC=18446744073709551615\n\
+            BARRIER=1\nFDSTORE=1\nFDSTOREREMOVE=1\nFDNAME=web";
+        let expected = Notification {
+            ready: true,
+            reloading: true,
+            stopping: true,
+            status: Some("half way: 50 %".into()),
+            errno: Some(13),
+            main_pid: Some(42),
+            watchdog: Some(Watchdog::Alive),
+            watchdog_usec: Some(20_000_000),
+            extend_timeout_usec: Some(5),
+            monotonic_usec: Some(u64::MAX),
+            barrier: true,
+            fd_store: true,
+            fd_store_remove: true,
+            fd_name: Some("web".into()),
+            ignored: 0,
+            truncated: false,
+        };
+        assert_eq!(parse(datagram), expected);
+    }
+
+    #[test]
+    fn watchdog_can_be_triggered() {
+        assert_eq!(parse("WATCHDOG=trigger\n").watchdog, Some(Watchdog::Trigger));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_skipped_and_counted() {
+        let odd = parse(
+            "READY=0\nREADY\n=1\nready=1\n READY=1\nREADY=1 \nMAINPID=0\nMAINPID=-1\nMAINPID=1e3\n\
+             WATCHDOG=2\nWATCHDOG_USEC=18446744073709551616\nX_OURS=1\n\0",
+        );
+        assert_eq!(odd, Notification { ignored: 13, ..Notification::default() });
+        assert_eq!(parse("\n\n\n"), Notification::default());
+    }
+
+    #[test]
+    fn first_of_a_repeated_name_counts() {
+        assert_eq!(parse("STATUS=a\nSTATUS=b").status.as_deref(), Some("a"));
+        assert_eq!(parse("MAINPID=x\nMAINPID=7").main_pid, Some(7));
+    }
+
+    #[test]
+    fn status_cannot_do_anything_to_a_terminal() {
+        let shown = Notification::parse(b"STATUS=\x1b[2J\x07\xffok\x7f\xc2\x9b").status;
+        assert_eq!(shown.as_deref(), Some("\u{fffd}[2J\u{fffd}\u{fffd}ok\u{fffd}\u{fffd}"));
+    }
+
+    #[test]
+    fn of_a_long_datagram_only_whole_lines_within_the_limit_count() {
+        let long = format!("READY=1\nSTATUS={}", "x".repeat(MAX_DATAGRAM_BYTES));
+        let seen = parse(&long);
+        assert_eq!(seen, Notification { ready: true, truncated: true, ..Notification::default() });
+        assert!(parse(&"x".repeat(MAX_DATAGRAM_BYTES + 1)).truncated);
+        assert!(!parse(&"x".repeat(MAX_DATAGRAM_BYTES)).truncated);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(datagram in prop::collection::vec(any::<u8>(), 0..200)) {
+            let seen = Notification::parse(&datagram);
+            prop_assert!(seen.ignored <= datagram.len());
+        }
+
+        #[test]
+        fn cutting_a_datagram_anywhere_is_harmless(at in 0..40_usize) {
+            let datagram = &b"READY=1\nSTATUS=serving\nMAINPID=77\n"[..];
+            let seen = Notification::parse(&datagram[..at.min(datagram.len())]);
+            prop_assert!(seen.main_pid.is_none_or(|pid| pid == 77 || pid == 7));
+        }
+    }
+}

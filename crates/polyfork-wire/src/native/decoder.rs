@@ -178,3 +178,203 @@ fn decode<T: Payload>(payload: &[u8]) -> Result<T, ProtocolError> {
         Err(_) => Err(ProtocolError::BadFrame { why: "its message cannot be read" }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tests::{every_message_to_primary, every_message_to_worker};
+    use super::super::{ListenAddress, ToPrimary, ToWorker, encode};
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { max_message: 1000, max_fds_queued: 300, ..Limits::default() }
+    }
+
+    /// A frame of these bytes, without descriptors.
+    fn raw(payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).expect("it is short");
+        [&length.to_le_bytes()[..], &[0, 0], payload].concat()
+    }
+
+    fn refused(bytes: &[u8]) -> ProtocolError {
+        let mut decoder = FrameDecoder::<u32>::new(limits());
+        decoder.feed(bytes);
+        let error = decoder.next::<ToPrimary>().expect_err("the frame is faulty");
+        assert_eq!(decoder.next::<ToPrimary>(), Err(error.clone()), "an error is final");
+        decoder.feed(&encode(&ToPrimary::Ready, 0));
+        assert_eq!(decoder.next::<ToPrimary>(), Err(error.clone()), "an error is final");
+        assert_eq!(decoder.push_descriptor(1), Err(error.clone()), "an error is final");
+        error
+    }
+
+    fn pieces<T: Payload + Clone>(stream: &[u8], size: usize) -> Vec<T> {
+        let mut decoder = FrameDecoder::<u32>::new(limits());
+        let mut messages = Vec::new();
+        for piece in stream.chunks(size) {
+            decoder.feed(piece);
+            while let Some(frame) = decoder.next().expect("the stream is valid") {
+                messages.push(frame.message);
+            }
+        }
+        assert!(!decoder.has_partial());
+        assert_eq!(decoder.end(), None);
+        messages
+    }
+
+    #[test]
+    fn every_message_survives_every_cutting() {
+        let to_primary = every_message_to_primary();
+        let to_worker = every_message_to_worker();
+        let up: Vec<u8> = to_primary.iter().flat_map(|message| encode(message, 0)).collect();
+        let down: Vec<u8> = to_worker.iter().flat_map(|message| encode(message, 0)).collect();
+        for size in 1..=up.len() {
+            assert_eq!(pieces::<ToPrimary>(&up, size), to_primary);
+            assert_eq!(pieces::<ToWorker>(&down, size), to_worker);
+        }
+    }
+
+    #[test]
+    fn end_inside_a_frame_is_told_and_delivers_nothing() {
+        let frame = encode(&ToPrimary::Message(vec![7; 100]), 0);
+        for cut in 0..frame.len() {
+            let mut decoder = FrameDecoder::<u32>::new(limits());
+            decoder.feed(&frame[..cut]);
+            assert_eq!(decoder.next::<ToPrimary>(), Ok(None), "cut at {cut}");
+            assert_eq!(decoder.has_partial(), cut > 0);
+            assert_eq!(decoder.end(), (cut > 0).then_some(ProtocolError::Truncated));
+        }
+    }
+
+    #[test]
+    fn absurd_lengths_are_refused_before_anything_is_allocated() {
+        for length in [1001, 0x8000_0000, u32::MAX] {
+            let header = [&length.to_le_bytes()[..], &[0, 0]].concat();
+            assert_eq!(refused(&header), ProtocolError::TooLong { limit: 1000 });
+        }
+        assert!(matches!(refused(&[0; 6]), ProtocolError::BadFrame { .. }));
+    }
+
+    #[test]
+    fn faulty_frames_are_refused() {
+        let unknown = ProtocolError::UnknownFrame { kind: 12 };
+        assert_eq!(refused(&raw(&[12])), unknown);
+        let unknown = ProtocolError::UnknownFrame { kind: u32::MAX };
+        assert_eq!(refused(&raw(&[0xff, 0xff, 0xff, 0xff, 0x0f])), unknown);
+        for payload in [
+            &[0xff; 5][..],                     // no number at all
+            &[0, 1],                            // Hello without a pid
+            &[3, 0],                            // a byte after Ready
+            &[7, 200, 1],                       // Message with 200 bytes, of which one is there
+            &[7, 0xff, 0xff, 0xff, 0xff, 0x0f], // Message with 4 GiB
+            &[9, 2, 0xff, 0xff],                // Status that is not UTF-8
+            &[1, 1, 2, 0, 0],                   // Listen on a third kind of address
+        ] {
+            assert!(
+                matches!(refused(&raw(payload)), ProtocolError::BadFrame { .. }),
+                "{payload:?}"
+            );
+        }
+        assert!(matches!(refused(&[1, 0, 0, 0, 254, 0, 3]), ProtocolError::BadFrame { .. }));
+        assert!(matches!(refused(&[1, 0, 0, 0, 0, 1, 3]), ProtocolError::BadFrame { .. }));
+    }
+
+    #[test]
+    fn frame_gets_exactly_the_descriptors_it_declares() {
+        let message = ToWorker::Connections { listener: 1, first_seq: 0, count: 3 };
+        let stream =
+            [encode(&message, 3), encode(&ToWorker::LeavingAcknowledged, 0), encode(&message, 1)];
+        let mut decoder = FrameDecoder::new(limits());
+        for descriptor in 1..=4 {
+            decoder.push_descriptor(descriptor).expect("there is room");
+        }
+        decoder.feed(&stream.concat());
+        let mut given = Vec::new();
+        while let Some(frame) = decoder.next::<ToWorker>().expect("the stream is valid") {
+            given.push(frame.descriptors);
+        }
+        assert_eq!(given, [vec![1, 2, 3], vec![], vec![4]]);
+    }
+
+    #[test]
+    fn missing_descriptor_is_refused() {
+        let mut decoder = FrameDecoder::new(limits());
+        decoder.push_descriptor(1).expect("there is room");
+        decoder.feed(&encode(&ToWorker::LeavingAcknowledged, 2));
+        assert_eq!(decoder.next::<ToWorker>(), Err(ProtocolError::MissingDescriptor));
+    }
+
+    #[test]
+    fn surplus_descriptor_is_refused_and_dropped() {
+        let frame = encode(&ToWorker::LeavingAcknowledged, 1);
+        for fed in 0..=frame.len() {
+            // Within a header the number is not known yet.
+            let allowed = if fed == 0 {
+                0
+            } else if fed < HEADER_BYTES {
+                253
+            } else {
+                1
+            };
+            let token = std::rc::Rc::new(());
+            let mut decoder = FrameDecoder::new(limits());
+            for _ in 0..=allowed {
+                decoder.push_descriptor(token.clone()).expect("there is room");
+            }
+            decoder.feed(&frame[..fed]);
+            let mut result = decoder.next::<ToWorker>();
+            if let Ok(Some(_)) = result {
+                result = decoder.next();
+            }
+            assert_eq!(result.expect_err("one too many"), ProtocolError::SurplusDescriptor);
+            assert_eq!(std::rc::Rc::strong_count(&token), 1, "all are dropped, after {fed} bytes");
+        }
+    }
+
+    #[test]
+    fn descriptors_beyond_the_limit_are_refused() {
+        let mut decoder = FrameDecoder::new(Limits { max_fds_queued: 2, ..limits() });
+        decoder.push_descriptor(1).expect("there is room");
+        decoder.push_descriptor(2).expect("there is room");
+        assert_eq!(decoder.push_descriptor(3), Err(ProtocolError::SurplusDescriptor));
+    }
+
+    #[test]
+    fn addresses_survive() {
+        for address in [
+            ListenAddress::Tcp("[2001:db8::1]:443".parse().expect("an address")),
+            ListenAddress::Tcp("0.0.0.0:0".parse().expect("an address")),
+            ListenAddress::Unix(b"/run/\xff.sock".to_vec()),
+        ] {
+            let message = ToPrimary::Listen { request: 0, address, backlog: 0, ipv6_only: true };
+            assert_eq!(pieces::<ToPrimary>(&encode(&message, 0), 6), [message]);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(
+            bytes in prop::collection::vec(any::<u8>(), 0..300), descriptors in 0..5_u32, size in 1..50_usize
+        ) {
+            let mut decoder = FrameDecoder::new(limits());
+            for descriptor in 0..descriptors {
+                let _ = decoder.push_descriptor(descriptor);
+            }
+            for piece in bytes.chunks(size) {
+                decoder.feed(piece);
+                while let Ok(Some(_)) = decoder.next::<ToPrimary>() {}
+            }
+            let _ = decoder.end();
+        }
+
+        #[test]
+        fn framed_garbage_is_refused_or_means_what_it_says(payload in prop::collection::vec(any::<u8>(), 1..40)) {
+            let mut decoder = FrameDecoder::<u32>::new(limits());
+            decoder.feed(&raw(&payload));
+            if let Ok(Some(frame)) = decoder.next::<ToWorker>() {
+                let again = encode(&frame.message, 0);
+                prop_assert_eq!(pieces::<ToWorker>(&again, 1000), [frame.message]);
+            }
+        }
+    }
+}

@@ -250,3 +250,94 @@ mod as_bytes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One message of every kind, in the order of the wire.
+    pub(super) fn every_message_to_primary() -> Vec<ToPrimary> {
+        vec![
+            ToPrimary::Hello { protocol: PROTOCOL, pid: 4711 },
+            ToPrimary::Listen {
+                request: 1,
+                address: ListenAddress::Tcp(([127, 0, 0, 1], 8000).into()),
+                backlog: 511,
+                ipv6_only: false,
+            },
+            ToPrimary::Listening { listener: 2 },
+            ToPrimary::Ready,
+            ToPrimary::Accepted { listener: 2, seq: u64::MAX, count: 16 },
+            ToPrimary::Refused { listener: 2, seq: 300 },
+            ToPrimary::Close { listener: 2 },
+            ToPrimary::Message(vec![0, 0xff, b'\n']),
+            ToPrimary::Leaving,
+            ToPrimary::Status { text: "warm".into() },
+            ToPrimary::Heartbeat,
+            ToPrimary::Report { open: 3, accepted: 1 << 40 },
+        ]
+    }
+
+    pub(super) fn every_message_to_worker() -> Vec<ToWorker> {
+        vec![
+            ToWorker::Welcome {
+                protocol: PROTOCOL,
+                worker: 7,
+                slot: 1,
+                generation: 0,
+                grace_ms: 30_000,
+            },
+            ToWorker::Listening {
+                request: 1,
+                listener: 2,
+                address: ListenAddress::Unix(b"\0abstract\xff".to_vec()),
+                handoff: true,
+            },
+            ToWorker::ListenFailed { request: 1, errno: 98, text: "address in use".into() },
+            ToWorker::Connections { listener: 2, first_seq: 9, count: 253 },
+            ToWorker::Disconnect { grace_ms: u64::MAX },
+            ToWorker::LeavingAcknowledged,
+            ToWorker::Message(Vec::new()),
+        ]
+    }
+
+    #[test]
+    fn numbers_of_the_kinds_are_the_protocol() {
+        for (kind, message) in every_message_to_primary().iter().enumerate() {
+            assert_eq!(usize::from(encode(message, 0)[HEADER_BYTES]), kind, "{message:?}");
+        }
+        for (kind, message) in every_message_to_worker().iter().enumerate() {
+            assert_eq!(usize::from(encode(message, 0)[HEADER_BYTES]), kind, "{message:?}");
+        }
+        assert_eq!(every_message_to_primary().len(), ToPrimary::KINDS as usize);
+        assert_eq!(every_message_to_worker().len(), ToWorker::KINDS as usize);
+    }
+
+    #[test]
+    fn bytes_of_the_first_messages_never_change() {
+        // A later version must be able to read these to refuse this one in words.
+        let hello = ToPrimary::Hello { protocol: 1, pid: 300 };
+        assert_eq!(encode(&hello, 0), [4, 0, 0, 0, 0, 0, 0, 1, 0xac, 2]);
+        let welcome =
+            ToWorker::Welcome { protocol: 1, worker: 2, slot: 3, generation: 4, grace_ms: 5 };
+        assert_eq!(encode(&welcome, 2), [6, 0, 0, 0, 2, 0, 0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn byte_strings_have_a_length_and_the_bytes() {
+        assert_eq!(encode(&ToPrimary::Message(b"abc".to_vec()), 0)[6..], [7, 3, b'a', b'b', b'c']);
+    }
+
+    #[test]
+    fn other_version_is_refused_in_words() {
+        assert_eq!(check_version(PROTOCOL), Ok(()));
+        let error = check_version(2).expect_err("it is another version");
+        assert!(error.to_string().contains("protocol 2 is not spoken here, only 1"), "{error}");
+    }
+
+    #[test]
+    #[should_panic(expected = "at most 253 descriptors")]
+    fn more_descriptors_than_one_sendmsg_takes_are_a_mistake_of_the_caller() {
+        let _ = encode(&ToPrimary::Ready, 254);
+    }
+}

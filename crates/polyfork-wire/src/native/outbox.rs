@@ -141,3 +141,96 @@ impl<H> Default for NativeOutbox<H> {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{FrameDecoder, ToWorker};
+    use super::*;
+    use crate::Limits;
+
+    fn connections(first_seq: u64, count: u32) -> ToWorker {
+        ToWorker::Connections { listener: 1, first_seq, count }
+    }
+
+    #[test]
+    fn plain_frames_are_joined_and_handles_begin_a_write() {
+        let mut outbox = NativeOutbox::<u32>::new();
+        outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
+        outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
+        outbox.push(&connections(0, 2), vec![1, 2]);
+        outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
+        let frame = encode(&ToWorker::LeavingAcknowledged, 0);
+        let first = NativeChunk { bytes: &[&frame[..], &frame].concat(), handles: &[] };
+        assert_eq!(outbox.peek(), Some(first));
+        assert!(outbox.wrote(2 * frame.len()).is_empty());
+        assert_eq!(outbox.peek().expect("the second").handles, [1, 2]);
+        assert_eq!(outbox.queued_handles(), 2);
+        assert_eq!(outbox.wrote(1), [1, 2]);
+        assert_eq!(outbox.queued_handles(), 0);
+        assert!(outbox.peek().expect("the rest").handles.is_empty());
+        assert!(outbox.wrote(usize::MAX).is_empty());
+        assert_eq!(outbox.peek().expect("the third").bytes, frame);
+        assert!(outbox.wrote(frame.len()).is_empty());
+        assert!(outbox.is_empty() && outbox.peek().is_none() && outbox.queued_bytes() == 0);
+    }
+
+    #[test]
+    fn nothing_written_changes_nothing() {
+        let mut outbox = NativeOutbox::<u32>::new();
+        assert!(outbox.wrote(5).is_empty());
+        outbox.push(&connections(0, 1), vec![1]);
+        assert!(outbox.wrote(0).is_empty());
+        assert_eq!(outbox.peek().expect("still there").handles, [1]);
+    }
+
+    #[test]
+    fn dead_peer_gives_back_what_was_not_sent() {
+        let mut outbox = NativeOutbox::<u32>::new();
+        outbox.push(&connections(0, 2), vec![1, 2]);
+        outbox.push(&connections(2, 1), vec![3]);
+        assert_eq!(outbox.wrote(3), [1, 2]);
+        assert_eq!(outbox.drain().collect::<Vec<_>>(), [3]);
+        assert!(outbox.is_empty() && outbox.queued_bytes() == 0 && outbox.queued_handles() == 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "at most 253 handles")]
+    fn more_handles_than_one_sendmsg_takes_are_a_mistake_of_the_caller() {
+        NativeOutbox::new().push(&connections(0, 254), vec![0; 254]);
+    }
+
+    proptest! {
+        #[test]
+        fn every_frame_arrives_with_its_handles(
+            sizes in prop::collection::vec((0..4_u32, 0..300_usize), 1..40),
+            writes in prop::collection::vec(1..200_usize, 1..40),
+        ) {
+            let mut outbox = NativeOutbox::new();
+            let mut sent = Vec::new();
+            for (n, (handles, length)) in sizes.into_iter().enumerate() {
+                let handles: Vec<_> = (0..handles).map(|handle| (n, handle)).collect();
+                let message = ToWorker::Message(vec![n as u8; length]);
+                outbox.push(&message, handles.clone());
+                sent.push((message, handles));
+            }
+            let mut decoder = FrameDecoder::new(Limits::default());
+            let mut received = Vec::new();
+            let mut writes = writes.iter().cycle();
+            while let Some(chunk) = outbox.peek() {
+                let n = (*writes.next().expect("endless")).min(chunk.bytes.len());
+                for handle in chunk.handles {
+                    decoder.push_descriptor(*handle).expect("there is room");
+                }
+                decoder.feed(&chunk.bytes[..n]);
+                outbox.wrote(n);
+                while let Some(frame) = decoder.next().expect("the stream is valid") {
+                    received.push((frame.message, frame.descriptors));
+                }
+            }
+            prop_assert_eq!(received, sent);
+            prop_assert_eq!((outbox.queued_bytes(), outbox.queued_handles()), (0, 0));
+        }
+    }
+}
