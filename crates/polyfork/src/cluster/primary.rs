@@ -554,7 +554,8 @@ impl Primary {
             return;
         }
         match self.detected.dialect {
-            Dialect::Node if !w.channel_ended => self.tell_node_stop(worker),
+            // Bun closes its channel on `disconnect` and goes on serving: it is asked as any other program is.
+            Dialect::Node if !w.channel_ended && !w.prefixed => self.tell_node_stop(worker),
             Dialect::Native if !w.channel_ended => self.tell_native_stop(worker, grace),
             _ => self.signal(worker, libc::SIGTERM),
         }
