@@ -20,6 +20,7 @@
     reason = "chores run cargo, npm and pip; polyfork's own spawn is what is under test here"
 )]
 
+mod bench;
 mod paths;
 mod proc;
 mod setup;
@@ -38,6 +39,7 @@ Usage: cargo xtask COMMAND [OPTIONS]
 Commands:
   setup                  bring the peers and tools of tests and benchmarks into .peers/
   test [--quick]         run every check; ends with `N passed, N failed, N skipped`
+  bench http             compare with Node's cluster, PM2 and tokio, side by side
   help                   print this
 
 Each command answers --help.
@@ -60,6 +62,7 @@ fn dispatch(args: &mut Arguments) -> Result<ExitCode> {
     match args.subcommand()?.as_deref() {
         Some("setup") => setup::main(args),
         Some("test") => test::main(args),
+        Some("bench") => bench::main(args),
         Some("help") | None => {
             print!("{HELP}");
             Ok(ExitCode::SUCCESS)

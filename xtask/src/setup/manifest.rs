@@ -26,7 +26,6 @@ pub(crate) struct Tool {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Manifest(BTreeMap<String, Result<Tool, String>>);
 
-#[allow(dead_code, reason = "the benchmarks read it")]
 impl Manifest {
     /// From what a set-up found.
     pub(super) fn of(outcomes: &[Outcome]) -> Self {
