@@ -38,7 +38,7 @@ mod signals;
 mod traffic;
 mod worker;
 
-pub use detect::{DetectError, Detected, Runtime, detect};
+pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };
