@@ -275,3 +275,210 @@ impl Jitter {
         (self.bits() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn ended(
+        history: &mut RestartHistory,
+        policy: &RestartPolicy,
+        now: Time,
+        served: Option<Duration>,
+    ) -> Decision {
+        history.ended(policy, now, served, false, &mut Jitter::new(1))
+    }
+
+    /// A worker that dies each time after `life`, until its slot is given up or `most` restarts happened.
+    fn restarts_of_a_worker_that_lives(life: Duration, policy: &RestartPolicy, most: u32) -> u32 {
+        let (mut history, mut now) = (RestartHistory::new(), Time::ZERO);
+        for restarts in 0..most {
+            now = now + life;
+            match ended(&mut history, policy, now, Some(life)) {
+                Decision::Restart(wait) => now = now + wait,
+                Decision::GiveUp { .. } => return restarts,
+            }
+            history.restarted(policy, now);
+        }
+        most
+    }
+
+    #[test]
+    fn limits_are_read_as_they_are_written() {
+        let read = |text: &str| {
+            let policy: RestartPolicy = text.parse().unwrap();
+            (policy.limit, policy.window)
+        };
+        assert_eq!(read("5/30s"), (5, 30 * SECOND));
+        assert_eq!(read("5/30"), (5, 30 * SECOND));
+        assert_eq!(read("0/500ms"), (0, SECOND / 2));
+        assert_eq!(read("10/2m"), (10, 120 * SECOND));
+        assert_eq!(read(" 1 / 1 h "), (1, 3600 * SECOND));
+        assert_eq!("5/30s".parse(), Ok(RestartPolicy::default()));
+    }
+
+    #[test]
+    fn limits_that_cannot_be_read_say_why() {
+        let error = |text: &str| text.parse::<RestartPolicy>().unwrap_err();
+        for text in ["", "5", "5 30s", "5:30s"] {
+            assert_eq!(error(text), RestartPolicyError::NoSlash(text.into()));
+        }
+        for text in ["/30s", "x/30s", "-1/30s", "+1/30s", "5.5/30s", "99999999999/1s", "10001/1s"] {
+            assert_eq!(error(text), RestartPolicyError::BadLimit(text.into()));
+        }
+        for text in [
+            "5/",
+            "5/s",
+            "5/30d",
+            "5/30 sec",
+            "5/-1s",
+            "5/1.5s",
+            "5/6/7",
+            "1/99999999999999999999s",
+        ] {
+            assert_eq!(error(text), RestartPolicyError::BadWindow(text.into()));
+        }
+        for text in ["5/0s", "5/0", "1/99999999h", "1/18446744073709551615"] {
+            assert_eq!(error(text), RestartPolicyError::WindowOutOfRange(text.into()));
+        }
+        let told = error("5").to_string();
+        assert_eq!(
+            told,
+            "restart limit \"5\" has no \"/\": write how many restarts in how long, as in 5/30s"
+        );
+    }
+
+    #[test]
+    fn crash_loop_is_given_up_after_the_limit() {
+        let policy = RestartPolicy::default();
+        assert_eq!(restarts_of_a_worker_that_lives(Duration::ZERO, &policy, 1000), 5);
+    }
+
+    #[test]
+    fn flapping_just_above_the_stable_age_is_still_caught() {
+        let policy = RestartPolicy::default();
+        let life = policy.stable_after + Duration::from_millis(50);
+        assert_eq!(restarts_of_a_worker_that_lives(life, &policy, 1000), 5);
+    }
+
+    #[test]
+    fn rare_deaths_are_restarted_for_ever() {
+        let policy = RestartPolicy::default();
+        let life = policy.window / policy.limit + SECOND;
+        assert_eq!(restarts_of_a_worker_that_lives(life, &policy, 1000), 1000);
+    }
+
+    #[test]
+    fn stable_life_resets_the_wait_and_not_the_window() {
+        let policy = RestartPolicy::default();
+        let mut history = RestartHistory::new();
+        for _ in 0..4 {
+            ended(&mut history, &policy, Time::ZERO, None);
+            history.restarted(&policy, Time::ZERO);
+        }
+        assert_eq!(history.attempt(), 5);
+        let stable = Some(policy.stable_after);
+        let Decision::Restart(wait) = ended(&mut history, &policy, Time::ZERO, stable) else {
+            panic!("four are below the limit");
+        };
+        assert!(wait < policy.min_delay * 2, "{wait:?}");
+        history.restarted(&policy, Time::ZERO);
+        let decision = ended(&mut history, &policy, Time::ZERO, stable);
+        assert_eq!(decision, Decision::GiveUp { restarts: 5 });
+    }
+
+    #[test]
+    fn wanted_end_of_a_stable_worker_waits_for_nothing_and_is_counted() {
+        let policy = RestartPolicy::intensity(1, 30 * SECOND);
+        let mut history = RestartHistory::new();
+        let mut smooth = |served| {
+            let decision = history.ended(&policy, Time::ZERO, served, true, &mut Jitter::new(1));
+            history.restarted(&policy, Time::ZERO);
+            decision
+        };
+        assert_eq!(smooth(Some(policy.stable_after)), Decision::Restart(Duration::ZERO));
+        assert_eq!(smooth(Some(policy.stable_after)), Decision::GiveUp { restarts: 1 });
+    }
+
+    #[test]
+    fn forgiven_slot_starts_with_a_clean_record() {
+        let policy = RestartPolicy::intensity(1, 30 * SECOND);
+        let mut history = RestartHistory::new();
+        ended(&mut history, &policy, Time::ZERO, None);
+        history.restarted(&policy, Time::ZERO);
+        history.forgive();
+        assert_eq!((history.attempt(), history.total()), (1, 1));
+        assert!(matches!(ended(&mut history, &policy, Time::ZERO, None), Decision::Restart(_)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_or_refused_without_a_panic(text in any::<String>()) {
+            let _ = text.parse::<RestartPolicy>();
+        }
+
+        #[test]
+        fn what_is_shown_can_be_read_again(limit in 0_u32..=10_000, millis in 1_u64..10_000_000) {
+            let policy = RestartPolicy::intensity(limit, Duration::from_millis(millis));
+            prop_assert_eq!(policy.to_string().parse(), Ok(policy));
+        }
+
+        /// Whatever the numbers are, a wait lies between the shortest and the longest.
+        #[test]
+        fn waits_stay_within_their_bounds(
+            level in any::<u32>(),
+            seed in any::<u64>(),
+            min in 0_u64..100_000,
+            max in 0_u64..100_000,
+            factor in any::<u32>(),
+            jitter in any::<f64>(),
+        ) {
+            let policy = RestartPolicy {
+                min_delay: Duration::from_micros(min),
+                max_delay: Duration::from_micros(max),
+                factor,
+                jitter,
+                ..RestartPolicy::default()
+            };
+            let wait = policy.delay(level, &mut Jitter::new(seed));
+            prop_assert!(wait >= policy.min_delay);
+            prop_assert!(wait <= policy.max_delay.max(policy.min_delay));
+        }
+
+        /// However workers live and die, and however late a restart comes, no window holds more than the limit.
+        #[test]
+        fn restarts_in_any_window_never_exceed_the_limit(
+            limit in 0_u32..6,
+            window in 1_u64..5_000,
+            lives in prop::collection::vec((0_u64..3_000, 0_u64..300, any::<bool>()), 1..60),
+            seed in any::<u64>(),
+        ) {
+            let window = Duration::from_millis(window);
+            let policy = RestartPolicy::intensity(limit, window);
+            let mut jitter = Jitter::new(seed);
+            let (mut history, mut now) = (RestartHistory::new(), Time::ZERO);
+            let mut starts: Vec<Time> = Vec::new();
+            for (life, late, smooth) in lives {
+                let life = Duration::from_millis(life);
+                now = now + life;
+                match history.ended(&policy, now, Some(life), smooth, &mut jitter) {
+                    Decision::Restart(wait) => now = now + wait + Duration::from_millis(late),
+                    Decision::GiveUp { restarts } => {
+                        prop_assert!(restarts >= limit);
+                        // An hour later somebody else's trouble is over.
+                        now = now + Duration::from_secs(3600);
+                        continue;
+                    }
+                }
+                history.restarted(&policy, now);
+                starts.push(now);
+                let within = starts.iter().filter(|start| now.since(**start) < window).count();
+                prop_assert!(within <= limit as usize);
+            }
+        }
+    }
+}

@@ -107,3 +107,104 @@ impl<K: Copy + Eq> Turn<K> {
         self.ring.iter().map(|m| m.taken).max().unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ring(members: u32, debt_limit: u32) -> Turn<u32> {
+        let mut turn = Turn::new(debt_limit);
+        (0..members).for_each(|member| turn.join(member));
+        turn
+    }
+
+    fn take(turn: &mut Turn<u32>, count: usize, without: &[u32]) -> Vec<u32> {
+        (0..count).filter_map(|_| turn.next(|m| !without.contains(&m))).collect()
+    }
+
+    #[test]
+    fn nobody_with_room_nobody_next() {
+        assert_eq!(ring(0, 64).next(|_| true), None);
+        let mut turn = ring(3, 64);
+        assert_eq!(turn.next(|_| false), None);
+        assert_eq!(take(&mut turn, 3, &[]), [0, 1, 2], "looking costs no turn");
+    }
+
+    #[test]
+    fn member_without_room_is_owed_its_turns() {
+        let mut turn = ring(2, 64);
+        assert_eq!(take(&mut turn, 3, &[1]), [0, 0, 0]);
+        assert_eq!(turn.owed(1), 3);
+        assert_eq!(take(&mut turn, 5, &[]), [1, 1, 1, 0, 1]);
+    }
+
+    #[test]
+    fn what_is_owed_is_bounded() {
+        let mut turn = ring(2, 4);
+        take(&mut turn, 1000, &[1]);
+        assert_eq!(turn.owed(1), 4);
+        let run = take(&mut turn, 100, &[]).into_iter().take_while(|m| *m == 1).count();
+        assert!(run <= 5, "{run} turns at a stretch");
+    }
+
+    #[test]
+    fn newcomer_gets_no_flood() {
+        let mut turn = ring(2, 64);
+        take(&mut turn, 101, &[]);
+        turn.join(9);
+        let taken = take(&mut turn, 6, &[]);
+        assert_eq!(taken.iter().filter(|m| **m == 9).count(), 2, "{taken:?}");
+    }
+
+    #[test]
+    fn joining_twice_and_leaving_twice_change_nothing() {
+        let mut turn = ring(2, 64);
+        turn.join(1);
+        assert_eq!(turn.len(), 2);
+        turn.leave(0);
+        turn.leave(0);
+        assert_eq!((turn.len(), turn.contains(0)), (1, false));
+        assert_eq!(take(&mut turn, 2, &[]), [1, 1]);
+    }
+
+    proptest! {
+        /// Any stretch of turns falls evenly, to one, on members that all have room.
+        #[test]
+        fn any_stretch_of_turns_differs_by_at_most_one(
+            members in 1_u32..12,
+            skipped in 0_usize..50,
+            length in 0_usize..100,
+        ) {
+            let mut turn = ring(members, 64);
+            take(&mut turn, skipped, &[]);
+            let stretch = take(&mut turn, length, &[]);
+            let count = |m| stretch.iter().filter(|taken| **taken == m).count();
+            let (least, most) = ((0..members).map(count).min(), (0..members).map(count).max());
+            prop_assert!(most.unwrap() - least.unwrap() <= 1, "{:?}", stretch);
+        }
+
+        /// The turn always goes to a member with room, whoever comes and goes.
+        #[test]
+        fn turn_goes_to_a_member_with_room(
+            steps in prop::collection::vec((0_u32..8, 0_u8..8, any::<u8>()), 0..400),
+        ) {
+            let mut turn = ring(3, 8);
+            for (member, what, room) in steps {
+                match what {
+                    0 => turn.join(member),
+                    1 => turn.leave(member),
+                    _ => {
+                        let has_room = |m: u32| room & (1 << m) != 0;
+                        let could = (0..8).any(|m| turn.contains(m) && has_room(m));
+                        let next = turn.next(has_room);
+                        prop_assert_eq!(next.is_some(), could);
+                        prop_assert!(next.is_none_or(|m| turn.contains(m) && has_room(m)));
+                        prop_assert!((0..8).all(|m| turn.owed(m) <= 8));
+                    }
+                }
+            }
+        }
+    }
+}
