@@ -31,6 +31,7 @@ use tokio::task::AbortHandle;
 
 use super::SendError;
 use super::primary::{FromIo, Outgoing};
+use super::register::register;
 
 /// Above this many bytes that wait in our own memory, `send` makes its caller wait.
 const HIGH_MARK_BYTES: usize = 256 * 1024;
@@ -109,7 +110,7 @@ impl Link {
         window: usize,
         to_loop: mpsc::Sender<FromIo>,
     ) -> io::Result<Link> {
-        let socket = Arc::new(AsyncFd::new(socket)?);
+        let socket = Arc::new(register(socket, Interest::READABLE | Interest::WRITABLE)?);
         let process_ended = Arc::new(Notify::new());
         let reader = Reader {
             worker,

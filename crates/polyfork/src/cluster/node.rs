@@ -20,7 +20,7 @@ use polyfork_wire::node::cluster::{
 use polyfork_wire::node::message::{HandleKind, Incoming};
 
 use super::detect::Runtime;
-use super::event::{Encoded, Event, Via};
+use super::event::{Encoded, Event};
 use super::link::{Link, NodeLink, Passed};
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::{Primary, Worker};
@@ -302,11 +302,8 @@ impl Primary {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         let Worker { running, calls, who, .. } = w;
         let who = *who;
-        let unread = match polyfork_sys::steal::unread(
-            running.child().pidfd(),
-            running.child().pid(),
-            super::process::CHANNEL_FD,
-        ) {
+        let (pidfd, pid) = running.process();
+        let unread = match polyfork_sys::steal::unread(pidfd, pid, super::process::CHANNEL_FD) {
             Ok(unread) => unread,
             Err(error) => {
                 let text = format!(

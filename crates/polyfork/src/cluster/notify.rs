@@ -14,11 +14,13 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SocketAddrUnix, SocketFlags, SocketType, bind, recvmsg, socket_with, sockopt,
 };
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use super::primary::FromIo;
+use super::register::register;
 
 /// An open notify socket; closed on drop.
 pub(crate) struct NotifySocket {
@@ -34,7 +36,7 @@ impl NotifySocket {
             super::process::random_seed(),
             worker.0
         );
-        let socket = AsyncFd::new(bind_abstract(name.as_bytes())?)?;
+        let socket = register(bind_abstract(name.as_bytes())?, Interest::READABLE)?;
         let reader = tokio::spawn(read(worker, socket, io)).abort_handle();
         Ok(NotifySocket { address: format!("@{name}"), reader })
     }
@@ -106,7 +108,7 @@ mod tests {
     async fn what_a_worker_says_arrives_with_its_id() {
         let (tx, mut rx) = mpsc::channel(4);
         let open = NotifySocket::open(WorkerId(7), tx).expect("socket");
-        let to = SocketAddrUnix::new_abstract_name(open.address()[1..].as_bytes()).expect("name");
+        let to = SocketAddrUnix::new_abstract_name(&open.address().as_bytes()[1..]).expect("name");
         let client = socket(AddressFamily::UNIX, SocketType::DGRAM, None).expect("client");
         sendto(&client, b"READY=1", SendFlags::empty(), &to).expect("send");
         match rx.recv().await {

@@ -34,6 +34,7 @@ use tokio::task::AbortHandle;
 use super::event::{Carried, Via};
 use super::link::is_shortage;
 use super::primary::FromIo;
+use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
 
 /// Most connections accepted in one go, before other events get a turn.
@@ -112,7 +113,9 @@ enum Kind {
 }
 
 struct Turns {
-    socket: Arc<AsyncFd<TurnsFd>>,
+    socket: Arc<AsyncFd<OwnedFd>>,
+    /// Removes the file of a Unix socket when it is dropped.
+    _file: Option<UnixSocket>,
     handoff: Handoff<Arc<OwnedFd>>,
     /// The task that waits for the socket; told to wait again after the queue was found empty.
     again: Arc<Notify>,
@@ -120,26 +123,6 @@ struct Turns {
     paused: bool,
     /// There may be more in the kernel's queue than was accepted.
     more: bool,
-}
-
-enum TurnsFd {
-    Plain(OwnedFd),
-    Unix(UnixSocket),
-}
-
-impl AsFd for TurnsFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            TurnsFd::Plain(fd) => fd.as_fd(),
-            TurnsFd::Unix(listener) => listener.as_fd(),
-        }
-    }
-}
-
-impl std::os::fd::AsRawFd for TurnsFd {
-    fn as_raw_fd(&self) -> i32 {
-        self.as_fd().as_raw_fd()
-    }
 }
 
 /// A connection on its way to a worker.
@@ -254,7 +237,13 @@ impl Ports {
                     (Kind::SharedUnix(listener), address, Carried::SharedSocket, why)
                 } else {
                     let why = "exact turns: a Unix path cannot have a socket per slot, so the primary accepts";
-                    let turns = Turns::new(id, TurnsFd::Unix(listener), config, io)?;
+                    let turns = Turns::new(
+                        id,
+                        listener.as_fd().try_clone_to_owned()?,
+                        Some(listener),
+                        config,
+                        io,
+                    )?;
                     (Kind::Turns(turns), address, Carried::Handoff, why.to_owned())
                 }
             }
@@ -293,7 +282,7 @@ impl Ports {
             } else {
                 "exact turns: asked for, the primary accepts and passes connections on".to_owned()
             };
-            let turns = Turns::new(id, TurnsFd::Plain(fd), config, io)?;
+            let turns = Turns::new(id, fd, None, config, io)?;
             return Ok((Kind::Turns(turns), address, Carried::Handoff, why));
         }
         let slots: Vec<u32> = self.slots.iter().map(|slot| slot.0).collect();
@@ -340,7 +329,7 @@ impl Ports {
         }
         let why =
             "exact turns: one inherited socket cannot be split, so the primary accepts".to_owned();
-        let turns = Turns::new(id, TurnsFd::Plain(fd), config, io)?;
+        let turns = Turns::new(id, fd, None, config, io)?;
         Ok((Kind::Turns(turns), address, Carried::Handoff, why))
     }
 
@@ -672,16 +661,18 @@ fn refresh_group(group: &mut Group, live: &[u32], held: &BTreeSet<SlotId>) -> io
 impl Turns {
     fn new(
         id: ListenerId,
-        fd: TurnsFd,
+        fd: OwnedFd,
+        file: Option<UnixSocket>,
         config: &HandoffConfig,
         io: &mpsc::Sender<FromIo>,
     ) -> io::Result<Turns> {
-        let socket = Arc::new(AsyncFd::with_interest(fd, Interest::READABLE)?);
+        let socket = Arc::new(register(fd, Interest::READABLE)?);
         let again = Arc::new(Notify::new());
         let task =
             tokio::spawn(wait_acceptable(id, Arc::clone(&socket), Arc::clone(&again), io.clone()));
         Ok(Turns {
             socket,
+            _file: file,
             handoff: Handoff::new(config.clone()),
             again,
             task: task.abort_handle(),
@@ -721,7 +712,7 @@ impl Drop for Turns {
 
 async fn wait_acceptable(
     port: ListenerId,
-    socket: Arc<AsyncFd<TurnsFd>>,
+    socket: Arc<AsyncFd<OwnedFd>>,
     again: Arc<Notify>,
     io: mpsc::Sender<FromIo>,
 ) {

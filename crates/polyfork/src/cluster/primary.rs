@@ -112,6 +112,9 @@ pub(crate) struct Worker {
     waiting_senders: VecDeque<oneshot::Sender<Result<(), SendError>>>,
 }
 
+/// A fork that was asked for: its variables, and who waits for the worker's id.
+type Forking = (Vec<(OsString, OsString)>, oneshot::Sender<Option<WorkerId>>);
+
 /// The loop's state.
 pub(crate) struct Primary {
     pub(crate) settings: Settings,
@@ -131,7 +134,7 @@ pub(crate) struct Primary {
     timer_seq: u64,
     /// Numbers of our own cluster messages (Node: one counter per sending process).
     sequence: u64,
-    forking: VecDeque<(Vec<(OsString, OsString)>, oneshot::Sender<Option<WorkerId>>)>,
+    forking: VecDeque<Forking>,
     environment: Environment,
     output: process::OutputTasks,
     ever_ready: bool,
@@ -360,7 +363,8 @@ impl Primary {
             Command::Broadcast { message, reply } => {
                 let everybody: Vec<_> = self.workers.keys().copied().collect();
                 for worker in everybody {
-                    self.push_message(worker, &message);
+                    // One that is gone or has no channel is passed over.
+                    let _ = self.push_message(worker, &message);
                 }
                 // The asker may have gone.
                 let _ = reply.send(Ok(()));

@@ -8,17 +8,19 @@
 //!
 //! References: Node `lib/internal/cluster/primary.js` (`createWorkerProcess`); sd_listen_fds(3), sd_notify(3).
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
-use polyfork_sys::spawn::{Child, Command, SpawnError};
+use polyfork_sys::spawn::{Command, SpawnError, try_wait};
 use polyfork_wire::env as names;
-use rustix::process::Signal;
-use tokio::io::AsyncReadExt;
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -28,6 +30,7 @@ use super::link::{Codec, Link};
 use super::notify::NotifySocket;
 use super::preload;
 use super::primary::FromIo;
+use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Settings};
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
@@ -113,37 +116,30 @@ pub(crate) struct Request<'a> {
 
 /// A started process with all that is attached to it.
 pub(crate) struct Running {
-    child: std::sync::Arc<AsyncFd<ChildFd>>,
+    pid: Pid,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
     pub(crate) link: Link,
     /// Present while the worker lives, for the dialects that use it.
     _notify: Option<NotifySocket>,
 }
 
-/// A child, waited for through its pidfd.
-struct ChildFd(Child);
-
-impl std::os::fd::AsRawFd for ChildFd {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.pidfd().as_raw_fd()
-    }
-}
-
 impl Running {
     pub(crate) fn pid(&self) -> u32 {
-        u32::try_from(self.child.get_ref().0.pid().as_raw_nonzero().get()).unwrap_or(0)
+        u32::try_from(self.pid.as_raw_nonzero().get()).unwrap_or(0)
     }
 
-    pub(crate) fn child(&self) -> &Child {
-        &self.child.get_ref().0
+    /// The process, by its pidfd and its number.
+    pub(crate) fn process(&self) -> (BorrowedFd<'_>, Pid) {
+        (self.pidfd.get_ref().as_fd(), self.pid)
     }
 
     /// Sends a signal through the pidfd. A process that has ended already is no error.
     pub(crate) fn signal(&self, number: i32) -> io::Result<()> {
         let signal = Signal::from_named_raw(number)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no such signal"))?;
-        match self.child().signal(signal) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            other => other,
+        match pidfd_send_signal(self.pidfd.get_ref(), signal) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(e) => Err(e.into()),
         }
     }
 }
@@ -198,7 +194,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         // What cannot be asked by message is asked by signal when the primary is gone.
         command.parent_death_signal(Some(Signal::TERM));
     }
-    let child = command.spawn()?;
+    let (pid, pidfd) = command.spawn()?.into_pidfd();
     let link = match ours {
         Some(socket) => {
             let limits = settings.limits;
@@ -206,15 +202,14 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
         None => Link::None,
     };
-    let child =
-        std::sync::Arc::new(AsyncFd::with_interest(ChildFd(child), tokio::io::Interest::READABLE)?);
-    tokio::spawn(watch(worker, std::sync::Arc::clone(&child), request.io.clone()));
+    let pidfd = Arc::new(register(pidfd, Interest::READABLE)?);
+    tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
     if let (Some((out, err)), Output::Lines(sink)) = (pipes, &settings.output) {
         for (pipe, stdio) in [(out, Stdio::Out), (err, Stdio::Err)] {
             request.output.read(pipe, slot, worker, stdio, sink.clone())?;
         }
     }
-    Ok(Running { child, link, _notify: notify })
+    Ok(Running { pid, pidfd, link, _notify: notify })
 }
 
 /// Sets the command up for its dialect; gives our end of the channel, if there is one.
@@ -282,17 +277,13 @@ fn output_pipes(command: &mut Command, output: &Output) -> io::Result<Pipes> {
 }
 
 /// Waits for the end of the process and reports it, once.
-async fn watch(
-    worker: WorkerId,
-    child: std::sync::Arc<AsyncFd<ChildFd>>,
-    io: mpsc::Sender<FromIo>,
-) {
+async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: mpsc::Sender<FromIo>) {
     let status = loop {
-        let mut ready = match child.readable().await {
+        let mut ready = match pidfd.readable().await {
             Ok(ready) => ready,
             Err(e) => break Err(e),
         };
-        match child.get_ref().0.try_wait() {
+        match try_wait(pidfd.get_ref().as_fd()) {
             Ok(Some(status)) => break Ok(status),
             Ok(None) => ready.clear_ready(),
             Err(e) => break Err(e),
@@ -316,7 +307,7 @@ impl OutputTasks {
         sink: mpsc::Sender<OutputLine>,
     ) -> io::Result<()> {
         while self.0.try_join_next().is_some() {}
-        polyfork_sys::channel::set_nonblocking(std::os::fd::AsFd::as_fd(&pipe), true)?;
+        polyfork_sys::channel::set_nonblocking(pipe.as_fd(), true)?;
         let pipe = pipe::Receiver::from_owned_fd(pipe)?;
         self.0.spawn(pass_lines(pipe, slot, worker, stdio, sink));
         Ok(())
@@ -386,12 +377,6 @@ pub(crate) fn random_seed() -> u64 {
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
-/// The value of a variable as a worker would see it, for [`Environment`] and for tests.
-#[cfg(test)]
-fn value<'a>(set: &'a [(OsString, OsString)], key: &str) -> Option<&'a OsStr> {
-    set.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_os_str())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -426,11 +411,5 @@ mod tests {
         let lines = lines_of(&vec![b'x'; 300_000]).await;
         assert!(lines.len() > 1 && lines.iter().all(|(_, complete)| !complete));
         assert_eq!(lines.iter().map(|(l, _)| l.len()).sum::<usize>(), 300_000);
-    }
-
-    #[test]
-    fn settings_override_what_is_inherited() {
-        let settings = Settings::new("x").env("A", "1").env("A", "2");
-        assert_eq!(value(&settings.env, "A"), Some(OsStr::new("2")));
     }
 }
