@@ -33,11 +33,11 @@ use crate::turn::Turn;
 pub struct HandoffConfig {
     /// Unacknowledged connections per worker, 1 to [`HandoffConfig::MAX_WINDOW`], for workers that join without one.
     pub window: usize,
-    /// Connections accepted and not yet under way. Those that come back from a dead worker may exceed it.
+    /// Connections accepted and not yet under way, at least 1. Those that come back from a dead worker may exceed it.
     pub queue_limit: usize,
     /// A worker that answers nothing for this long while it owes an answer is stalled, and skipped until it does.
     pub ack_limit: Duration,
-    /// How long a worker that refused a connection gets none.
+    /// How long a worker that refused a connection gets none, before it is tried with one.
     pub refuse_pause: Duration,
     /// Turns that a worker without room is owed at most (see [`Turn`]).
     pub debt_limit: u32,
@@ -178,13 +178,23 @@ struct Flight<C> {
     held: Held<C>,
 }
 
+/// Whether a worker has to show, with one connection at a time, that it takes what it is sent.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Trial {
+    /// It is trusted with its window.
+    No,
+    /// It refused one.
+    Refused,
+    /// So many times in a row all that was sent was taken back from it, unread.
+    Silent(u32),
+}
+
 #[derive(Clone, Debug)]
 struct Member<C> {
     window: usize,
     suspended: bool,
     paused_until: Option<Time>,
-    /// Taken back from and not heard of since: one connection at a time.
-    on_trial: bool,
+    trial: Trial,
     /// When it last answered.
     answered: Time,
     /// Sorted by `Flight::seq`.
@@ -193,13 +203,16 @@ struct Member<C> {
     revoked: VecDeque<u64>,
 }
 
+/// A worker that stays silent is tried after 1, 2, 4, and then always 4 acknowledgement limits: the power of two.
+const LONGEST_SILENT_PAUSE: u32 = 2;
+
 impl<C> Member<C> {
     fn new(window: usize) -> Member<C> {
         Member {
             window,
             suspended: false,
             paused_until: None,
-            on_trial: false,
+            trial: Trial::No,
             answered: Time::ZERO,
             in_flight: VecDeque::new(),
             revoked: VecDeque::new(),
@@ -222,13 +235,24 @@ impl<C> Member<C> {
         if self.suspended || paused || self.stalled(now, ack_limit) {
             return 0;
         }
-        let window = if self.on_trial { 1 } else { self.window };
+        let window = if self.trial == Trial::No { self.window } else { 1 };
         window.saturating_sub(self.in_flight.len())
     }
 
     fn remove(&mut self, seq: u64) -> Option<Flight<C>> {
         let index = self.in_flight.binary_search_by_key(&seq, |flight| flight.seq).ok()?;
         self.in_flight.remove(index)
+    }
+
+    /// Nothing for a while, longer each time, then one connection to see whether it lives.
+    fn fell_silent(&mut self, now: Time, ack_limit: Duration) {
+        if self.paused_until.is_some_and(|until| until > now) {
+            return;
+        }
+        let before = if let Trial::Silent(times) = self.trial { times } else { 0 };
+        self.trial = Trial::Silent(before.saturating_add(1));
+        let factor = 1 << before.min(LONGEST_SILENT_PAUSE);
+        self.paused_until = now.after(ack_limit.saturating_mul(factor));
     }
 
     fn revoke(&mut self, seq: u64) {
@@ -240,8 +264,9 @@ impl<C> Member<C> {
 }
 
 impl<C> Handoff<C> {
-    /// A hand-over without workers. A window outside its range is taken to the nearest end.
-    pub fn new(config: HandoffConfig) -> Handoff<C> {
+    /// A hand-over without workers. A number outside its range is taken to the nearest end.
+    pub fn new(mut config: HandoffConfig) -> Handoff<C> {
+        config.queue_limit = config.queue_limit.max(1);
         let turn = Turn::new(config.debt_limit);
         Handoff {
             config,
@@ -278,8 +303,9 @@ impl<C> Handoff<C> {
     /// Ends the trial of a worker that connections were taken back from: the shell heard from it in some other way.
     pub fn heard(&mut self, now: Time, worker: WorkerId) {
         self.tell_time(now);
-        if let Some(member) = self.members.get_mut(&worker).filter(|member| member.on_trial) {
-            member.on_trial = false;
+        let Some(member) = self.members.get_mut(&worker) else { return };
+        if let Trial::Silent(_) = member.trial {
+            member.trial = Trial::No;
             member.paused_until = None;
         }
     }
@@ -346,14 +372,15 @@ impl<C> Handoff<C> {
     ) -> Result<Accepted<C>, HandoffFault> {
         let flight = self.answer(worker, seq)?;
         if let Some(member) = self.members.get_mut(&worker) {
-            member.on_trial = false;
+            member.trial = Trial::No;
         }
         self.counters.acknowledged += 1;
         let waited = self.now.since(flight.held.offered);
         Ok(Accepted { connection: flight.held.connection, waited })
     }
 
-    /// The worker will not have the connection: it goes back in line, and the worker gets nothing for a pause.
+    /// The worker will not have the connection: it goes back in line. The worker gets nothing for a pause, then one
+    /// connection at a time until it takes one.
     ///
     /// # Errors
     ///
@@ -362,6 +389,7 @@ impl<C> Handoff<C> {
         self.tell_time(now);
         let flight = self.answer(worker, seq)?;
         if let Some(member) = self.members.get_mut(&worker) {
+            member.trial = Trial::Refused;
             member.paused_until = self.now.after(self.config.refuse_pause);
         }
         self.counters.refused += 1;
@@ -384,8 +412,9 @@ impl<C> Handoff<C> {
 
     /// The shell proved that the worker has not read these: they go back in line, and an answer to them is a fault.
     ///
-    /// Numbers that the worker does not owe are passed over. Tells how many came back. The worker gets nothing for one
-    /// acknowledgement limit, then one connection at a time until it answers or is [`Handoff::heard`].
+    /// Numbers that the worker does not owe are passed over. Tells how many came back. The worker gets nothing for an
+    /// acknowledgement limit, then one connection at a time until it takes one or is [`Handoff::heard`]. The pause
+    /// grows, to four limits, while it stays silent.
     pub fn take_back(&mut self, now: Time, worker: WorkerId, seqs: &[u64]) -> usize {
         self.tell_time(now);
         let Some(member) = self.members.get_mut(&worker) else { return 0 };
@@ -397,8 +426,7 @@ impl<C> Handoff<C> {
             }
         }
         if !back.is_empty() {
-            member.on_trial = true;
-            member.paused_until = self.now.after(self.config.ack_limit);
+            member.fell_silent(self.now, self.config.ack_limit);
         }
         let count = back.len();
         for held in back {

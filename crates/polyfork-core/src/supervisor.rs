@@ -242,9 +242,11 @@ impl Supervisor {
         self.open_slots(1, false, out);
     }
 
-    /// Opens the lowest slots that are not in use, also ones that are being retired. Their workers start at once.
+    /// Opens the lowest slots that are not in use; their workers start at once. A supervised slot may be one whose last
+    /// worker still leaves: those are bounded by a grace period. Others may stay for ever and keep their slot.
     fn open_slots(&mut self, more: u32, counted: bool, out: &mut Vec<Action>) {
-        let free = |id: &SlotId| self.slots.get(id).is_none_or(|slot| !slot.wanted);
+        let shares = counted && self.plan.supervise;
+        let free = |id: &SlotId| self.slots.get(id).is_none_or(|slot| shares && !slot.wanted);
         let free = (1..=MAX_SLOTS).map(SlotId).filter(free).take(more as usize);
         let free: Vec<SlotId> = free.collect();
         let opened = u32::try_from(free.len()).unwrap_or(u32::MAX);

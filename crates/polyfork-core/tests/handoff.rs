@@ -124,6 +124,12 @@ fn room_never_exceeds_the_queue() {
 }
 
 #[test]
+fn queue_holds_at_least_one() {
+    let port = Port::new(1, HandoffConfig { queue_limit: 0, ..window(8) });
+    assert_eq!(port.handoff.room(), 1);
+}
+
+#[test]
 fn full_queue_sheds_what_is_offered_and_says_so() {
     let mut port = Port::new(0, HandoffConfig { queue_limit: 2, ..window(8) });
     port.offer(2);
@@ -372,6 +378,40 @@ fn worker_that_connections_were_taken_back_from_is_tried_with_one() {
     assert_eq!(port.assign(), [], "one at a time");
     port.acknowledge(0).unwrap();
     assert_eq!(port.assign().len(), 3, "it lives");
+}
+
+#[test]
+fn silent_worker_is_tried_less_and_less_often() {
+    let mut port = Port::new(1, window(8));
+    port.offer(2);
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        port.assign();
+        port.now = port.now + ACK_LIMIT;
+        let owed: Vec<u64> = port.handoff.unanswered(w(1)).collect();
+        // One by one counts as once.
+        for seq in &owed {
+            assert_eq!(port.handoff.take_back(port.now, w(1), &[*seq]), 1);
+        }
+        let until = port.handoff.deadline().expect("its pause ends");
+        pauses.push(until.since(port.now).as_secs());
+        port.now = until;
+    }
+    assert_eq!(pauses, [1, 2, 4, 4]);
+}
+
+#[test]
+fn worker_that_refused_is_tried_with_one() {
+    let mut port = Port::new(1, window(8));
+    port.offer(4);
+    port.assign();
+    port.refuse(0).unwrap();
+    port.now = port.now + PAUSE;
+    assert_eq!(port.assign(), [], "three are under way, and one is the most");
+    for connection in [1, 2] {
+        port.acknowledge(connection).unwrap();
+    }
+    assert_eq!(port.assign(), [(1, 0)], "it took one: it has its window again");
 }
 
 #[test]

@@ -687,6 +687,20 @@ fn without_supervision_a_disconnected_worker_may_live_on_until_stop() {
     assert!(out.contains(&Action::Terminate { worker: w(1) }));
 }
 
+#[test]
+fn forked_worker_never_hurries_one_that_lives_on() {
+    let mut cluster = Cluster::new(Plan { supervise: false, ..plan(0) });
+    for n in 1..=30 {
+        let out = cluster.feed(Input::Fork);
+        assert_eq!(spawned(&out).len(), 1);
+        cluster.come_up(n);
+        let mut out = cluster.feed(Input::Disconnect { worker: w(n) });
+        out.extend(cluster.pass(YEAR));
+        assert!(!out.iter().any(|a| matches!(a, Action::Terminate { .. })), "{n}");
+    }
+    assert_eq!(cluster.supervisor.workers().count(), 30);
+}
+
 // ---- time ----
 
 #[test]

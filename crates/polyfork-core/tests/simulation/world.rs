@@ -856,7 +856,7 @@ fn draw_plan(chance: &mut Jitter) -> Plan {
 fn draw_config(chance: &mut Jitter) -> HandoffConfig {
     HandoffConfig {
         window: 1 + draw(chance, 10) as usize,
-        queue_limit: draw(chance, 64) as usize,
+        queue_limit: 1 + draw(chance, 64) as usize,
         ack_limit: Duration::from_millis(draw(chance, 1000)),
         refuse_pause: Duration::from_millis(draw(chance, 50)),
         debt_limit: draw(chance, 100) as u32,
