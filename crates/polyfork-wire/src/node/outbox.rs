@@ -59,7 +59,8 @@ pub struct Outbox<H> {
     written: u64,
     queued_bytes: usize,
     queued_handles: usize,
-    /// The read that takes the next descriptor begins here or later: behind the last handle message.
+    /// The read that takes the next descriptor begins here or later: behind the last handle message, or
+    /// where the peer stopped reading. Never beyond `written`, except while a handle message is partly written.
     read_from: u64,
     /// The peer has read everything before this: a message that ends here was acknowledged, or what was
     /// behind it was taken back.
@@ -293,7 +294,6 @@ impl<H> Outbox<H> {
         self.read_from = read_to;
         if let Some(partly_read) = self.in_flight.back_mut().filter(|flight| flight.end > read_to) {
             partly_read.alone = true;
-            self.read_from = partly_read.end;
         }
         self.queue_again(again);
         Ok(unsent_handles.into_iter().map(|flight| flight.handle).collect())
@@ -332,7 +332,7 @@ impl<H> Outbox<H> {
 
     /// Whether the receiver is sure to read the whole line at once.
     fn fits_one_read(&self, line: &[u8]) -> bool {
-        let since_last = self.written.saturating_sub(self.read_from);
+        let since_last = self.written - self.read_from;
         line.len() < SHORT_LINE_BYTES && since_last + line.len() as u64 <= READ_BYTES
     }
 

@@ -1,0 +1,3 @@
+//! What several test programs of this crate share.
+
+pub(crate) mod outbox_model;
