@@ -13,7 +13,8 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
@@ -135,6 +136,46 @@ pub(crate) fn receive_with(
         }
     }
     Ok(Received { len: message.bytes, truncated: message.flags.contains(ReturnFlags::CTRUNC) })
+}
+
+/// Takes over this process's inherited end of a channel, known by number from its environment. The descriptor
+/// becomes close-on-exec and non-blocking.
+///
+/// Once per process: a number can be turned into an owner only once.
+///
+/// # Errors
+///
+/// - `AlreadyExists`: some channel has been taken before.
+/// - `InvalidInput`: standard input, output or error, or no connected Unix stream socket.
+/// - `EBADF`: nothing is open under this number.
+pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if fd <= libc::STDERR_FILENO {
+        let text = format!("descriptor {fd} cannot be a channel");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    // SAFETY: fcntl(2) with F_GETFD takes any number and touches no memory; EBADF if it is not open.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open, as just seen. The borrow ends with this function, which nobody else knows the number of
+    // at a time when it could be closed: it was inherited, and its only owner is made below.
+    let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
+    let kind = kind(inherited)?;
+    if kind != FdKind::UnixStream {
+        let text = format!("descriptor {fd} is not a Unix stream socket but {kind:?}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    rustix::net::getpeername(inherited)?;
+    set_nonblocking(inherited, true)?;
+    rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::CLOEXEC)?;
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        let text = "the channel of this process has been taken already";
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+    }
+    // SAFETY: a number inherited over exec has no owner in this process, unless we made one before; the flag,
+    // which is never cleared, says that we did not.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// What a descriptor stands for, as far as a receiver has to care.

@@ -33,6 +33,7 @@ mod ports;
 mod preload;
 mod primary;
 mod process;
+mod register;
 mod settings;
 mod signals;
 mod traffic;
