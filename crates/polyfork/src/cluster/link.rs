@@ -43,8 +43,11 @@ const READ_BYTES: usize = 64 * 1024;
 #[derive(Debug, Clone)]
 pub(crate) struct Passed {
     pub(crate) fd: Arc<OwnedFd>,
-    /// Set for a connection that is handed over: which listener it came from and its number there.
+    /// Set for a connection that is handed over: which listener it came from, and the number by which the
+    /// worker will name it (native: its number at that listener, Node: the number of the message).
     pub(crate) connection: Option<(ListenerId, u64)>,
+    /// Node, for anything but a connection: the line it travels with, should it have to be sent again.
+    pub(crate) line: Option<Arc<[u8]>>,
 }
 
 impl AsFd for Passed {

@@ -171,6 +171,10 @@ impl Primary {
             let Some(seq) = seq.checked_add(offset) else { return };
             self.connection_answered(worker, id, seq, took);
         }
+        let last = seq.saturating_add(u64::from(count).saturating_sub(1));
+        if let Some(link) = self.native_link(worker) {
+            link.outbox.was_read(|passed| passed.connection == Some((id, last)));
+        }
     }
 
     /// Connections for one worker and one listener, with numbers that follow one another, go as one frame.
@@ -185,6 +189,22 @@ impl Primary {
             .collect();
         if let Some(link) = self.native_link(worker) {
             link.push(&frame, handles);
+        }
+    }
+
+    /// Takes back what a stuck worker has not read; see `take_back_node`.
+    pub(crate) fn take_back_native(&mut self, worker: WorkerId) {
+        let Some(unread) = self.pull_unread(worker) else { return };
+        let Some(link) = self.native_link(worker) else { return };
+        let rewound = link.outbox.rewind_unread(&unread, |passed| passed.connection.is_some());
+        match rewound {
+            Ok(frames) => {
+                let connections: Vec<_> =
+                    frames.into_iter().flatten().filter_map(|passed| passed.connection).collect();
+                self.took_back(worker, &connections);
+                self.flush(worker);
+            }
+            Err(error) => self.protocol_fault(worker, &error.to_string()),
         }
     }
 

@@ -299,43 +299,20 @@ impl Primary {
     /// Takes back what a stuck worker has not read: its unread bytes are pulled out of its end of the
     /// channel, whole connection messages stay here, the rest is written again.
     pub(crate) fn take_back_node(&mut self, worker: WorkerId) {
+        let Some(unread) = self.pull_unread(worker) else { return };
         let Some(w) = self.workers.get_mut(&worker) else { return };
-        let Worker { running, calls, who, .. } = w;
-        let who = *who;
-        let (pidfd, pid) = running.process();
-        let unread = match polyfork_sys::steal::unread(pidfd, pid, super::process::CHANNEL_FD) {
-            Ok(unread) => unread,
-            Err(error) => {
-                let text = format!(
-                    "cannot take unread connections back: {error}; they wait for this worker"
-                );
-                self.notice("take-back", Some(who), text);
-                return;
+        let Link::Node(link) = &mut w.running.link else { return };
+        match link.outbox.rewind_unread(&unread) {
+            Ok(given_back) => {
+                let connections: Vec<_> = given_back
+                    .into_iter()
+                    .filter_map(|passed| w.calls.remove(&passed.connection?.1))
+                    .collect();
+                self.took_back(worker, &connections);
+                self.flush(worker);
             }
-        };
-        let Link::Node(link) = &mut running.link else { return };
-        let given_back = match link.outbox.rewind_unread(&unread.bytes) {
-            Ok(given_back) => given_back,
-            Err(error) => {
-                self.protocol_fault(worker, &error.to_string());
-                return;
-            }
-        };
-        let mut connections = Vec::new();
-        let mut others = Vec::new();
-        for passed in given_back {
-            match passed.connection {
-                Some((port, sequence)) => {
-                    if let Some((_, seq)) = calls.remove(&sequence) {
-                        connections.push((port, seq));
-                    }
-                }
-                None => others.push(passed),
-            }
+            Err(error) => self.protocol_fault(worker, &error.to_string()),
         }
-        debug_assert!(others.is_empty(), "only connections may be taken out of the stream");
-        self.took_back(worker, &connections);
-        self.flush(worker);
     }
 
     // ---- writing ----

@@ -205,7 +205,25 @@ impl Primary {
             w.last_take_back = Some(std::time::Instant::now());
             match self.detected.dialect {
                 Dialect::Node => self.take_back_node(worker),
-                Dialect::Native | Dialect::Sockets => {}
+                Dialect::Native => self.take_back_native(worker),
+                Dialect::Sockets => {}
+            }
+        }
+    }
+
+    /// The bytes that a stuck worker has not read from its channel. Their descriptors are closed here: the primary
+    /// has its own copies.
+    pub(crate) fn pull_unread(&mut self, worker: WorkerId) -> Option<Vec<u8>> {
+        let w = self.workers.get(&worker)?;
+        let (pidfd, pid) = w.running.process();
+        match polyfork_sys::steal::unread(pidfd, pid, super::process::CHANNEL_FD) {
+            Ok(unread) => Some(unread.bytes),
+            Err(error) => {
+                let text = format!(
+                    "cannot take unread connections back: {error}; they wait for this worker"
+                );
+                self.notice("take-back", Some(w.who), text);
+                None
             }
         }
     }
