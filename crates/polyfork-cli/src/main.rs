@@ -1,1 +1,49 @@
-fn main() {}
+//! The `polyfork` command: every core behind one port, from any program.
+//!
+//! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
+//! command line, `run` and `demo` are the verbs, `report` has the words, `sink` writes them, `exit` has the codes.
+//!
+//! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
+#![forbid(unsafe_code)]
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use crate::args::{NotRun, Verb};
+use crate::exit::Code;
+
+mod args;
+mod clock;
+mod demo;
+mod exit;
+mod ledger;
+mod report;
+mod run;
+mod sink;
+mod style;
+mod values;
+mod words;
+
+fn main() -> ExitCode {
+    let code = match args::parse(std::env::args_os()) {
+        Ok(cli) => match cli.verb {
+            Verb::Run(args) => run::run(*args),
+            Verb::Demo(args) => demo::run(args),
+        },
+        Err(NotRun::Asked(text)) => {
+            say(io::stdout(), &text);
+            Code::Stopped
+        }
+        Err(NotRun::Wrong(line)) => {
+            say(io::stderr(), &format!("polyfork: {line}\n"));
+            Code::Usage
+        }
+    };
+    code.into()
+}
+
+/// Writes what is said before or instead of running anything.
+fn say(mut stream: impl Write, text: &str) {
+    // A reader that is gone, as in `polyfork --help | head -1`, is no error.
+    let _gone = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
+}

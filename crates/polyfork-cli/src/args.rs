@@ -1,0 +1,584 @@
+//! The command line: every option once, with its help, its default, its unit and its environment variable.
+//!
+//! Only describes and parses; what options mean for a cluster is in `run`. Options stand before PROGRAM: the
+//! first word that is no option is the program, and all that follows belongs to it, `--` included.
+//!
+//! The text of an error is made one line here, with what to do next: clap's own takes a screen.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::FalseyValueParser;
+use clap::error::{ContextKind, ErrorKind};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
+
+use crate::exit;
+use crate::style::Paint;
+use crate::values::{self, Workers};
+
+const ABOUT: &str = "Every core behind one port, from any program.";
+
+const LONG_ABOUT: &str = "\
+Every core behind one port, from any program.
+
+polyfork starts a program once per CPU core and gives each process its share of the connections that reach \
+one address. Node programs run as they are; programs in Rust can speak to the primary; anything else inherits \
+its listening sockets. Processes that end are replaced, and stopping lets them finish.";
+
+const EXAMPLES: &str = "\
+Examples:
+  polyfork demo                             see it work; needs nothing else
+  polyfork run server.js                    one Node worker per core, behind the port it listens on
+  polyfork run -w 4 node --inspect app.js   four workers; options of the program follow the program
+  polyfork run --listen :8000 -- uvicorn --fd 3 app:app
+                                            each worker inherits a socket for port 8000 as descriptor 3
+
+`polyfork run --help` tells all options, signals and exit codes.";
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  polyfork run server.js                     as many workers as CPUs may be used
+  polyfork run -w max --grace 1m server.js   ignore WEB_CONCURRENCY; up to a minute to finish when stopping
+  polyfork run server.ts --port 3000         --port 3000 goes to the program
+  polyfork run --runtime bun server.ts       by Bun instead of Node
+  polyfork run --listen unix:/run/app.sock -- gunicorn app:app
+  polyfork run --json server.js | jq .       events and output as JSON lines, see docs/events.md
+
+Signals:
+  TERM, INT, HUP  stop: workers get nothing new, finish what they serve, then polyfork ends
+  a second one    end now: workers are killed
+  QUIT            end now
+  TTIN, TTOU      one worker more, one worker less";
+
+/// The whole command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "polyfork",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = EXAMPLES,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Run a program on all cores behind one port, in the foreground
+    #[command(override_usage = "polyfork run [OPTIONS] PROGRAM [ARGS]...")]
+    Run(Box<RunArgs>),
+    /// Run a built-in HTTP server on all cores and show who answers
+    Demo(DemoArgs),
+}
+
+/// `polyfork run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The program and its arguments
+    ///
+    /// PROGRAM is an executable, looked up in PATH if it has no slash, or a file that a runtime runs: a
+    /// JavaScript or TypeScript module, a Python script, a script with #!, a directory with a package.json.
+    #[arg(
+        value_names = ["PROGRAM", "ARGS"],
+        required = true,
+        num_args = 1..,
+        trailing_var_arg = true
+    )]
+    pub(crate) command: Vec<OsString>,
+
+    /// How many workers: a number, or max for every CPU that may be used
+    ///
+    /// Default: WEB_CONCURRENCY if set, else the CPUs this process may really use: its affinity, capped by the
+    /// CPU quota of its cgroup.
+    #[arg(short, long, value_name = "N|max", value_parser = values::workers, env = "POLYFORK_WORKERS",
+          hide_env_values = true, help_heading = "Workers", allow_hyphen_values = true)]
+    pub(crate) workers: Option<Workers>,
+
+    /// What runs a JavaScript or TypeScript module: a name in PATH or a path [default: node]
+    #[arg(
+        long,
+        value_name = "NAME|PATH",
+        env = "POLYFORK_RUNTIME",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) runtime: Option<OsString>,
+
+    /// How workers are spoken to
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        env = "POLYFORK_DIALECT",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) dialect: DialectArg,
+
+    /// Set a variable in the environment of workers; repeatable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = clap::builder::OsStringValueParser::new(),
+          help_heading = "Workers")]
+    pub(crate) env: Vec<OsString>,
+
+    /// Working directory of workers; a relative PROGRAM is looked up there
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "POLYFORK_CWD",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) cwd: Option<PathBuf>,
+
+    /// A name for people [default: the program's file name]
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "POLYFORK_NAME",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) name: Option<String>,
+
+    /// Which worker gets the next connection
+    #[arg(
+        long,
+        value_enum,
+        default_value = "round-robin",
+        env = "POLYFORK_POLICY",
+        hide_env_values = true,
+        help_heading = "Connections"
+    )]
+    pub(crate) policy: PolicyArg,
+
+    /// Who carries the policy out
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        env = "POLYFORK_MECHANISM",
+        hide_env_values = true,
+        help_heading = "Connections"
+    )]
+    pub(crate) mechanism: MechanismArg,
+
+    /// An address that workers inherit as descriptor 3, 4, ...; repeatable
+    ///
+    /// HOST:PORT, [V6]:PORT, :PORT (all addresses), unix:PATH or unix:@ABSTRACT. Bound before the first worker
+    /// starts and told by LISTEN_FDS. For workers of the sockets dialect; Node and native workers say themselves
+    /// where they listen. In the environment, addresses are separated by spaces.
+    #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Connections")]
+    pub(crate) listen: Vec<Address>,
+
+    /// Hand-off: unacknowledged connections per worker, 1 to 64
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64),
+          env = "POLYFORK_WINDOW", hide_env_values = true, help_heading = "Connections")]
+    pub(crate) window: u16,
+
+    /// Hand-off: give a connection to another worker when it was not taken for this long
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = values::duration,
+          env = "POLYFORK_ACK_LIMIT", hide_env_values = true, help_heading = "Connections")]
+    pub(crate) ack_limit: Duration,
+
+    /// When a worker counts as ready and gets connections
+    ///
+    /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
+    /// notify: when it writes READY=1 to NOTIFY_SOCKET. delay=1s: when it has lived that long.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
+          hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) ready: Ready,
+
+    /// Replace a worker that is not ready after this long; none for no limit
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = limit,
+          env = "POLYFORK_READY_TIMEOUT", hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) ready_timeout: Limit,
+
+    /// How long a worker may finish what it serves when it is asked to stop
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration,
+          env = "POLYFORK_GRACE", hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) grace: Duration,
+
+    /// Give a slot up after N restarts within a time; the others go on serving
+    #[arg(long, value_name = "N/DURATION", default_value = "5/30s", value_parser = restart_policy,
+          env = "POLYFORK_RESTART_LIMIT", hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) restart_limit: RestartPolicy,
+
+    /// Do not add the small preload that ends kept-alive connections of Node workers that stop
+    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_NO_DRAIN_PRELOAD",
+          hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) no_drain_preload: bool,
+
+    /// Longest message that a worker may send, in bytes; a worker that sends a longer one is replaced
+    #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = values::size,
+          env = "POLYFORK_MAX_MESSAGE", hide_env_values = true, help_heading = "Limits")]
+    pub(crate) max_message: usize,
+
+    /// Deepest nesting of a message that a worker may send
+    #[arg(long, value_name = "N", default_value_t = 128,
+          value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_MAX_DEPTH",
+          hide_env_values = true, help_heading = "Limits")]
+    pub(crate) max_depth: u32,
+
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+}
+
+/// What is shown, and how.
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    /// What becomes of what workers write
+    ///
+    /// prefix: passed on, each line with its slot in front. inherit: workers write for themselves, without a
+    /// prefix. none: discarded.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "prefix",
+        env = "POLYFORK_OUTPUT",
+        hide_env_values = true,
+        help_heading = "Output"
+    )]
+    pub(crate) output: OutputArg,
+
+    /// Events and output as JSON lines on standard output, see docs/events.md
+    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_JSON", hide_env_values = true,
+          help_heading = "Output")]
+    pub(crate) json: bool,
+}
+
+/// `polyfork demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// How many workers: a number, or max for every CPU that may be used
+    #[arg(short, long, value_name = "N|max", value_parser = values::workers, env = "POLYFORK_WORKERS",
+          hide_env_values = true, allow_hyphen_values = true)]
+    pub(crate) workers: Option<Workers>,
+
+    /// Where to listen; port 0 lets the system choose
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = address)]
+    pub(crate) listen: Address,
+
+    /// Which worker gets the next connection
+    #[arg(
+        long,
+        value_enum,
+        default_value = "round-robin",
+        env = "POLYFORK_POLICY",
+        hide_env_values = true
+    )]
+    pub(crate) policy: PolicyArg,
+
+    /// Who carries the policy out
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        env = "POLYFORK_MECHANISM",
+        hide_env_values = true
+    )]
+    pub(crate) mechanism: MechanismArg,
+
+    /// Events as JSON lines on standard output, see docs/events.md
+    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_JSON", hide_env_values = true)]
+    pub(crate) json: bool,
+}
+
+/// `--policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyArg {
+    /// each ready worker in turn, exactly
+    RoundRobin,
+    /// one socket for all; whoever wakes first
+    Shared,
+}
+
+/// `--mechanism`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MechanismArg {
+    /// the kernel where it can, else hand-off; told which and why
+    Auto,
+    /// a listening socket per worker, and a program in the kernel that picks one for each connection
+    Kernel,
+    /// the primary accepts and passes each connection on
+    Handoff,
+}
+
+/// `--dialect`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DialectArg {
+    /// found out from the program file
+    Auto,
+    /// a program built on the polyfork crate
+    Native,
+    /// Node's own channel: Node, Deno, Bun
+    Node,
+    /// LISTEN_FDS, signals and NOTIFY_SOCKET: anything else
+    Sockets,
+}
+
+/// `--output`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputArg {
+    /// each line with its slot in front
+    Prefix,
+    /// workers write for themselves
+    Inherit,
+    /// discarded
+    None,
+}
+
+/// A time limit, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit(pub(crate) Option<Duration>);
+
+impl From<PolicyArg> for Policy {
+    fn from(arg: PolicyArg) -> Self {
+        match arg {
+            PolicyArg::RoundRobin => Policy::RoundRobin,
+            PolicyArg::Shared => Policy::Shared,
+        }
+    }
+}
+
+impl From<MechanismArg> for Mechanism {
+    fn from(arg: MechanismArg) -> Self {
+        match arg {
+            MechanismArg::Auto => Mechanism::Auto,
+            MechanismArg::Kernel => Mechanism::Kernel,
+            MechanismArg::Handoff => Mechanism::Handoff,
+        }
+    }
+}
+
+impl DialectArg {
+    /// `None` when it is to be found out.
+    pub(crate) fn dialect(self) -> Option<Dialect> {
+        match self {
+            DialectArg::Auto => None,
+            DialectArg::Native => Some(Dialect::Native),
+            DialectArg::Node => Some(Dialect::Node),
+            DialectArg::Sockets => Some(Dialect::Sockets),
+        }
+    }
+}
+
+fn address(text: &str) -> Result<Address, String> {
+    text.parse().map_err(|error: polyfork::cluster::AddressError| error.to_string())
+}
+
+fn limit(text: &str) -> Result<Limit, String> {
+    values::limit(text).map(Limit)
+}
+
+fn ready(text: &str) -> Result<Ready, String> {
+    match text.trim() {
+        "auto" => Ok(Ready::Auto),
+        "listening" => Ok(Ready::Listening),
+        "message" => Ok(Ready::Message),
+        "notify" => Ok(Ready::Notify),
+        other => match other.strip_prefix("delay=") {
+            Some(delay) => values::duration(delay).map(Ready::Delay),
+            None => Err("give auto, listening, message, notify or delay=1s".into()),
+        },
+    }
+}
+
+fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
+    text.parse().map_err(|error| format!("{error}; give a number and a time, as in 5/30s"))
+}
+
+/// Why the command line was not taken.
+pub(crate) enum NotRun {
+    /// Help or the version was asked for: this is it, for standard output.
+    Asked(String),
+    /// It is wrong: one line for people.
+    Wrong(String),
+}
+
+/// Reads the command line.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
+    let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
+    let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
+    let matches = command.try_get_matches_from(args).map_err(not_run)?;
+    Cli::from_arg_matches(&matches).map_err(not_run)
+}
+
+fn not_run(error: clap::Error) -> NotRun {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => NotRun::Asked(colours(&error)),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
+            NotRun::Wrong("no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into())
+        }
+        ErrorKind::InvalidSubcommand if error.get(ContextKind::SuggestedSubcommand).is_none() => {
+            let word = error.get(ContextKind::InvalidSubcommand).map(ToString::to_string);
+            let word = word.unwrap_or_default();
+            NotRun::Wrong(format!("no such verb: {word}; to run a program: polyfork run {word}"))
+        }
+        _ => NotRun::Wrong(one_line(&error.render().to_string())),
+    }
+}
+
+fn colours(error: &clap::Error) -> String {
+    if Paint::stdout().has_colours() {
+        error.render().ansi().to_string()
+    } else {
+        error.render().to_string()
+    }
+}
+
+/// Clap's `error: what`, `tip: next` and possible values, without the usage that follows.
+fn one_line(screen: &str) -> String {
+    let told = screen.split("\n\nUsage:").next().unwrap_or(screen);
+    let told = told.split("\n\nFor more information").next().unwrap_or(told);
+    let told = told.strip_prefix("error: ").unwrap_or(told);
+    let mut line = String::new();
+    for part in told.lines().map(str::trim).filter(|part| !part.is_empty()) {
+        let part = part.strip_prefix("tip: ").unwrap_or(part);
+        if !line.is_empty() {
+            line.push_str(if line.ends_with(':') { " " } else { "; " });
+        }
+        line.push_str(part);
+    }
+    let verb = screen.find("Usage: polyfork ").map_or("", |at| {
+        let rest = &screen[at + "Usage: polyfork ".len()..];
+        if rest.starts_with("demo") {
+            "demo "
+        } else if rest.starts_with("run") {
+            "run "
+        } else {
+            ""
+        }
+    });
+    format!("{line} (see polyfork {verb}--help)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(words: &[&str]) -> RunArgs {
+        match read(words) {
+            Ok(Cli { verb: Verb::Run(args) }) => *args,
+            Ok(_) => panic!("another verb"),
+            Err(NotRun::Asked(text) | NotRun::Wrong(text)) => panic!("{text}"),
+        }
+    }
+
+    fn read(words: &[&str]) -> Result<Cli, NotRun> {
+        parse(std::iter::once("polyfork").chain(words.iter().copied()).map(OsString::from))
+    }
+
+    fn wrong(words: &[&str]) -> String {
+        match read(words) {
+            Err(NotRun::Wrong(line)) => line,
+            Err(NotRun::Asked(_)) => panic!("help for {words:?}"),
+            Ok(cli) => panic!("{words:?} was taken: {cli:?}"),
+        }
+    }
+
+    #[test]
+    fn the_description_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn all_after_the_program_belongs_to_it() {
+        for (words, command) in [
+            (&["run", "server.js", "--port", "3"][..], &["server.js", "--port", "3"][..]),
+            (&["run", "-w", "2", "--", "node", "x.js"], &["node", "x.js"]),
+            (
+                &["run", "-w", "2", "npm", "start", "--", "-w", "3"],
+                &["npm", "start", "--", "-w", "3"],
+            ),
+            (&["run", "x", "--", "y"], &["x", "--", "y"]),
+            (&["run", "x", "--help"], &["x", "--help"]),
+            (&["run", "--", "-odd", "--json"], &["-odd", "--json"]),
+        ] {
+            let args = run(words);
+            assert_eq!(args.command, command, "{words:?}");
+            assert!(!args.show.json);
+        }
+    }
+
+    #[test]
+    fn an_unknown_option_is_answered_with_a_near_one() {
+        let line = wrong(&["run", "--worker", "2", "server.js"]);
+        assert!(line.contains("--worker") && line.contains("--workers"), "{line}");
+        let line = wrong(&["runn", "server.js"]);
+        assert!(line.contains("runn") && line.contains("'run'"), "{line}");
+        let line = wrong(&["server.js"]);
+        assert!(line.contains("polyfork run server.js"), "{line}");
+    }
+
+    #[test]
+    fn every_wrong_value_is_one_line_that_names_option_and_value() {
+        for words in [
+            ["--workers", "0"],
+            ["--workers", "-2"],
+            ["--grace", "30"],
+            ["--grace", "soon"],
+            ["--listen", "nowhere"],
+            ["--listen", "127.0.0.1:70000"],
+            ["--ready", "perhaps"],
+            ["--ready-timeout", "x"],
+            ["--restart-limit", "often"],
+            ["--policy", "fair"],
+            ["--mechanism", "magic"],
+            ["--dialect", "latin"],
+            ["--window", "65"],
+            ["--max-message", "0"],
+            ["--max-depth", "0"],
+            ["--output", "paper"],
+        ] {
+            let line = wrong(&["run", words[0], words[1], "server.js"]);
+            assert!(line.contains(words[0]) && line.contains(words[1]), "{line}");
+            assert!(!line.contains('\n') && line.len() < 250, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_missing_program_and_a_missing_verb_are_told() {
+        assert!(wrong(&["run"]).contains("PROGRAM"));
+        assert!(wrong(&["run", "--workers"]).contains("--workers"));
+        assert!(wrong(&[]).contains("polyfork run PROGRAM"));
+    }
+
+    #[test]
+    fn values_become_settings() {
+        let args = run(&[
+            "run",
+            "--ready",
+            "delay=250ms",
+            "--grace",
+            "1m",
+            "--ready-timeout",
+            "none",
+            "--listen",
+            ":80",
+            "--listen",
+            "unix:/x",
+            "--max-message",
+            "1MiB",
+            "--env",
+            "A=1",
+            "--env",
+            "B=2",
+            "x",
+        ]);
+        assert_eq!(args.ready, Ready::Delay(Duration::from_millis(250)));
+        assert_eq!(args.grace, Duration::from_secs(60));
+        assert_eq!(args.ready_timeout, Limit(None));
+        assert_eq!(args.listen.len(), 2);
+        assert_eq!(args.max_message, 1 << 20);
+        assert_eq!(args.env, ["A=1", "B=2"]);
+    }
+}

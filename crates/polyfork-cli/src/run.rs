@@ -1,0 +1,368 @@
+//! `polyfork run`: the way from options to a cluster, and from a cluster to lines and an exit code.
+//!
+//! Decides nothing about workers; it is one user of `polyfork::cluster`. Rendering is in `report`, writing in `sink`.
+//!
+//! The surprising rule: three things go on side by side on one thread, and none waits for another: events become lines
+//! (never waiting), worker output becomes lines (waiting for the reader), signals are obeyed.
+
+use std::cell::{Cell, RefCell};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::time::Duration;
+
+use polyfork::cluster::{
+    Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
+    StartError, default_workers, detect_with, usable_cpus,
+};
+use tokio::sync::mpsc;
+
+use crate::args::{OutputArg, RunArgs};
+use crate::exit::Code;
+use crate::ledger::{Ledger, Verdict};
+use crate::report::human::{self, Human};
+use crate::report::json::{self, Json};
+use crate::report::{Report, Start};
+use crate::sink::{Sink, Target};
+use crate::style::Paint;
+use crate::values::{self, Workers};
+use crate::words;
+
+/// Lines of worker output between the primary and the writer; each is 64 KiB at most.
+const LINES: usize = 16;
+/// At the end, a reader of worker output that takes nothing for this long is taken for stuck.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
+/// Before a slot's last lines are shown, how long they may still come.
+const LAST_LINES: Duration = Duration::from_millis(50);
+
+/// Why nothing was started.
+pub(crate) type Refused = Verdict;
+
+/// Everything that is needed to start, made from options.
+pub(crate) struct Prepared {
+    pub(crate) settings: Settings,
+    pub(crate) start: Start,
+    pub(crate) show: Show,
+}
+
+/// What is shown of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Show {
+    pub(crate) json: bool,
+    pub(crate) output: OutputArg,
+}
+
+/// Runs a program until it ends.
+pub(crate) fn run(args: RunArgs) -> Code {
+    let json = args.show.json;
+    match prepare(args).and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
+        Ok(code) => code,
+        Err(refused) => refuse(&refused, json),
+    }
+}
+
+/// Tells why nothing was started: a line on standard error, and a JSON line where those are wanted.
+pub(crate) fn refuse(refused: &Refused, json: bool) -> Code {
+    if json {
+        crate::say(io::stdout(), &json::refused(refused));
+    }
+    crate::say(io::stderr(), &format!("polyfork: {}\n", refused.text));
+    refused.code
+}
+
+fn usage(text: impl Into<String>) -> Refused {
+    Verdict { code: Code::Usage, text: text.into() }
+}
+
+fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
+    let show = Show { json: args.show.json, output: args.show.output };
+    if show.json && show.output == OutputArg::Inherit {
+        let text = "--json and --output inherit exclude each other: workers would write between the JSON lines";
+        return Err(usage(text));
+    }
+    if let Some(directory) = args.cwd.as_deref().filter(|directory| !directory.is_dir()) {
+        return Err(usage(format!("--cwd {}: no such directory", directory.display())));
+    }
+    let mut words = args.command.iter();
+    let program = words.next().cloned().unwrap_or_default();
+    let arguments: Vec<OsString> = words.cloned().collect();
+    let pairs = pairs(&args.env)?;
+    let path = pairs.iter().rev().find(|(key, _)| key == "PATH").map(|(_, path)| path.as_os_str());
+    let runtime = args.runtime.as_deref().filter(|name| !name.is_empty());
+    let mut detected = detect_with(&program, &arguments, args.cwd.as_deref(), path, runtime)
+        .map_err(|error| not_run(&error))?;
+    if let Some(dialect) = args.dialect.dialect() {
+        detected.dialect = dialect;
+    }
+    let (workers, workers_why) = workers(args.workers);
+    let mut settings = Settings::new(&program)
+        .args(&arguments)
+        .workers(workers)
+        .policy(args.policy.into())
+        .mechanism(args.mechanism.into())
+        .grace(args.grace)
+        .ready(args.ready)
+        .ready_timeout(args.ready_timeout.0)
+        .restart(args.restart_limit.clone())
+        .window(usize::from(args.window))
+        .ack_limit(args.ack_limit)
+        .drain_preload(!args.no_drain_preload)
+        .limits(limits(&args));
+    if let Some(dialect) = args.dialect.dialect() {
+        settings = settings.dialect(dialect);
+    }
+    settings = pairs.into_iter().fold(settings, |settings, (key, value)| settings.env(key, value));
+    settings = listen(&args)?.into_iter().fold(settings, Settings::listen);
+    if let Some(directory) = &args.cwd {
+        settings = settings.cwd(directory);
+    }
+    let name = args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()));
+    settings = settings.name(&name);
+    let warnings = warnings(&detected, &args);
+    let start = Start { name, workers, workers_why, detected, warnings, page: false };
+    Ok(Prepared { settings, start, show })
+}
+
+fn limits(args: &RunArgs) -> Limits {
+    Limits {
+        max_message: args.max_message,
+        max_depth: usize::try_from(args.max_depth).unwrap_or(usize::MAX),
+        ..Limits::default()
+    }
+}
+
+fn pairs(texts: &[OsString]) -> Result<Vec<(OsString, OsString)>, Refused> {
+    let one = |text: &OsString| {
+        values::pair(text.clone())
+            .map_err(|error| usage(format!("--env {}: {error}", text.display())))
+    };
+    texts.iter().map(one).collect()
+}
+
+/// The addresses of `--listen`, or those of `POLYFORK_LISTEN`.
+fn listen(args: &RunArgs) -> Result<Vec<polyfork::cluster::Address>, Refused> {
+    if !args.listen.is_empty() {
+        return Ok(args.listen.clone());
+    }
+    let named = std::env::var("POLYFORK_LISTEN").unwrap_or_default();
+    let read =
+        |text: &str| text.parse().map_err(|error| usage(format!("POLYFORK_LISTEN: {error}")));
+    named.split_whitespace().map(read).collect()
+}
+
+/// How many workers, and why that many.
+pub(crate) fn workers(wanted: Option<Workers>) -> (u32, String) {
+    match wanted {
+        Some(Workers::Exactly(workers)) => (workers, "as asked".to_owned()),
+        Some(Workers::Max) => {
+            let cpus = usable_cpus();
+            (cpus.workers, cpus.explanation)
+        }
+        None => {
+            let found = default_workers();
+            (found.workers.min(values::MOST_WORKERS), found.explanation)
+        }
+    }
+}
+
+/// `server` for `server.js`, the directory's name for `.`.
+fn display_name(program: &OsStr, cwd: Option<&Path>) -> String {
+    let path = cwd.unwrap_or(Path::new("")).join(program);
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let name = path.file_stem().or_else(|| path.file_name()).unwrap_or(program);
+    words::harmless(&name.to_string_lossy())
+}
+
+fn warnings(detected: &Detected, args: &RunArgs) -> Vec<String> {
+    let sockets = detected.dialect == Dialect::Sockets;
+    let mut warnings: Vec<String> = detected.warning.clone().into_iter().collect();
+    let named = std::env::var_os("POLYFORK_LISTEN").is_some_and(|value| !value.is_empty());
+    if sockets && args.listen.is_empty() && !named {
+        warnings.push(
+            "no --listen: workers of the sockets dialect inherit nothing and must share the port by themselves"
+                .into(),
+        );
+    }
+    warnings
+}
+
+fn not_run(error: &DetectError) -> Refused {
+    let code = if error.is_about_the_runtime() { Code::NoRuntime } else { Code::NoProgram };
+    Verdict { code, text: words::harmless(&error.to_string()) }
+}
+
+fn not_started(error: &StartError) -> Refused {
+    match error {
+        StartError::Program(error) => not_run(error),
+        StartError::Bind { address, error } => {
+            Verdict { code: words::bind_code(error), text: words::bind_failed(address, error) }
+        }
+        StartError::Settings(text) => usage(text.clone()),
+        other => Verdict { code: Code::Unexpected, text: other.to_string() },
+    }
+}
+
+/// Starts the cluster and stays with it to the end. `observer` makes, with the cluster at hand, what sees every event
+/// before it is shown.
+///
+/// # Errors
+/// Why nothing was started.
+pub(crate) fn supervise<F: FnMut(&Event)>(
+    prepared: Prepared,
+    observer: impl FnOnce(&Cluster) -> F,
+) -> Result<Code, Refused> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Verdict {
+        code: Code::Unexpected,
+        text: format!("cannot make a runtime: {error}"),
+    })?;
+    let code = runtime.block_on(async {
+        let Prepared { settings, start, show } = prepared;
+        let (settings, lines) = with_output(settings, show.output);
+        let cluster = Cluster::start_detected(settings, start.detected.clone())
+            .map_err(|error| not_started(&error))?;
+        let watch = Watch::new(&start, show);
+        Ok(watch.to_the_end(&cluster, lines, observer(&cluster)).await)
+    });
+    // Whatever is left of the cluster ends with the process.
+    runtime.shutdown_background();
+    code
+}
+
+fn with_output(
+    settings: Settings,
+    output: OutputArg,
+) -> (Settings, Option<mpsc::Receiver<OutputLine>>) {
+    if output == OutputArg::Inherit {
+        return (settings.output(Output::Inherit), None);
+    }
+    // Also when nothing is shown: the last lines explain a slot that is given up.
+    let (sender, lines) = mpsc::channel(LINES);
+    (settings.output(Output::Lines(sender)), Some(lines))
+}
+
+/// A cluster being watched.
+struct Watch {
+    report: RefCell<Report>,
+    ledger: RefCell<Ledger>,
+    out: Option<Sink>,
+    err: Option<Sink>,
+    show: Show,
+    /// Lines of workers dealt with so far.
+    passed_on: Cell<u64>,
+}
+
+impl Watch {
+    fn new(start: &Start, show: Show) -> Watch {
+        let mut report = if show.json {
+            Report::Json(Json)
+        } else {
+            Report::Human(Human::new(start.workers, Paint::stdout(), Paint::stderr()))
+        };
+        let tell_dropped = if show.json { json::dropped } else { human::dropped };
+        // A thread only for a stream that will be written to.
+        let prefix = show.output == OutputArg::Prefix;
+        let out = (show.json || prefix).then(|| Sink::new(Target::Stdout, tell_dropped));
+        let err = (!show.json).then(|| Sink::new(Target::Stderr, tell_dropped));
+        let first = report.start(start);
+        let watch = Watch {
+            report: RefCell::new(report),
+            ledger: RefCell::default(),
+            out,
+            err,
+            show,
+            passed_on: Cell::new(0),
+        };
+        first.iter().for_each(|line| watch.own(line));
+        watch
+    }
+
+    fn sink(&self, target: Target) -> Option<&Sink> {
+        match target {
+            Target::Stdout => self.out.as_ref(),
+            Target::Stderr => self.err.as_ref(),
+        }
+    }
+
+    /// Writes a line of the primary.
+    fn own(&self, line: &str) {
+        let target = self.report.borrow().target();
+        if let Some(sink) = self.sink(target) {
+            sink.own(line.as_bytes());
+        }
+    }
+
+    async fn to_the_end(
+        &self,
+        cluster: &Cluster,
+        lines: Option<mpsc::Receiver<OutputLine>>,
+        observer: impl FnMut(&Event),
+    ) -> Code {
+        let output = self.pass_on(lines);
+        let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
+        tokio::pin!(output, told);
+        let mut output_ended = false;
+        loop {
+            tokio::select! {
+                () = &mut output, if !output_ended => output_ended = true,
+                _ = &mut told => break,
+            }
+        }
+        if !output_ended {
+            self.last_output(output).await;
+        }
+        let verdict = self.ledger.borrow().verdict(&cluster.wait().await);
+        let last = self.report.borrow_mut().end(&verdict);
+        self.own(&last);
+        for sink in [&self.out, &self.err].into_iter().flatten() {
+            // A reader that is stuck has been waited for.
+            let _complete = sink.finish();
+        }
+        verdict.code
+    }
+
+    /// Waits for output that workers left behind, as long as it comes.
+    async fn last_output(&self, mut output: Pin<&mut impl Future<Output = ()>>) {
+        loop {
+            let before = self.passed_on.get();
+            let ended = tokio::time::timeout(LAST_OUTPUT, output.as_mut()).await.is_ok();
+            if ended || self.passed_on.get() == before {
+                return;
+            }
+        }
+    }
+
+    /// Turns events into lines until the last one.
+    async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
+        let mut events = cluster.events();
+        while let Some(event) = events.next().await {
+            if matches!(event, Event::SlotFailed { .. }) {
+                // The lines that explain it may still be on their way.
+                tokio::time::sleep(LAST_LINES).await;
+            }
+            observer(&event);
+            self.ledger.borrow_mut().event(&event);
+            let lines = self.report.borrow_mut().event(&event, &self.ledger.borrow());
+            lines.iter().for_each(|line| self.own(line));
+            if matches!(event, Event::End(_)) {
+                return;
+            }
+        }
+    }
+
+    /// Turns worker output into lines until no worker can write any more.
+    async fn pass_on(&self, lines: Option<mpsc::Receiver<OutputLine>>) {
+        let Some(mut lines) = lines else { return };
+        while let Some(line) = lines.recv().await {
+            self.ledger.borrow_mut().line(&line);
+            if self.show.output == OutputArg::Prefix {
+                let (target, bytes) = self.report.borrow_mut().output(&line);
+                if let Some(sink) = self.sink(target) {
+                    sink.line(&bytes).await;
+                }
+            }
+            self.passed_on.set(self.passed_on.get() + 1);
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Reads the values of options: durations, sizes, numbers of workers, `K=V` pairs.
+//!
+//! Every error says what is wrong with the text and shows one that is right. A duration needs its unit: `30`
+//! could be seconds to one reader and milliseconds to another.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::time::Duration;
+
+/// How many workers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Workers {
+    /// This many, at least 1.
+    Exactly(u32),
+    /// As many as the process may use CPUs, whatever `WEB_CONCURRENCY` says.
+    Max,
+}
+
+/// The most workers that are accepted: more is a typing error, or a machine this was never tried on.
+pub(crate) const MOST_WORKERS: u32 = 4096;
+
+/// Reads `4` or `max`.
+pub(crate) fn workers(text: &str) -> Result<Workers, String> {
+    match text.trim() {
+        "max" => Ok(Workers::Max),
+        "0" => Err("a cluster needs at least 1 worker; `max` takes every CPU it may use".into()),
+        number => match number.parse() {
+            Ok(workers) if (1..=MOST_WORKERS).contains(&workers) => Ok(Workers::Exactly(workers)),
+            _ => Err(format!("give a number from 1 to {MOST_WORKERS}, or `max`")),
+        },
+    }
+}
+
+/// Reads `500ms`, `30s`, `1.5s`, `2m`, `1h`, `1m30s`, and `0`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() {
+        let (part, after) = one_part(rest)?;
+        total = total.checked_add(part).ok_or("the duration is too long")?;
+        rest = after;
+    }
+    if text.is_empty() { Err(expected()) } else { Ok(total) }
+}
+
+/// Reads a duration, or `none` for no limit.
+pub(crate) fn limit(text: &str) -> Result<Option<Duration>, String> {
+    match text.trim() {
+        "none" => Ok(None),
+        other => duration(other).map(Some).map_err(|error| format!("{error}; or `none`")),
+    }
+}
+
+/// Takes one number with its unit off the front.
+fn one_part(text: &str) -> Result<(Duration, &str), String> {
+    let number =
+        text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
+    let (number, rest) = text.split_at(number);
+    let unit = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_alphabetic()).len();
+    let (unit, rest) = rest.split_at(unit);
+    let value: f64 = number.parse().map_err(|_| expected())?;
+    let seconds = match unit {
+        "ms" => value / 1e3,
+        "s" => value,
+        "m" | "min" => value * 60.0,
+        "h" => value * 3600.0,
+        "" => return Err(format!("the unit is missing: {number}s or {number}ms?")),
+        _ => return Err(expected()),
+    };
+    let part = Duration::try_from_secs_f64(seconds).map_err(|_| "the duration is too long")?;
+    Ok((part, rest))
+}
+
+fn expected() -> String {
+    "give a number with its unit, as in 500ms, 30s, 2m, 1m30s".into()
+}
+
+/// Reads `65536`, `64K`, `64KiB`, `1M`, `64MiB`. K is 1,024 bytes, M is 1,024 K.
+pub(crate) fn size(text: &str) -> Result<usize, String> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" | "kib" => 1 << 10,
+        "m" | "mb" | "mib" => 1 << 20,
+        "g" | "gb" | "gib" => 1 << 30,
+        _ => return Err(expected_size()),
+    };
+    let number: usize = digits.trim().parse().map_err(|_| expected_size())?;
+    match number.checked_mul(factor) {
+        Some(0) | None => Err(expected_size()),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+fn expected_size() -> String {
+    "give a number of bytes, as in 65536, 64KiB, 16MiB".into()
+}
+
+/// Reads `KEY=VALUE`; the value may hold any byte, and may be empty.
+pub(crate) fn pair(text: OsString) -> Result<(OsString, OsString), String> {
+    let bytes = text.as_bytes();
+    match bytes.iter().position(|&byte| byte == b'=') {
+        None | Some(0) => Err("give KEY=VALUE, as in PORT=3000".into()),
+        Some(at) => Ok((
+            OsString::from_vec(bytes[..at].to_vec()),
+            OsString::from_vec(bytes[at + 1..].to_vec()),
+        )),
+    }
+}
+
+/// Writes a duration as people say it: `850 ms`, `1.5 s`, `2 min`.
+pub(crate) fn spoken(duration: Duration) -> String {
+    let ms = duration.as_millis();
+    match ms {
+        0 => "0 s".into(),
+        1..1000 => format!("{ms} ms"),
+        1000..60_000 => match (ms / 1000, ms % 1000 / 100) {
+            (seconds, 0) => format!("{seconds} s"),
+            (seconds, tenth) => format!("{seconds}.{tenth} s"),
+        },
+        60_000..3_600_000 => in_two(ms / 60_000, "min", ms / 1000 % 60, "s"),
+        _ => in_two(ms / 3_600_000, "h", ms / 60_000 % 60, "min"),
+    }
+}
+
+fn in_two(large: u128, large_unit: &str, small: u128, small_unit: &str) -> String {
+    match small {
+        0 => format!("{large} {large_unit}"),
+        _ => format!("{large} {large_unit} {small} {small_unit}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_with_their_units() {
+        for (text, ms) in [
+            ("500ms", 500),
+            ("30s", 30_000),
+            ("1.5s", 1_500),
+            ("2m", 120_000),
+            ("1m30s", 90_000),
+            ("1h", 3_600_000),
+            ("0", 0),
+            ("0s", 0),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_duration_is_told_with_a_right_one() {
+        for text in
+            ["", "30", "s", "-1s", "1x", "1s2", "soon", "1..2s", "99999999999999999999h", "é"]
+        {
+            let error = duration(text).expect_err(text);
+            assert!(error.contains("ms") || error.contains("too long"), "{text}: {error}");
+        }
+        assert_eq!(limit("none"), Ok(None));
+        assert!(limit("never").expect_err("not a word").contains("none"));
+    }
+
+    #[test]
+    fn zero_workers_are_refused_with_what_to_do() {
+        assert_eq!(workers("3"), Ok(Workers::Exactly(3)));
+        assert_eq!(workers("max"), Ok(Workers::Max));
+        assert!(workers("0").expect_err("zero").contains("at least 1"));
+        for text in ["-1", "", "two", "4097", "99999999999"] {
+            assert!(workers(text).expect_err(text).contains("1 to 4096"));
+        }
+    }
+
+    #[test]
+    fn sizes_are_binary() {
+        assert_eq!(size("65536"), Ok(65_536));
+        assert_eq!(size("64KiB"), Ok(65_536));
+        assert_eq!(size("2m"), Ok(2 << 20));
+        for text in ["0", "", "KiB", "1x", "-1", "99999999999999999999", "18446744073709551615G"] {
+            assert!(size(text).expect_err(text).contains("64KiB"));
+        }
+    }
+
+    #[test]
+    fn a_pair_splits_at_its_first_equals_sign() {
+        let read = |text: &str| pair(text.into());
+        assert_eq!(read("A=b=c"), Ok(("A".into(), "b=c".into())));
+        assert_eq!(read("A="), Ok(("A".into(), "".into())));
+        assert!(read("A").is_err() && read("=b").is_err());
+    }
+
+    #[test]
+    fn durations_are_written_as_people_say_them() {
+        for (ms, text) in [
+            (0, "0 s"),
+            (83, "83 ms"),
+            (1_000, "1 s"),
+            (1_540, "1.5 s"),
+            (30_000, "30 s"),
+            (90_000, "1 min 30 s"),
+            (7_200_000, "2 h"),
+        ] {
+            assert_eq!(spoken(Duration::from_millis(ms)), text);
+        }
+    }
+}

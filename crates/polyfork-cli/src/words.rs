@@ -1,0 +1,225 @@
+//! Words for what happened, shared by the readers' two formats: names of signals and reasons, addresses, system
+//! errors with what to do about them.
+//!
+//! The words for programs are stable: they are part of docs/events.md.
+
+use std::io;
+
+use polyfork::cluster::{Address, Carried, Exit, Policy, Reason, Via};
+
+use crate::exit::Code;
+
+/// Linux numbers of x86 and Arm, from 1.
+const SIGNALS: [&str; 31] = [
+    "SIGHUP",
+    "SIGINT",
+    "SIGQUIT",
+    "SIGILL",
+    "SIGTRAP",
+    "SIGABRT",
+    "SIGBUS",
+    "SIGFPE",
+    "SIGKILL",
+    "SIGUSR1",
+    "SIGSEGV",
+    "SIGUSR2",
+    "SIGPIPE",
+    "SIGALRM",
+    "SIGTERM",
+    "SIGSTKFLT",
+    "SIGCHLD",
+    "SIGCONT",
+    "SIGSTOP",
+    "SIGTSTP",
+    "SIGTTIN",
+    "SIGTTOU",
+    "SIGURG",
+    "SIGXCPU",
+    "SIGXFSZ",
+    "SIGVTALRM",
+    "SIGPROF",
+    "SIGWINCH",
+    "SIGIO",
+    "SIGPWR",
+    "SIGSYS",
+];
+
+/// `SIGKILL` for 9.
+pub(crate) fn signal(number: i32) -> String {
+    let name = usize::try_from(number).ok().and_then(|n| SIGNALS.get(n.wrapping_sub(1)));
+    name.map_or_else(|| format!("signal {number}"), |name| (*name).to_owned())
+}
+
+/// The word for a reason in JSON.
+pub(crate) fn reason(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Exited(Exit::Code(_)) => "exited",
+        Reason::Exited(Exit::Signal(_)) => "signal",
+        Reason::Exited(Exit::Unknown) => "unknown",
+        Reason::Exited(Exit::NotStarted) => "not_started",
+        Reason::OutOfMemory => "out_of_memory",
+        Reason::NeverReady => "never_ready",
+        Reason::ProtocolFault => "protocol_fault",
+        Reason::Watchdog => "watchdog",
+        Reason::Asked => "asked",
+        Reason::Voluntary => "voluntary",
+        Reason::GraceExpired => "grace_expired",
+        Reason::Disconnected => "disconnected",
+    }
+}
+
+/// How a process ended, with every signal by its name.
+pub(crate) fn ended(reason: Reason) -> String {
+    match reason {
+        Reason::Exited(Exit::Signal(number)) => format!("ended by {}", signal(number)),
+        Reason::Exited(exit) => exit.to_string(),
+        Reason::OutOfMemory => "was ended by the kernel: out of memory".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+/// An address for people: a wildcard is told as what it is.
+pub(crate) fn address(address: &Address) -> String {
+    match address {
+        Address::Tcp(tcp) if tcp.ip().is_unspecified() => {
+            format!("port {} of every address ({address})", tcp.port())
+        }
+        other => other.to_string(),
+    }
+}
+
+/// The port of a TCP or UDP address.
+pub(crate) fn port(address: &Address) -> Option<u16> {
+    match address {
+        Address::Tcp(address) | Address::Udp(address) => Some(address.port()),
+        _ => None,
+    }
+}
+
+/// Whether turns are exact.
+pub(crate) fn is_exact(via: &Via) -> bool {
+    via.policy == Policy::RoundRobin
+        && matches!(via.mechanism, Carried::KernelExact | Carried::Handoff)
+}
+
+/// Policy and mechanism for people.
+pub(crate) fn via(via: &Via) -> &'static str {
+    match via.mechanism {
+        Carried::KernelExact => "round-robin in exact turns, by the kernel",
+        Carried::KernelRandom => "round-robin on average, at random by the kernel",
+        Carried::Handoff => "round-robin in exact turns, handed over by the primary",
+        Carried::SharedSocket => "shared: one socket, whoever wakes first",
+        Carried::OwnSocket => "each worker has a socket of its own, the kernel spreads by hash",
+        _ => "by a way this version has no words for",
+    }
+}
+
+/// The exit code for an address that could not be bound.
+pub(crate) fn bind_code(error: &io::Error) -> Code {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => Code::AddressInUse,
+        io::ErrorKind::PermissionDenied
+        | io::ErrorKind::AddrNotAvailable
+        | io::ErrorKind::NotFound
+        | io::ErrorKind::NotADirectory
+        | io::ErrorKind::ReadOnlyFilesystem
+        | io::ErrorKind::Unsupported => Code::AddressRefused,
+        _ if error.raw_os_error() == Some(EAFNOSUPPORT) => Code::AddressRefused,
+        _ => Code::Unexpected,
+    }
+}
+
+/// The same number on every Linux.
+const EAFNOSUPPORT: i32 = 97;
+
+/// Why an address could not be bound, and what to do: one line.
+pub(crate) fn bind_failed(address: &Address, error: &io::Error) -> String {
+    let (what, next) = match error.kind() {
+        io::ErrorKind::AddrInUse => ("address in use", who_listens(address)),
+        io::ErrorKind::PermissionDenied => ("not permitted", how_to_be_permitted(address)),
+        io::ErrorKind::AddrNotAvailable => {
+            ("no such address here", "`ip address` lists the ones this machine has".to_owned())
+        }
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            ("no such directory", "make the directory of the socket first".to_owned())
+        }
+        _ if error.raw_os_error() == Some(EAFNOSUPPORT) => {
+            ("this machine has no such kind of address", "IPv6 may be off: use an IPv4 one".into())
+        }
+        _ => return format!("cannot listen on {address}: {error}"),
+    };
+    format!("cannot listen on {address}: {what}; {next}")
+}
+
+fn who_listens(address: &Address) -> String {
+    match address {
+        Address::Tcp(tcp) => format!("`ss -ltnp 'sport = :{}'` shows who listens", tcp.port()),
+        Address::Udp(udp) => format!("`ss -lunp 'sport = :{}'` shows who listens", udp.port()),
+        _ => "another program listens there, or remove the file it left".to_owned(),
+    }
+}
+
+fn how_to_be_permitted(address: &Address) -> String {
+    match port(address) {
+        Some(1..1024) => "ports below 1024 need CAP_NET_BIND_SERVICE (setcap, or \
+                          AmbientCapabilities= of systemd); or take a higher port"
+            .to_owned(),
+        Some(_) => "a security module may forbid it".to_owned(),
+        None => "the directory of the socket must be writable".to_owned(),
+    }
+}
+
+/// Text of a worker for one line of a terminal: control characters are shown, not obeyed.
+pub(crate) fn harmless(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_have_their_names() {
+        for (number, name) in
+            [(1, "SIGHUP"), (9, "SIGKILL"), (11, "SIGSEGV"), (15, "SIGTERM"), (31, "SIGSYS")]
+        {
+            assert_eq!(signal(number), name);
+        }
+        for number in [0, -1, 32, 64, i32::MIN] {
+            assert_eq!(signal(number), format!("signal {number}"));
+        }
+    }
+
+    #[test]
+    fn a_failed_bind_says_what_on_what_and_what_next() {
+        let address: Address = "127.0.0.1:80".parse().unwrap();
+        for (kind, code, parts) in [
+            (io::ErrorKind::AddrInUse, Code::AddressInUse, ["in use", "ss -ltnp"]),
+            (
+                io::ErrorKind::PermissionDenied,
+                Code::AddressRefused,
+                ["not permitted", "CAP_NET_BIND"],
+            ),
+            (
+                io::ErrorKind::AddrNotAvailable,
+                Code::AddressRefused,
+                ["no such address", "ip address"],
+            ),
+        ] {
+            let error = io::Error::from(kind);
+            let text = bind_failed(&address, &error);
+            assert_eq!(bind_code(&error), code);
+            assert!(
+                text.contains("127.0.0.1:80") && parts.iter().all(|p| text.contains(p)),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn control_characters_of_workers_are_shown() {
+        assert_eq!(harmless("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+    }
+}
