@@ -125,7 +125,7 @@ impl Primary {
         };
         let handles = match port.socket_for(slot).map(|fd| fd.try_clone_to_owned()) {
             None => Vec::new(),
-            Some(Ok(copy)) => vec![Passed { fd: Arc::new(copy), connection: None }],
+            Some(Ok(copy)) => vec![Passed { fd: Arc::new(copy), connection: None, line: None }],
             Some(Err(error)) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EMFILE);
                 self.push_frame(worker, &failed(errno, error.to_string()), Vec::new());
@@ -185,7 +185,7 @@ impl Primary {
         let frame = ToWorker::Connections { listener: listener.0, first_seq, count };
         let handles = run
             .into_iter()
-            .map(|d| Passed { fd: d.connection, connection: Some((d.port, d.seq)) })
+            .map(|d| Passed { fd: d.connection, connection: Some((d.port, d.seq)), line: None })
             .collect();
         if let Some(link) = self.native_link(worker) {
             link.push(&frame, handles);

@@ -23,7 +23,7 @@ use super::detect::Runtime;
 use super::event::{Encoded, Event};
 use super::link::{Link, NodeLink, Passed};
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
-use super::primary::{Primary, Worker};
+use super::primary::Primary;
 use super::settings::{Address, Ready};
 
 /// libuv's flags in a request.
@@ -184,7 +184,8 @@ impl Primary {
         };
         let line = wire::reply_shared(seq, sequence, &key, data.as_ref(), kind);
         if let Some(link) = self.node_link(worker) {
-            link.outbox.push_handle(line, Passed { fd: copy, connection: None });
+            let again = Some(line.as_slice().into());
+            link.outbox.push_handle(line, Passed { fd: copy, connection: None, line: again });
         }
         self.flush(worker);
     }
@@ -256,8 +257,11 @@ impl Primary {
         let Some(w) = self.workers.get_mut(&delivery.worker) else { return };
         w.calls.insert(sequence, (delivery.port, delivery.seq));
         if let Link::Node(link) = &mut w.running.link {
-            let passed =
-                Passed { fd: delivery.connection, connection: Some((delivery.port, sequence)) };
+            let passed = Passed {
+                fd: delivery.connection,
+                connection: Some((delivery.port, sequence)),
+                line: None,
+            };
             link.outbox.push_handle(line, passed);
         }
     }
@@ -304,10 +308,15 @@ impl Primary {
         let Link::Node(link) = &mut w.running.link else { return };
         match link.outbox.rewind_unread(&unread) {
             Ok(given_back) => {
-                let connections: Vec<_> = given_back
-                    .into_iter()
-                    .filter_map(|passed| w.calls.remove(&passed.connection?.1))
-                    .collect();
+                let mut connections = Vec::new();
+                for passed in given_back {
+                    if let Some((_, sequence)) = passed.connection {
+                        connections.extend(w.calls.remove(&sequence));
+                    } else if let Some(line) = passed.line.clone() {
+                        // An answer to a request for a socket: the worker still waits for it.
+                        link.outbox.push_handle(line.to_vec(), passed);
+                    }
+                }
                 self.took_back(worker, &connections);
                 self.flush(worker);
             }
