@@ -711,9 +711,13 @@ fn clock_that_goes_back_stands_still() {
     let before = cluster.now;
     cluster.now = Time::ZERO;
     assert!(cluster.feed(Input::Tick).is_empty());
+    cluster.feed(Input::AddOne);
+    let view = cluster.supervisor.worker(w(2)).expect("it is being started");
+    assert_eq!(view.started, before);
+    cluster.feed(Input::RemoveOne);
     assert_eq!(cluster.supervisor.deadline(), Some(before + wait));
     cluster.now = before + wait;
-    assert_eq!(spawned(&cluster.feed(Input::Tick)), [(s(1), w(2))]);
+    assert_eq!(spawned(&cluster.feed(Input::Tick)), [(s(1), w(3))]);
 }
 
 #[test]

@@ -726,11 +726,20 @@ impl Life {
         assert!(self.processes.is_empty() && self.spawning.is_empty());
         assert_eq!(self.supervisor.deadline(), None);
         assert_eq!(self.supervisor.workers().count(), 0);
+        self.nothing_happens_after_the_end();
         for connection in self.handoff.cancel_all() {
             self.ledger.give_back(connection);
         }
         self.check();
         self.ledger.assert_complete();
+    }
+
+    fn nothing_happens_after_the_end(&mut self) {
+        let mut out = Vec::new();
+        for input in [Input::Start, Input::AddOne, Input::Fork, Input::Stop, Input::Tick] {
+            self.supervisor.handle(self.clock, input, &mut out);
+        }
+        assert_eq!(out, []);
     }
 
     fn spawns_are_answered_and_the_killed_die(&mut self) {
