@@ -52,7 +52,10 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: {error:#}");
-            ExitCode::FAILURE
+            // A shell's way of telling that a signal ended it.
+            let by_signal =
+                proc::interrupted_by().and_then(|signal| u8::try_from(128 + signal).ok());
+            by_signal.map_or(ExitCode::FAILURE, ExitCode::from)
         }
     }
 }

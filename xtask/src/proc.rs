@@ -19,7 +19,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -38,7 +38,8 @@ const CLEANUP: Duration = Duration::from_secs(15);
 /// Pause between two looks at `/proc` or at a child; the kernel offers no event for a whole tree.
 const POLL: Duration = Duration::from_millis(20);
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// The signal that asked to stop; zero while none has come.
+static INTERRUPTED: AtomicI32 = AtomicI32::new(0);
 
 /// Makes this process the reaper of all its descendants and ends them on SIGINT and SIGTERM.
 ///
@@ -51,7 +52,7 @@ pub(crate) fn guard() -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("watch SIGINT and SIGTERM")?;
     thread::Builder::new().name("signals".into()).spawn(move || {
         for signal in signals.forever() {
-            if INTERRUPTED.swap(true, Ordering::SeqCst) {
+            if INTERRUPTED.swap(signal, Ordering::SeqCst) != 0 {
                 std::process::exit(128 + signal);
             }
             eprintln!("xtask: interrupted, stopping what was started");
@@ -73,10 +74,15 @@ pub(crate) fn guard() -> Result<()> {
 /// # Errors
 /// When a signal has come.
 pub(crate) fn check_interrupted() -> Result<()> {
-    if INTERRUPTED.load(Ordering::SeqCst) {
-        bail!("interrupted");
+    match interrupted_by() {
+        None => Ok(()),
+        Some(_) => bail!("interrupted"),
     }
-    Ok(())
+}
+
+/// The signal by which the user asked to stop.
+pub(crate) fn interrupted_by() -> Option<i32> {
+    Some(INTERRUPTED.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
 }
 
 /// One line of `/proc/PID/stat`, the fields used here.

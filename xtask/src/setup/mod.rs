@@ -17,6 +17,7 @@ mod pins;
 mod python;
 
 use std::fs::{self, File};
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -60,19 +61,18 @@ pub(crate) struct Found {
 }
 
 impl Outcome {
-    /// A thing the tests need.
-    fn required(name: &'static str, result: Result<Found, String>) -> Self {
-        Self { name, required: true, result }
-    }
-
-    fn print(&self) {
-        match &self.result {
+    /// Tells what became of a thing, as soon as it is known.
+    fn tell(name: &'static str, required: bool, result: Result<Found, String>) -> Self {
+        let line = match &result {
             Ok(found) => {
                 let how = if found.fresh { "installed" } else { "present" };
-                println!("{how:<10} {:<10} {}", self.name, found.tool.version);
+                format!("{how:<10} {name:<10} {}", found.tool.version)
             }
-            Err(reason) => println!("{:<10} {:<10} ({reason})", "MISSING", self.name),
-        }
+            Err(reason) => format!("{:<10} {name:<10} ({reason})", "MISSING"),
+        };
+        // A reader that has seen enough (`| head`) must not stop the set-up half-way.
+        let _ = writeln!(io::stdout(), "{line}");
+        Self { name, required, result }
     }
 }
 
@@ -102,10 +102,10 @@ pub(crate) fn run() -> Result<Vec<Outcome>> {
     let mut outcomes = debian::install_all();
     outcomes.extend(npm::install_all());
     outcomes.extend(python::install_all());
-    outcomes.iter().for_each(Outcome::print);
     let manifest = Manifest::of(&outcomes);
     manifest.write(&paths::manifest())?;
-    println!("set-up took {:.1} s; {}", began.elapsed().as_secs_f64(), paths::manifest().display());
+    let took = began.elapsed().as_secs_f64();
+    let _ = writeln!(io::stdout(), "set-up took {took:.1} s; {}", paths::manifest().display());
     Ok(outcomes)
 }
 

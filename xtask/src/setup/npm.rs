@@ -37,7 +37,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("npm_config_ignore_scripts", "false"),
 ];
 
-/// All packages of the table, in its order.
+/// All packages of the table.
 pub(super) fn install_all() -> Vec<Outcome> {
     let next = Mutex::new(NPM.iter());
     let done = Mutex::new(Vec::new());
@@ -45,15 +45,13 @@ pub(super) fn install_all() -> Vec<Outcome> {
         for _ in 0..PARALLEL {
             scope.spawn(|| {
                 while let Some(pin) = next.lock().expect("no panic under the lock").next() {
-                    let result = install_one(pin);
-                    done.lock().expect("no panic under the lock").push((pin.name, result));
+                    let outcome = Outcome::tell(pin.name, true, install_one(pin));
+                    done.lock().expect("no panic under the lock").push(outcome);
                 }
             });
         }
     });
-    let mut done = done.into_inner().expect("no panic under the lock");
-    done.sort_by_key(|(name, _)| NPM.iter().position(|pin| pin.name == *name));
-    done.into_iter().map(|(name, result)| Outcome::required(name, result)).collect()
+    done.into_inner().expect("no panic under the lock")
 }
 
 fn install_one(pin: &NpmPin) -> Result<Found, String> {

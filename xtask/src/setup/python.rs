@@ -21,18 +21,15 @@ use crate::{paths, proc};
 pub(super) fn install_all() -> Vec<Outcome> {
     let folder = paths::peers().join("python");
     let python = environment(&folder);
-    let mut outcomes: Vec<Outcome> = PYTHON
-        .iter()
-        .map(|pin| Outcome {
-            name: pin.name,
-            required: pin.required,
-            result: match &python {
-                Ok(_) => install_one(pin, &folder),
-                Err(reason) => Err(reason.clone()),
-            },
-        })
-        .collect();
-    outcomes.insert(0, Outcome::required("python", python));
+    let broken = python.as_ref().err().cloned();
+    let mut outcomes = vec![Outcome::tell("python", true, python)];
+    outcomes.extend(PYTHON.iter().map(|pin| {
+        let result = match &broken {
+            None => install_one(pin, &folder),
+            Some(reason) => Err(reason.clone()),
+        };
+        Outcome::tell(pin.name, pin.required, result)
+    }));
     outcomes
 }
 

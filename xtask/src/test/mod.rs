@@ -41,7 +41,8 @@ Options:
 Environment:
   CI=true               a skip that the run may not make counts as a failure
   POLYFORK_ADVISORY_DB  folder of an advisory database; turns the audit stage on
-  POLYFORK_SIM_EVENTS   events that the supervisor's simulation plays (default 1000000)
+  POLYFORK_SIM_EVENTS   events that the supervisor's simulation plays (default 10000000)
+  POLYFORK_SIM_SEED     seed of its first life (default from the clock, printed)
   PROPTEST_CASES        cases per property in the fuzz stage (default 2000)
 ";
 

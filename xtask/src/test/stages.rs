@@ -92,8 +92,10 @@ const STAGES: &[Stage] = &[
         about: "the supervisor's core through random event orders, optimised",
         quick: false,
         run: |session| {
-            let words = ["test", "--release", "-p", "polyfork-core", "--no-fail-fast"];
-            session.tests(&words, &[("POLYFORK_SIM_EVENTS", "1000000")])
+            // Not captured: the seed and the sums of what happened are the point of the stage.
+            let words = ["test", "--release", "-p", "polyfork-core", "--test", "simulation"];
+            let words = [&words[..], &["--", "--nocapture"]].concat();
+            session.tests(&words, &[("POLYFORK_SIM_EVENTS", "10000000")])
         },
     },
     Stage {
