@@ -12,11 +12,12 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
-use polyfork_wire::env as names;
+use polyfork_wire::env::{self as names, NODE_OPTIONS};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
 use tokio::io::unix::AsyncFd;
@@ -52,9 +53,11 @@ pub(crate) enum Stdio {
     Err,
 }
 
-/// What all workers have in their environment, worked out once.
+/// What workers have in their environment beyond their identity.
 pub(crate) struct Environment {
     set: Vec<(OsString, OsString)>,
+    /// The preload of Node workers, and the grace period it is told.
+    preload: Option<(PathBuf, Duration)>,
     notices: Vec<String>,
 }
 
@@ -75,23 +78,31 @@ const NOT_INHERITED: [&str; 11] = [
 
 impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
-        let mut set: Vec<(OsString, OsString)> = settings.env.clone();
         let mut notices = Vec::new();
+        let mut placed = None;
         if settings.drain_preload && matches!(detected.runtime, Runtime::Node { .. }) {
-            let own = settings.env.iter().rev().find(|(key, _)| key == "NODE_OPTIONS");
-            let existing =
-                own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os("NODE_OPTIONS"));
             match preload::place() {
-                Ok(path) => {
-                    set.extend(preload::environment(existing.as_deref(), &path, settings.grace));
-                }
+                Ok(path) => placed = Some((path, settings.grace)),
                 Err(error) => notices.push(format!(
                     "cannot write the drain preload ({error}): workers that drain will wait for kept-alive \
                      clients; set XDG_CACHE_HOME to a folder that can be written"
                 )),
             }
         }
-        Environment { set, notices }
+        Environment { set: settings.env.clone(), preload: placed, notices }
+    }
+
+    /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
+    /// never replaced, so this can only be worked out for each worker.
+    fn of_worker(&self, extra: &[(OsString, OsString)]) -> Vec<(OsString, OsString)> {
+        let mut set = [&self.set, extra].concat();
+        if let Some((path, grace)) = &self.preload {
+            let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
+            let existing =
+                own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os(NODE_OPTIONS));
+            set.extend(preload::environment(existing.as_deref(), path, *grace));
+        }
+        set
     }
 
     /// What a person should know about it, once.
@@ -172,7 +183,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     for name in NOT_INHERITED {
         command.env_remove(name);
     }
-    for (key, value) in environment.set.iter().chain(extra_env) {
+    for (key, value) in environment.of_worker(extra_env) {
         command.env(key, value);
     }
     command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
