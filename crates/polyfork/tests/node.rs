@@ -1,0 +1,40 @@
+//! The primary with live runtimes as workers: stock Node 18 to 26, Deno, Bun, all unmodified.
+//!
+//! A module per promise of the cluster API; each scenario runs once per Node version, as a test of its own.
+//! `support` has the cluster, `client` the clients. Programs are in `tests/node-apps` and `tests/apps`. How
+//! Node's own tests map to these is in `docs/conformance/cluster.tsv`.
+//!
+//! The rule that surprises: most workers here are one program, `actor.cjs`, that runs what it is sent, so
+//! that what a worker does stands beside what is expected of it.
+#![allow(clippy::print_stdout, reason = "a test prints its counts")]
+
+/// Makes a scenario a test for every Node version.
+macro_rules! on_every_node {
+    ($($(#[doc = $doc:literal])* async fn $name:ident($runtime:ident) $body:block)+) => {$(
+        mod $name {
+            #[allow(unused_imports, reason = "one list of imports for all scenarios of a file")]
+            use super::*;
+
+            $(#[doc = $doc])*
+            async fn scenario($runtime: crate::support::Runtime) $body
+
+            #[test]
+            fn node18() { crate::support::play(module_path!(), "node18", scenario); }
+            #[test]
+            fn node20() { crate::support::play(module_path!(), "node20", scenario); }
+            #[test]
+            fn node22() { crate::support::play(module_path!(), "node22", scenario); }
+            #[test]
+            fn node24() { crate::support::play(module_path!(), "node24", scenario); }
+            #[test]
+            fn node26() { crate::support::play(module_path!(), "node26", scenario); }
+        }
+    )+};
+}
+
+#[path = "node/client.rs"]
+mod client;
+#[path = "node/life.rs"]
+mod life;
+#[path = "node/support.rs"]
+mod support;
