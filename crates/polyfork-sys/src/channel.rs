@@ -150,6 +150,20 @@ pub(crate) fn receive_with(
 /// - `EBADF`: nothing is open under this number.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        let text = "the channel of this process has been taken already";
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+    }
+    if let Err(error) = check_inherited(fd) {
+        TAKEN.store(false, Ordering::Relaxed);
+        return Err(error);
+    }
+    // SAFETY: the number is open, as just seen. It was inherited over exec, so nothing in this process owns
+    // it unless we made an owner before; the flag, which a success never clears, says that we did not.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn check_inherited(fd: RawFd) -> io::Result<()> {
     if fd <= libc::STDERR_FILENO {
         let text = format!("descriptor {fd} cannot be a channel");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -158,8 +172,8 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: open, as just seen. The borrow ends with this function, which nobody else knows the number of
-    // at a time when it could be closed: it was inherited, and its only owner is made below.
+    // SAFETY: open, as just seen, and an inherited number has no owner in this process that could close it
+    // before this function returns: the only one is made by our caller, which let no other in.
     let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
     let kind = kind(inherited)?;
     if kind != FdKind::UnixStream {
@@ -169,13 +183,7 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     rustix::net::getpeername(inherited)?;
     set_nonblocking(inherited, true)?;
     rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::CLOEXEC)?;
-    if TAKEN.swap(true, Ordering::Relaxed) {
-        let text = "the channel of this process has been taken already";
-        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
-    }
-    // SAFETY: a number inherited over exec has no owner in this process, unless we made one before; the flag,
-    // which is never cleared, says that we did not.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    Ok(())
 }
 
 /// What a descriptor stands for, as far as a receiver has to care.

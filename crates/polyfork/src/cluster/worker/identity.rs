@@ -9,16 +9,12 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use super::WorkerError;
+use polyfork_wire::env::{
+    POLYFORK_CHANNEL_FD as CHANNEL_FD, POLYFORK_SLOT as SLOT, POLYFORK_WORKER_ID as WORKER_ID,
+};
 
-/// Number of the channel's descriptor.
-const CHANNEL_FD: &str = "POLYFORK_CHANNEL_FD";
-/// Process id of the worker the channel is for.
-const CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
-/// The worker's slot; for information.
-const SLOT: &str = "POLYFORK_SLOT";
-/// The worker's id; for information.
-const WORKER_ID: &str = "POLYFORK_WORKER_ID";
+use super::WorkerError;
+use crate::cluster::process::POLYFORK_CHANNEL_PID as CHANNEL_PID;
 
 /// What the environment says about this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
