@@ -193,16 +193,14 @@ fn restarts_of_a_crashing_worker_wait_longer_and_longer() {
 #[test]
 fn slot_past_its_limit_rests_while_the_others_serve() {
     let mut cluster = Cluster::ready(Plan { restart: RestartPolicy::default(), ..plan(2) });
-    let mut n = 2;
-    let out = loop {
-        let out = cluster.exit(n, Exit::Code(1));
-        if will_restart(&out).is_none() {
-            break out;
-        }
-        let spawned = spawned(&cluster.wait());
-        n = spawned[0].1.0;
+    let (mut n, mut out) = (2, cluster.exit(2, Exit::Code(1)));
+    for _ in 0..5 {
+        assert!(will_restart(&out).is_some());
+        n = spawned(&cluster.wait())[0].1.0;
         cluster.come_up(n);
-    };
+        out = cluster.exit(n, Exit::Code(1));
+    }
+    assert_eq!((n, will_restart(&out)), (7, None));
     let window = Duration::from_secs(30);
     assert_eq!(out[1..], [Action::SlotFailed { slot: s(2), restarts: 5, window }]);
     assert_eq!(cluster.state(2), SlotState::Failed);

@@ -173,7 +173,7 @@ impl Life {
             9 => Input::Kill { worker, signal: [9, 15, 10, 0][self.draw(4) as usize] },
             10 => Input::Restart { slot },
             11 if self.one_in(8) => Input::Stop,
-            12 if self.one_in(16) => Input::StopNow,
+            12 if self.one_in(8) => Input::StopNow,
             13 => Input::Unfit { worker, reason: Reason::Watchdog },
             _ => Input::Start,
         };
@@ -713,7 +713,8 @@ impl Life {
     /// Stop always comes to an end, however the processes behave.
     fn end(&mut self) {
         if self.book.finished.is_none() {
-            self.feed(Input::Stop);
+            let now = self.one_in(4);
+            self.feed(if now { Input::StopNow } else { Input::Stop });
         }
         for _ in 0..400 {
             if self.book.finished.is_some() {
