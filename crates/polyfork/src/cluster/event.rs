@@ -271,7 +271,7 @@ pub struct Events(pub(crate) broadcast::Receiver<Event>);
 impl Events {
     /// The next event; `None` after [`Event::End`].
     ///
-    /// Cancel safe. Waits without limit. When this subscriber fell behind by more than the buffer (4,096
+    /// Cancel safe. Waits without limit. When this subscriber fell behind by more than the buffer (1,024
     /// events), [`Event::Lagged`] says how many were dropped.
     pub async fn next(&mut self) -> Option<Event> {
         match self.0.recv().await {

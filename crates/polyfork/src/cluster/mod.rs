@@ -66,7 +66,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use primary::{Command, Outgoing, Primary};
 
 /// Events kept for a subscriber that is behind.
-pub(crate) const EVENT_BUFFER: usize = 4096;
+pub(crate) const EVENT_BUFFER: usize = 1024;
 /// Most connections that may be unacknowledged per worker.
 pub(crate) const MAX_WINDOW: usize = 64;
 
