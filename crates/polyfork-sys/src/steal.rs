@@ -66,7 +66,7 @@ pub enum StealError {
     #[error("process {0} has ended")]
     Gone(i32),
     /// No right to copy its descriptors (another user, no ptrace right, old kernel, seccomp).
-    #[error("not permitted to copy a descriptor of process {pid}")]
+    #[error("not permitted to stop process {pid} and copy its descriptor")]
     NotPermitted {
         /// The process.
         pid: i32,
@@ -142,7 +142,8 @@ pub fn unread_checked(
     let mut unread =
         drain(socket.as_fd()).map_err(|errno| victim.system("read the channel", errno))?;
     unread.was_stopped = !stopped.by_us;
-    unread.disturbed = !victim.is_stopped().map_err(|errno| victim.system("look at", errno))?;
+    // If it cannot be looked at any more it was killed, and read nothing.
+    unread.disturbed = !victim.is_stopped().unwrap_or(true);
     Ok(unread)
 }
 
@@ -182,6 +183,9 @@ impl Victim<'_> {
         match rustix::process::pidfd_send_signal(self.pidfd, signal) {
             Ok(()) => Ok(()),
             Err(Errno::SRCH) => Err(StealError::Gone(self.number())),
+            Err(errno @ Errno::PERM) => {
+                Err(StealError::NotPermitted { pid: self.number(), errno: errno.into() })
+            }
             Err(errno) => Err(self.system("signal", errno.into())),
         }
     }
@@ -323,6 +327,8 @@ fn drain(socket: BorrowedFd<'_>) -> io::Result<Unread> {
                 unread.ended = true;
                 return Ok(unread);
             }
+            // What has been taken cannot be put back, so it is given out.
+            Err(_) if !unread.chunks.is_empty() => return Ok(unread),
             Err(error) => return Err(error),
         }
     }

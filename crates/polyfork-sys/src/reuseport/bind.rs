@@ -137,24 +137,59 @@ pub(super) fn local_address(socket: BorrowedFd<'_>) -> io::Result<SocketAddr> {
 ///
 /// [`BindError`]; in use also when the port belongs to a [`super::Group`] of anybody.
 pub fn bind_listener(address: SocketAddr, options: &Options) -> Result<OwnedFd, BindError> {
+    bind_prepared(address, options, |_socket| Ok(()))
+}
+
+/// [`bind_listener`] with something to be done to the socket after bind and before listen.
+pub(super) fn bind_prepared(
+    address: SocketAddr,
+    options: &Options,
+    prepare: impl Fn(BorrowedFd<'_>) -> io::Result<()>,
+) -> Result<OwnedFd, BindError> {
     let mut tries = if address.port() == 0 { PORT_TRIES } else { 1 };
     loop {
-        match bind_listener_once(address, options) {
-            Err(error) if error.step == BindStep::Listen && error.is_in_use() && tries > 1 => {
-                tries -= 1;
-            }
+        tries -= 1;
+        match bind_once(address, options, &prepare) {
+            // Somebody took the free port between our choice and our listen.
+            Err(error) if error.is_in_use() && tries > 0 => {}
             result => return result,
         }
     }
 }
 
-fn bind_listener_once(address: SocketAddr, options: &Options) -> Result<OwnedFd, BindError> {
+fn bind_once(
+    wanted: SocketAddr,
+    options: &Options,
+    prepare: impl Fn(BorrowedFd<'_>) -> io::Result<()>,
+) -> Result<OwnedFd, BindError> {
+    let fail = |step| move |errno: Errno| BindError::new(step, wanted, errno);
+    let (address, _scout) = match wanted.port() {
+        0 => scout(wanted, options).map(|(address, scout)| (address, Some(scout)))?,
+        _ => (wanted, None),
+    };
+    let socket = bound_stream(address, options)?;
+    prepare(socket.as_fd()).map_err(|errno| BindError::new(BindStep::Attach, wanted, errno))?;
+    // Two processes can both come this far (neither listens yet); the kernel lets one listen.
+    rustix::net::listen(&socket, options.backlog).map_err(fail(BindStep::Listen))?;
+    Ok(socket)
+}
+
+/// A free port, and a socket that holds it for the moment.
+///
+/// A socket that let the kernel choose its port loses it when it is shut down (`SOCK_BINDPORT_LOCK`), and
+/// would listen on another one afterwards. So one socket chooses, and the one that stays asks for the number.
+fn scout(address: SocketAddr, options: &Options) -> Result<(SocketAddr, OwnedFd), BindError> {
+    let scout = bound_stream(address, options)?;
+    let chosen = local_address(scout.as_fd())
+        .map_err(|errno| BindError::new(BindStep::Bind, address, errno))?;
+    Ok((chosen, scout))
+}
+
+fn bound_stream(address: SocketAddr, options: &Options) -> Result<OwnedFd, BindError> {
     let fail = |step| move |errno: Errno| BindError::new(step, address, errno);
     let socket = socket(address, SocketType::STREAM, options.ipv6_only)?;
     sockopt::set_socket_reuseaddr(&socket, true).map_err(fail(BindStep::Option))?;
     rustix::net::bind(&socket, &address).map_err(fail(BindStep::Bind))?;
-    // Two processes can both come this far (neither listens yet); the kernel lets one of them listen.
-    rustix::net::listen(&socket, options.backlog).map_err(fail(BindStep::Listen))?;
     Ok(socket)
 }
 
@@ -220,40 +255,29 @@ pub struct UnixSocket {
     file: Option<SocketFile>,
 }
 
-/// The file we made, and how to know it again.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
 impl UnixSocket {
-    /// The path of its file; `None` for an abstract name.
+    /// The path of its file; `None` for an abstract name, or when the file has been let go.
     pub fn path(&self) -> Option<&Path> {
         self.file.as_ref().map(|file| file.path.as_path())
     }
 
-    /// Keeps the socket file when this is dropped, and gives the socket.
-    pub fn into_fd_keeping_file(mut self) -> io::Result<OwnedFd> {
-        self.file = None;
-        self.socket.try_clone()
+    /// The socket alone. The file stays when it is closed.
+    pub fn into_fd_keeping_file(self) -> OwnedFd {
+        if let Some(file) = self.file {
+            file.keep();
+        }
+        self.socket
     }
 
     /// Removes the file now. `false`: it was not ours any more, or there is none.
     ///
     /// # Errors
     ///
-    /// Those of unlink(2).
+    /// Those of unlink(2), and `WouldBlock` when another process keeps the folder locked.
     pub fn unlink(&mut self) -> io::Result<bool> {
-        let Some(file) = self.file.take() else { return Ok(false) };
-        let _turn = FolderLock::take(&file.path)?;
-        match look(&file.path)? {
-            Some(found) if found.st_dev == file.device && found.st_ino == file.inode => {
-                rustix::fs::unlink(&file.path)?;
-                Ok(true)
-            }
-            _ => Ok(false),
+        match self.file.take() {
+            Some(file) => file.remove(),
+            None => Ok(false),
         }
     }
 }
@@ -264,10 +288,43 @@ impl AsFd for UnixSocket {
     }
 }
 
-impl Drop for UnixSocket {
+/// The file we made, and how to know it again. Removed when dropped.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    gone: bool,
+}
+
+impl SocketFile {
+    fn keep(mut self) {
+        self.gone = true;
+    }
+
+    fn remove(mut self) -> io::Result<bool> {
+        self.gone = true;
+        let _turn = FolderLock::take(&self.path)?;
+        self.remove_under_lock()
+    }
+
+    fn remove_under_lock(&self) -> io::Result<bool> {
+        match look(&self.path)? {
+            Some(found) if found.st_dev == self.device && found.st_ino == self.inode => {
+                rustix::fs::unlink(&self.path)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The folder may have gone or be read-only; the next start deals with a stale file.
-        let _kept = self.unlink();
+        if !self.gone {
+            // If the folder has gone or is read-only, the next start deals with a stale file.
+            let _kept = FolderLock::take(&self.path).and_then(|_turn| self.remove_under_lock());
+        }
     }
 }
 
@@ -308,35 +365,37 @@ pub fn bind_unix(path: &Path, backlog: i32, mode: Option<u32>) -> Result<UnixSoc
         rustix::net::listen(&socket, backlog).map_err(fail(BindStep::Listen))?;
         return Ok(UnixSocket { socket, file: None });
     }
-    let _turn =
-        FolderLock::take(path).map_err(|errno| BindError::new(BindStep::Lock, &shown, errno))?;
+    let turn = FolderLock::take(path);
+    let turn = turn.map_err(|errno| BindError::new(BindStep::Lock, &shown, errno))?;
+    let made =
+        bind_file(&socket, &address, path, mode).map_err(|(step, errno)| fail(step)(errno))?;
+    let listening = rustix::net::listen(&socket, backlog).map_err(fail(BindStep::Listen));
+    // Before the file might be dropped, which takes the lock again.
+    drop(turn);
+    listening.map(|()| UnixSocket { socket, file: Some(made) })
+}
+
+/// Binds `socket` to a new file of exactly this mode. Called under the lock.
+fn bind_file(
+    socket: &OwnedFd,
+    address: &SocketAddrUnix,
+    path: &Path,
+    mode: Option<u32>,
+) -> Result<SocketFile, (BindStep, Errno)> {
+    let mode = mode.map(|mode| Mode::from_raw_mode(mode & 0o777));
     if let Some(mode) = mode {
         // The file gets the socket's own mode, less the umask, when bind makes it.
-        let mode = Mode::from_raw_mode(mode & 0o777);
-        rustix::fs::fchmod(&socket, mode).map_err(fail(BindStep::Mode))?;
+        rustix::fs::fchmod(socket, mode).map_err(|errno| (BindStep::Mode, errno))?;
     }
-    bind_replacing(&socket, &address, path).map_err(fail(BindStep::Bind))?;
+    bind_replacing(socket, address, path).map_err(|errno| (BindStep::Bind, errno))?;
+    if let Some(mode) = mode {
+        // Adds what the umask took away.
+        rustix::fs::chmod(path, mode).map_err(|errno| (BindStep::Mode, errno))?;
+    }
     let made = look(path).and_then(|found| found.ok_or(Errno::NOENT));
-    let made = made.map_err(fail(BindStep::Bind))?;
-    // From here on dropping it removes the file.
-    let file = SocketFile { path: path.to_owned(), device: made.st_dev, inode: made.st_ino };
-    let listener = UnixSocket { socket, file: Some(file) };
-    let finish = || -> Result<(), BindError> {
-        if let Some(mode) = mode {
-            // Adds what the umask took away.
-            let mode = Mode::from_raw_mode(mode & 0o777);
-            rustix::fs::chmod(path, mode).map_err(fail(BindStep::Mode))?;
-        }
-        rustix::net::listen(&listener.socket, backlog).map_err(fail(BindStep::Listen))
-    };
-    match finish() {
-        Ok(()) => Ok(listener),
-        Err(error) => {
-            drop(_turn);
-            drop(listener);
-            Err(error)
-        }
-    }
+    let made = made.map_err(|errno| (BindStep::Bind, errno))?;
+    let path = path.to_owned();
+    Ok(SocketFile { path, device: made.st_dev, inode: made.st_ino, gone: false })
 }
 
 fn unix_socket() -> rustix::io::Result<OwnedFd> {

@@ -12,7 +12,7 @@
 //! Behaviour follows: socket(7) `SO_ATTACH_REUSEPORT_CBPF`, kernel networking/filter documentation.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 /// The most live positions one program can name (two instructions each, at most 4096, and a system
 /// limit of 20 kB per program on older kernels).
@@ -61,17 +61,9 @@ pub(super) fn attach(member: BorrowedFd<'_>, live: &[u32]) -> io::Result<()> {
             format!("{} live slots, a classic program can choose among {MAX_LIVE}", live.len());
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    set_program(member, libc::SO_ATTACH_REUSEPORT_CBPF, program(live))
-}
-
-/// Makes a socket drop every packet that reaches it.
-pub(super) fn deafen(socket: BorrowedFd<'_>) -> io::Result<()> {
-    set_program(socket, libc::SO_ATTACH_FILTER, vec![ins(RETURN, 0)])
-}
-
-fn set_program(socket: BorrowedFd<'_>, option: i32, mut program: Vec<Filter>) -> io::Result<()> {
+    let mut program = program(live);
     let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-    super::set_option(socket, option, &filter)
+    super::set_option(member, libc::SO_ATTACH_REUSEPORT_CBPF, &filter)
 }
 
 /// The model of the kernel's array: which slot stands at which position.
@@ -104,11 +96,6 @@ impl Positions {
     pub(super) fn last(&self) -> Option<u32> {
         self.0.last().copied()
     }
-}
-
-/// The number of a descriptor, for the option that attaches an eBPF program.
-pub(super) fn attach_ebpf(member: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
-    super::set_option(member, libc::SO_ATTACH_REUSEPORT_EBPF, &program.as_raw_fd())
 }
 
 #[cfg(test)]

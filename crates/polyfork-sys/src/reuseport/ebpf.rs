@@ -28,7 +28,7 @@
 //! `net/core/filter.c` (`sk_reuseport_is_valid_access`, `BPF_CALL_4(sk_select_reuseport`).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -145,10 +145,6 @@ impl Selector {
         Ok(Self { program, sockets, state })
     }
 
-    pub(super) fn program(&self) -> BorrowedFd<'_> {
-        self.program.as_fd()
-    }
-
     /// Puts a listening member of the group at `index`.
     pub(super) fn put(&self, index: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
         let value = u64::from(socket.as_raw_fd().cast_unsigned());
@@ -185,6 +181,11 @@ impl Selector {
     pub(super) fn turns(&self) -> u64 {
         self.state.counter(TURNS).load(Ordering::Relaxed)
     }
+}
+
+/// Attaches the program to the group of `member`.
+pub(super) fn attach(member: BorrowedFd<'_>, selector: &Selector) -> io::Result<()> {
+    super::set_option(member, libc::SO_ATTACH_REUSEPORT_EBPF, &selector.program.as_raw_fd())
 }
 
 /// The `state` map in our memory. Only this type writes head and banks.

@@ -13,8 +13,11 @@
 //! `SO_REUSEPORT` lets any socket of the same user join a group, silently. So the first socket is bound
 //! and set listening *without* that option: if anybody listens on the port, group or not, the kernel
 //! refuses (when two try at once, the second `listen` sees the first socket listening). Only a listening
-//! socket gets the option, and then the others join; there is no moment in which a rival could pass.
-//! Kernel: `inet_csk_get_port` is called again by `inet_csk_listen_start`, with `inet_bind_conflict`.
+//! socket gets the option for good, and then the others join; there is no moment in which a rival could
+//! pass. Kernel: `inet_csk_get_port` is called again by `inet_csk_listen_start`, with `inet_bind_conflict`.
+//!
+//! Between bind and listen the option is on for a moment, because the kernel makes the group and takes its
+//! program only then (`reuseport_attach_prog`): so even a group of one has its program from the start.
 //!
 //! What remains possible: a program of the same user that itself binds with `SO_REUSEPORT` joins the
 //! group. It gets no connection while a slot is live (the program names our sockets only).
@@ -170,7 +173,8 @@ impl Group {
     ) -> Result<Self, BindError> {
         check_slots(slots).map_err(|errno| BindError::new(BindStep::Input, address, errno))?;
         let (mechanism, fallback) = choose(address, want)?;
-        let door = bind_listener(address, options)?;
+        let prepare = |door: BorrowedFd<'_>| make_group(door, &mechanism);
+        let door = bind::bind_prepared(address, options, prepare)?;
         let address = local_addr(door.as_fd())
             .map_err(|errno| BindError::new(BindStep::Bind, address, errno))?;
         sockopt::set_socket_reuseport(&door, true)
@@ -178,19 +182,17 @@ impl Group {
         let options = *options;
         let (members, live) = (BTreeMap::new(), Vec::new());
         let mut group = Self { address, options, mechanism, fallback, members, live };
-
         let mut door = Some(door);
-        // The kernel makes a group when a second socket joins, and takes a program only then.
-        let scaffold = if slots.len() == 1 { Some(group.scaffold()?) } else { None };
         for slot in slots {
             let socket = match door.take() {
                 Some(door) => door,
-                None => group.join(options.backlog)?,
+                None => group.join()?,
             };
             group.insert(*slot, socket);
+            group
+                .register(*slot)
+                .map_err(|errno| BindError::new(BindStep::Attach, address, errno))?;
         }
-        group.attach().map_err(|errno| BindError::new(BindStep::Attach, address, errno))?;
-        drop(scaffold);
         Ok(group)
     }
 
@@ -234,7 +236,7 @@ impl Group {
         if self.members.len() >= ebpf::CAPACITY {
             return Err(invalid(format!("a group has at most {} slots", ebpf::CAPACITY)));
         }
-        let socket = self.join(self.options.backlog).map_err(|error| error.errno)?;
+        let socket = self.join().map_err(|error| error.errno)?;
         self.insert(slot, socket);
         let registered = self.register(slot);
         if registered.is_err() {
@@ -273,8 +275,11 @@ impl Group {
             }
         }
         self.step_aside(slot)?;
-        // Not only our copy: a worker that still has one stops listening, too.
-        rustix::net::shutdown(&self.member(slot)?.socket, Shutdown::Read)?;
+        // Not only our copy: a worker that still has one stops listening, too (or did so before).
+        match rustix::net::shutdown(&self.member(slot)?.socket, Shutdown::Read) {
+            Ok(()) | Err(Errno::NOTCONN) => {}
+            Err(errno) => return Err(errno.into()),
+        }
         self.forget(slot);
         self.apply_live()
     }
@@ -328,24 +333,41 @@ impl Group {
     /// worker that calls accept in between (some 30 us) gets `EINVAL`. Handshakes that were under way
     /// end up in the slot's queue later: look at [`queue_depth`](Self::queue_depth) again after a while.
     ///
+    /// A socket that a worker has shut down (which works on every copy, ours too) listens again, in a
+    /// classic group as well.
+    ///
     /// # Errors
     ///
     /// `NotFound`: no such slot. `InvalidInput`: it is live. Else those of listen(2); the slot is deaf then.
     pub fn rescue(&mut self, slot: u32) -> io::Result<Rescued> {
-        let member = self.member(slot)?;
+        let socket = self.member(slot)?.socket.as_fd();
         if self.live.contains(&slot) {
             return Err(invalid(format!("slot {slot} is live, its queue would fill again")));
         }
+        if !sockopt::socket_acceptconn(socket)? {
+            return self.revive(slot).map(|()| Rescued::Moved(0));
+        }
         // With nobody to take them the kernel would reset the connections.
-        let (Mechanism::Ebpf(selector), false) = (&self.mechanism, self.live.is_empty()) else {
+        if self.live.is_empty() || self.selection() == Selection::Classic {
             return Ok(Rescued::NotPossible);
-        };
-        let waiting = queue_depth(member.socket.as_fd())?;
-        rustix::net::shutdown(&member.socket, Shutdown::Read)?;
-        rustix::net::listen(&member.socket, self.options.backlog)?;
+        }
+        let waiting = queue_depth(socket)?;
+        rustix::net::shutdown(socket, Shutdown::Read)?;
+        rustix::net::listen(socket, self.options.backlog)?;
         // A socket that stops listening leaves the map by itself.
-        selector.put(member.index, member.socket.as_fd())?;
+        self.register(slot)?;
         Ok(Rescued::Moved(waiting))
+    }
+
+    /// Lets a socket listen that somebody has shut down.
+    fn revive(&mut self, slot: u32) -> io::Result<()> {
+        rustix::net::listen(&self.member(slot)?.socket, self.options.backlog)?;
+        if let Mechanism::Classic(positions) = &mut self.mechanism {
+            positions.remove(slot);
+            positions.append(slot);
+            return self.apply_live();
+        }
+        self.register(slot)
     }
 
     /// How many turns connection requests have taken since the start (eBPF only).
@@ -362,31 +384,14 @@ impl Group {
         })
     }
 
-    /// A socket that is bound to our address, and listens.
-    fn join(&self, backlog: i32) -> Result<OwnedFd, BindError> {
-        let socket = self.bound()?;
-        let fail = |errno: Errno| BindError::new(BindStep::Listen, self.address, errno);
-        rustix::net::listen(&socket, backlog).map_err(fail)?;
-        Ok(socket)
-    }
-
-    fn bound(&self) -> Result<OwnedFd, BindError> {
+    /// A socket that joins the group and listens.
+    fn join(&self) -> Result<OwnedFd, BindError> {
         let fail = |step| move |errno: Errno| BindError::new(step, self.address, errno);
         let socket = bind::socket(self.address, SocketType::STREAM, self.options.ipv6_only)?;
         sockopt::set_socket_reuseaddr(&socket, true).map_err(fail(BindStep::Option))?;
         sockopt::set_socket_reuseport(&socket, true).map_err(fail(BindStep::Option))?;
         rustix::net::bind(&socket, &self.address).map_err(fail(BindStep::Bind))?;
-        Ok(socket)
-    }
-
-    /// A member that only makes the first slot's socket one of a group. It hears nothing: a connection
-    /// request that is meant for it meanwhile is repeated by its client, and gets a real slot.
-    fn scaffold(&self) -> Result<OwnedFd, BindError> {
-        let socket = self.bound()?;
-        classic::deafen(socket.as_fd())
-            .map_err(|errno| BindError::new(BindStep::Option, self.address, errno))?;
-        rustix::net::listen(&socket, 1)
-            .map_err(|errno| BindError::new(BindStep::Listen, self.address, errno))?;
+        rustix::net::listen(&socket, self.options.backlog).map_err(fail(BindStep::Listen))?;
         Ok(socket)
     }
 
@@ -406,19 +411,6 @@ impl Group {
         if let Mechanism::Classic(positions) = &mut self.mechanism {
             positions.remove(slot);
         }
-    }
-
-    /// Attaches the program to the complete group.
-    fn attach(&mut self) -> io::Result<()> {
-        if let (Mechanism::Ebpf(selector), Some(any)) =
-            (&self.mechanism, self.members.values().next())
-        {
-            classic::attach_ebpf(any.socket.as_fd(), selector.program())?;
-        }
-        for slot in self.members.keys() {
-            self.register(*slot)?;
-        }
-        self.apply_live()
     }
 
     /// Puts a slot's socket where the program finds it.
@@ -442,10 +434,20 @@ impl Group {
                 selector.set_live(&indices);
                 Ok(())
             }
-            Mechanism::Classic(positions) => match self.members.values().next() {
-                Some(any) => classic::attach(any.socket.as_fd(), &positions.of(&self.live)),
-                None => Ok(()),
-            },
+            Mechanism::Classic(positions) => {
+                let live = positions.of(&self.live);
+                self.attach_classic(&live)
+            }
+        }
+    }
+
+    /// Attaches by way of a member that listens: one that does not would become a group of its own
+    /// (`reuseport_attach_prog`) and could not come back.
+    fn attach_classic(&self, live: &[u32]) -> io::Result<()> {
+        let listens = |member: &&Member| sockopt::socket_acceptconn(&member.socket) == Ok(true);
+        match self.members.values().find(listens) {
+            Some(member) => classic::attach(member.socket.as_fd(), live),
+            None => Ok(()),
         }
     }
 
@@ -457,10 +459,20 @@ impl Group {
             Mechanism::Classic(positions) => {
                 let stay = |one: &u32| *one != slot && Some(*one) != positions.last();
                 let live: Vec<u32> = self.live.iter().copied().filter(stay).collect();
-                classic::attach(self.member(slot)?.socket.as_fd(), &positions.of(&live))
+                self.attach_classic(&positions.of(&live))
             }
         }
     }
+}
+
+/// Makes a group of one out of a bound socket that does not listen yet, with its program.
+fn make_group(door: BorrowedFd<'_>, mechanism: &Mechanism) -> io::Result<()> {
+    sockopt::set_socket_reuseport(door, true)?;
+    match mechanism {
+        Mechanism::Ebpf(selector) => ebpf::attach(door, selector)?,
+        Mechanism::Classic(_) => classic::attach(door, &[])?,
+    }
+    Ok(sockopt::set_socket_reuseport(door, false)?)
 }
 
 fn invalid(text: String) -> io::Error {

@@ -10,6 +10,8 @@
 //!
 //! The one surprising rule: all children are started by the same thread. `PR_SET_PDEATHSIG` fires when
 //! the *thread* that forked ends, not the process; from a pool thread it would kill a healthy child.
+//! So what a child inherits from a thread (processor affinity, priority, namespaces) it has from whoever
+//! made the first spawn of the process.
 //!
 //! Behaviour follows: clone(2) (`CLONE_VM`, `CLONE_VFORK`, `CLONE_PIDFD`), prctl(2), close_range(2),
 //! execvp(3) for the path search, libuv's `uv_spawn` for the order of the steps.
