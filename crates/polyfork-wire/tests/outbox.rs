@@ -4,9 +4,10 @@
 //! sender without the outbox that Node 20 and 26 were seen to give. `live_node.rs` repeats the
 //! main case with a real one.
 
-mod common;
+#[path = "common/outbox_model.rs"]
+mod outbox_model;
 
-use common::outbox_model::{Got, Receiver, Socket, Step, line, play};
+use outbox_model::{Got, Receiver, Socket, Step, line, play};
 use polyfork_wire::ProtocolError;
 use polyfork_wire::node::outbox::{Chunk, Outbox};
 use proptest::prelude::*;
