@@ -33,14 +33,14 @@ Examples:
   polyfork run server.js                    one Node worker per core, behind the port it listens on
   polyfork run -w 4 node --inspect app.js   four workers; options of the program follow the program
   polyfork run --listen :8000 -- uvicorn --fd 3 app:app
-                                            each worker inherits a socket for port 8000 as descriptor 3
+                                            each worker inherits a socket for port 8000
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
 const RUN_EXAMPLES: &str = "\
 Examples:
   polyfork run server.js                     as many workers as CPUs may be used
-  polyfork run -w max --grace 1m server.js   ignore WEB_CONCURRENCY; up to a minute to finish when stopping
+  polyfork run -w max --grace 1m server.js   every CPU; up to a minute to finish when stopping
   polyfork run server.ts --port 3000         --port 3000 goes to the program
   polyfork run --runtime bun server.ts       by Bun instead of Node
   polyfork run --listen unix:/run/app.sock -- gunicorn app:app
@@ -393,7 +393,7 @@ fn ready(text: &str) -> Result<Ready, String> {
 }
 
 fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
-    text.parse().map_err(|error| format!("{error}; give a number and a time, as in 5/30s"))
+    text.parse::<RestartPolicy>().map_err(|error| error.to_string())
 }
 
 /// Why the command line was not taken.
@@ -406,59 +406,58 @@ pub(crate) enum NotRun {
 
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let help = match args.get(1).and_then(|verb| verb.to_str()) {
+        Some(verb @ ("run" | "demo")) => format!("polyfork {verb} --help"),
+        _ => "polyfork --help".to_owned(),
+    };
     let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
     let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
-    let matches = command.try_get_matches_from(args).map_err(not_run)?;
-    Cli::from_arg_matches(&matches).map_err(not_run)
+    let matches = command.try_get_matches_from(args).map_err(|error| not_run(&error, &help))?;
+    Cli::from_arg_matches(&matches).map_err(|error| not_run(&error, &help))
 }
 
-fn not_run(error: clap::Error) -> NotRun {
-    match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => NotRun::Asked(colours(&error)),
+fn not_run(error: &clap::Error, help: &str) -> NotRun {
+    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
+    NotRun::Wrong(match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return NotRun::Asked(painted(error)),
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            NotRun::Wrong("no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into())
+            "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into()
+        }
+        ErrorKind::MissingRequiredArgument => {
+            "no program given: `polyfork run PROGRAM`, as in `polyfork run server.js`".into()
         }
         ErrorKind::InvalidSubcommand if error.get(ContextKind::SuggestedSubcommand).is_none() => {
-            let word = error.get(ContextKind::InvalidSubcommand).map(ToString::to_string);
-            let word = word.unwrap_or_default();
-            NotRun::Wrong(format!("no such verb: {word}; to run a program: polyfork run {word}"))
+            let word = text(ContextKind::InvalidSubcommand);
+            format!("no such verb: {word}; to run a program: polyfork run {word}")
         }
-        _ => NotRun::Wrong(one_line(&error.render().to_string())),
-    }
+        ErrorKind::UnknownArgument => {
+            let option = text(ContextKind::InvalidArg);
+            let near = match text(ContextKind::SuggestedArg) {
+                near if near.is_empty() => String::new(),
+                near => format!("; did you mean {near}?"),
+            };
+            let theirs =
+                if help.contains("run") { "the program's own come after it; " } else { "" };
+            format!("unknown option {option}{near} ({theirs}see {help})")
+        }
+        _ => format!("{} (see {help})", one_line(&error.render().to_string())),
+    })
 }
 
-fn colours(error: &clap::Error) -> String {
-    if Paint::stdout().has_colours() {
-        error.render().ansi().to_string()
-    } else {
-        error.render().to_string()
-    }
+fn painted(error: &clap::Error) -> String {
+    let screen = error.render();
+    if Paint::stdout().has_colours() { screen.ansi().to_string() } else { screen.to_string() }
 }
 
-/// Clap's `error: what`, `tip: next` and possible values, without the usage that follows.
+/// Clap's `error: what`, possible values and tips, without the usage that follows.
 fn one_line(screen: &str) -> String {
     let told = screen.split("\n\nUsage:").next().unwrap_or(screen);
     let told = told.split("\n\nFor more information").next().unwrap_or(told);
     let told = told.strip_prefix("error: ").unwrap_or(told);
-    let mut line = String::new();
-    for part in told.lines().map(str::trim).filter(|part| !part.is_empty()) {
-        let part = part.strip_prefix("tip: ").unwrap_or(part);
-        if !line.is_empty() {
-            line.push_str(if line.ends_with(':') { " " } else { "; " });
-        }
-        line.push_str(part);
-    }
-    let verb = screen.find("Usage: polyfork ").map_or("", |at| {
-        let rest = &screen[at + "Usage: polyfork ".len()..];
-        if rest.starts_with("demo") {
-            "demo "
-        } else if rest.starts_with("run") {
-            "run "
-        } else {
-            ""
-        }
-    });
-    format!("{line} (see polyfork {verb}--help)")
+    let parts = told.lines().map(str::trim).filter(|part| !part.is_empty());
+    let parts: Vec<&str> = parts.map(|part| part.strip_prefix("tip: ").unwrap_or(part)).collect();
+    parts.join("; ")
 }
 
 #[cfg(test)]
@@ -547,7 +546,7 @@ mod tests {
 
     #[test]
     fn a_missing_program_and_a_missing_verb_are_told() {
-        assert!(wrong(&["run"]).contains("PROGRAM"));
+        assert!(wrong(&["run"]).contains("polyfork run PROGRAM"));
         assert!(wrong(&["run", "--workers"]).contains("--workers"));
         assert!(wrong(&[]).contains("polyfork run PROGRAM"));
     }

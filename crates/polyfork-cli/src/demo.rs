@@ -4,8 +4,8 @@
 //! primary; the primary puts the counts together and tells all workers, so that any of them can show all. The page and
 //! its answers are in `demo/server.rs`.
 //!
-//! The surprising rule: a count is told at most ten times a second, so a page may be a tenth of a second behind; what a
-//! worker says of itself is exact.
+//! The surprising rule: counts are told fifty times a second at most, so what a worker says of others may be a moment
+//! behind; what it says of itself is exact.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -27,7 +27,7 @@ use crate::words;
 mod server;
 
 /// Between two tellings of the counts.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// What a worker tells the primary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -35,6 +35,7 @@ const LINES: usize = 16;
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Before a slot's last lines are shown, how long they may still come.
 const LAST_LINES: Duration = Duration::from_millis(50);
+const LAST_LINES_STEP: Duration = Duration::from_millis(5);
 
 /// Why nothing was started.
 pub(crate) type Refused = Verdict;
@@ -337,15 +338,29 @@ impl Watch {
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
         while let Some(event) = events.next().await {
-            if matches!(event, Event::SlotFailed { .. }) {
-                // The lines that explain it may still be on their way.
-                tokio::time::sleep(LAST_LINES).await;
+            match event {
+                Event::SlotFailed { .. } => self.last_lines(LAST_LINES).await,
+                Event::Exit { voluntary: false, .. } => self.last_lines(LAST_LINES_STEP).await,
+                _ => {}
             }
             observer(&event);
             self.ledger.borrow_mut().event(&event);
             let lines = self.report.borrow_mut().event(&event, &self.ledger.borrow());
             lines.iter().for_each(|line| self.own(line));
             if matches!(event, Event::End(_)) {
+                return;
+            }
+        }
+    }
+
+    /// Lets lines that explain an end come before it is told: for `most` at most, and only while they come.
+    async fn last_lines(&self, most: Duration) {
+        let mut left = most;
+        loop {
+            let before = self.passed_on.get();
+            tokio::time::sleep(LAST_LINES_STEP).await;
+            left = left.saturating_sub(LAST_LINES_STEP);
+            if left.is_zero() || self.passed_on.get() == before {
                 return;
             }
         }

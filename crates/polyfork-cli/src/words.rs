@@ -105,12 +105,12 @@ pub(crate) fn is_exact(via: &Via) -> bool {
 /// Policy and mechanism for people.
 pub(crate) fn via(via: &Via) -> &'static str {
     match via.mechanism {
-        Carried::KernelExact => "round-robin in exact turns, by the kernel",
-        Carried::KernelRandom => "round-robin on average, at random by the kernel",
-        Carried::Handoff => "round-robin in exact turns, handed over by the primary",
-        Carried::SharedSocket => "shared: one socket, whoever wakes first",
-        Carried::OwnSocket => "each worker has a socket of its own, the kernel spreads by hash",
-        _ => "by a way this version has no words for",
+        Carried::KernelExact => "round-robin by the kernel",
+        Carried::KernelRandom => "round-robin by the kernel",
+        Carried::Handoff => "round-robin, handed over by the primary",
+        Carried::SharedSocket => "shared",
+        Carried::OwnSocket => "each worker by itself",
+        _ => "in a way this version has no words for",
     }
 }
 

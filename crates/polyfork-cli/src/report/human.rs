@@ -75,7 +75,7 @@ impl Human {
             Event::Ready(who) => self.ready(who),
             Event::AllReady { workers: 0 | 1 } => Vec::new(),
             Event::AllReady { workers } => {
-                vec![self.own(Some(Ink::Good), &format!("all {workers} workers are ready"))]
+                vec![self.own(Some(Ink::Good), &format!("all workers are ready ({workers})"))]
             }
             Event::Listening { address, by, .. } | Event::Bound { address, by } => {
                 self.listening(address, by)
@@ -95,7 +95,9 @@ impl Human {
             Event::Exit { .. } => self.exit(event),
             Event::SlotFailed { slot, restarts, window } => {
                 let window = spoken(*window);
-                let what = format!("slot {slot}: given up after {restarts} restarts in {window}");
+                let plural = if *restarts == 1 { "" } else { "s" };
+                let what =
+                    format!("slot {slot}: given up after {restarts} restart{plural} in {window}");
                 self.with_last_lines(what, ledger.last_lines(*slot))
             }
             Event::SlotRetired { slot } => vec![self.own(None, &format!("slot {slot}: closed"))],
@@ -309,10 +311,8 @@ mod tests {
         let lines = human.event(&bound, &Ledger::default());
         assert_eq!(
             lines,
-            [
-                "polyfork: listening on port 3000 of every address ([::]:3000): round-robin in exact \
-              turns, by the kernel (eBPF is permitted)\n"
-            ]
+            ["polyfork: listening on port 3000 of every address ([::]:3000): round-robin by \
+              the kernel (eBPF is permitted)\n"]
         );
         let listening = Event::Listening { who: WHO, address, by };
         assert!(human.event(&listening, &Ledger::default()).is_empty());
