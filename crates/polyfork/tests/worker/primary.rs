@@ -17,29 +17,29 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// For what should happen at once. Generous: the machine may be busy.
-pub const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// The grace period that `welcome` tells.
-pub const GRACE: Duration = Duration::from_secs(7);
+pub(crate) const GRACE: Duration = Duration::from_secs(7);
 
 /// The other end of a worker's channel.
-pub struct Primary {
+pub(crate) struct Primary {
     socket: UnixStream,
     decoder: FrameDecoder<OwnedFd>,
 }
 
 /// Waits for what should happen at once.
-pub async fn soon<F: Future>(event: F) -> F::Output {
+pub(crate) async fn soon<F: Future>(event: F) -> F::Output {
     tokio::time::timeout(SOON, event).await.expect("did not happen")
 }
 
 /// Whether `event` has happened; asks once.
-pub async fn has_happened<F: Future>(event: F) -> bool {
+pub(crate) async fn has_happened<F: Future>(event: F) -> bool {
     tokio::pin!(event);
     std::future::poll_fn(|cx| std::task::Poll::Ready(event.as_mut().poll(cx).is_ready())).await
 }
 
 /// Sends until neither the socket nor the worker's queue takes more; returns how many messages they took.
-pub async fn fill(worker: &Worker) -> usize {
+pub(crate) async fn fill(worker: &Worker) -> usize {
     let mut taken = 0;
     loop {
         let before = taken;
@@ -57,7 +57,7 @@ pub async fn fill(worker: &Worker) -> usize {
 
 impl Primary {
     /// A worker and its primary, before a word was said.
-    pub fn silent() -> (Worker, Primary) {
+    pub(crate) fn silent() -> (Worker, Primary) {
         let (ours, theirs) = channel::pair().unwrap();
         let worker = Worker::from_channel(theirs).unwrap();
         let socket = UnixStream::from_std(ours.into()).unwrap();
@@ -65,7 +65,7 @@ impl Primary {
     }
 
     /// A worker and its primary, after the greeting.
-    pub async fn new() -> (Worker, Primary) {
+    pub(crate) async fn new() -> (Worker, Primary) {
         let (worker, mut primary) = Primary::silent();
         let hello = primary.next().await;
         assert_eq!(hello, ToPrimary::Hello { protocol: PROTOCOL, pid: std::process::id() });
@@ -77,12 +77,12 @@ impl Primary {
     }
 
     /// What the worker says next.
-    pub async fn next(&mut self) -> ToPrimary {
+    pub(crate) async fn next(&mut self) -> ToPrimary {
         soon(self.try_next()).await.expect("the worker closed its channel")
     }
 
     /// What the worker says next; `None` when it closed its channel.
-    pub async fn try_next(&mut self) -> Option<ToPrimary> {
+    pub(crate) async fn try_next(&mut self) -> Option<ToPrimary> {
         loop {
             if let Some(frame) = self.decoder.next::<ToPrimary>().unwrap() {
                 assert!(frame.descriptors.is_empty());
@@ -104,7 +104,7 @@ impl Primary {
     }
 
     /// Everything the worker has said up to now.
-    pub async fn said(&mut self, worker: &Worker) -> Vec<ToPrimary> {
+    pub(crate) async fn said(&mut self, worker: &Worker) -> Vec<ToPrimary> {
         worker.status("now");
         let mut said = Vec::new();
         loop {
@@ -116,12 +116,12 @@ impl Primary {
     }
 
     /// Says something.
-    pub async fn say(&self, frame: &ToWorker, fds: &[BorrowedFd<'_>]) {
+    pub(crate) async fn say(&self, frame: &ToWorker, fds: &[BorrowedFd<'_>]) {
         self.say_raw(&native::encode(frame, fds.len()), fds).await;
     }
 
     /// Sends bytes, whatever they mean.
-    pub async fn say_raw(&self, mut bytes: &[u8], mut fds: &[BorrowedFd<'_>]) {
+    pub(crate) async fn say_raw(&self, mut bytes: &[u8], mut fds: &[BorrowedFd<'_>]) {
         while !bytes.is_empty() {
             let socket = &self.socket;
             let send = || channel::send(socket.as_fd(), bytes, fds);
@@ -132,13 +132,13 @@ impl Primary {
     }
 
     /// Waits until the worker has heard everything that was said so far.
-    pub async fn heard(&self, worker: &Worker) {
+    pub(crate) async fn heard(&self, worker: &Worker) {
         self.say(&ToWorker::Message(Vec::new()), &[]).await;
         soon(worker.recv()).await.expect("the channel is open");
     }
 
     /// Answers a request to listen with a listening socket, or with a promise to hand connections over.
-    pub async fn open(&mut self, listener: u32, socket: Option<&TcpListener>) {
+    pub(crate) async fn open(&mut self, listener: u32, socket: Option<&TcpListener>) {
         let (request, asked) = match self.next().await {
             ToPrimary::Listen { request, address, .. } => (request, address),
             other => panic!("not a request to listen: {other:?}"),
@@ -154,7 +154,7 @@ impl Primary {
     }
 
     /// Hands connections over.
-    pub async fn hand_over(&self, listener: u32, first_seq: u64, connections: &[OwnedFd]) {
+    pub(crate) async fn hand_over(&self, listener: u32, first_seq: u64, connections: &[OwnedFd]) {
         let count = connections.len().try_into().unwrap();
         let frame = ToWorker::Connections { listener, first_seq, count };
         let fds: Vec<_> = connections.iter().map(AsFd::as_fd).collect();
@@ -163,7 +163,7 @@ impl Primary {
 }
 
 /// Clients and the accepted ends of their connections.
-pub fn connections(count: usize) -> io::Result<(Vec<TcpStream>, Vec<OwnedFd>)> {
+pub(crate) fn connections(count: usize) -> io::Result<(Vec<TcpStream>, Vec<OwnedFd>)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let mut clients = Vec::new();
     let mut accepted = Vec::new();
