@@ -312,7 +312,7 @@ impl Supervisor {
         out.push(Action::Spawn { slot: id, worker, attempt: slot.history.attempt() });
     }
 
-    /// The slot has lost its current worker: what now?
+    /// The slot has lost its current worker, so it was wanted: what now?
     fn succession(
         &mut self,
         id: SlotId,
@@ -322,7 +322,7 @@ impl Supervisor {
         let running = self.phase == Phase::Running;
         let slot = self.slots.get_mut(&id)?;
         slot.last_reason = Some(reason);
-        if !running || !slot.wanted {
+        if !running {
             return None;
         }
         if !slot.supervised {

@@ -159,6 +159,16 @@ mod tests {
     }
 
     #[test]
+    fn leaving_does_not_disturb_the_order_of_the_others() {
+        let mut turn = ring(4, 64);
+        assert_eq!(take(&mut turn, 2, &[]), [0, 1]);
+        turn.leave(0);
+        assert_eq!(take(&mut turn, 4, &[]), [2, 3, 1, 2]);
+        turn.leave(3);
+        assert_eq!(take(&mut turn, 3, &[]), [1, 2, 1]);
+    }
+
+    #[test]
     fn joining_twice_and_leaving_twice_change_nothing() {
         let mut turn = ring(2, 64);
         turn.join(1);

@@ -395,6 +395,23 @@ fn workers_that_leave_one_slot_at_their_leisure_are_bounded() {
     assert_eq!(spawned(&cluster.wait()).len(), 1, "as soon as one is gone there is room again");
 }
 
+#[test]
+fn worker_that_is_hurried_before_it_exists_is_hurried_once() {
+    let mut cluster = Cluster::new(plan(1));
+    cluster.feed(Input::Start);
+    let mut hurried = Vec::new();
+    for _ in 0..MAX_LEAVING + 4 {
+        let out = cluster.feed(Input::Restart { slot: s(1) });
+        hurried.extend(out.iter().filter_map(|action| match action {
+            Action::Report(Report::TooManyLeaving { worker, .. }) => Some(*worker),
+            _ => None,
+        }));
+    }
+    assert_eq!(hurried, [w(1), w(2), w(3), w(4)]);
+    let out = cluster.feed(Input::Spawned { worker: w(1) });
+    assert_eq!(out, [Action::Suspend { worker: w(1) }, Action::Kill { worker: w(1) }]);
+}
+
 // ---- unfit ----
 
 #[test]
@@ -416,6 +433,22 @@ fn worker_that_the_watchdog_gave_up_is_killed_when_sigterm_does_not_help() {
     let out = cluster.pass(Plan::default().kill_after);
     assert!(out.contains(&Action::Kill { worker: w(1) }));
     assert_eq!(reason(&cluster.exit(1, Exit::Signal(9))), Reason::Watchdog);
+}
+
+#[test]
+fn fault_is_not_hidden_by_a_later_wish() {
+    let mut cluster = Cluster::ready(plan(1));
+    cluster.feed(Input::Unfit { worker: w(1), reason: Reason::ProtocolFault });
+    cluster.feed(Input::StopNow);
+    assert_eq!(reason(&cluster.exit(1, Exit::Signal(9))), Reason::ProtocolFault);
+}
+
+#[test]
+fn fault_tells_more_than_the_wish_before_it() {
+    let mut cluster = Cluster::ready(plan(1));
+    cluster.feed(Input::Stop);
+    cluster.feed(Input::Unfit { worker: w(1), reason: Reason::ProtocolFault });
+    assert_eq!(reason(&cluster.exit(1, Exit::Signal(15))), Reason::ProtocolFault);
 }
 
 #[test]
