@@ -313,7 +313,8 @@ impl Watch {
         if !output_ended {
             self.last_output(output).await;
         }
-        let verdict = self.ledger.borrow().verdict(&cluster.wait().await);
+        let outcome = cluster.wait().await;
+        let verdict = self.ledger.borrow().verdict(&outcome);
         let last = self.report.borrow_mut().end(&verdict);
         self.own(&last);
         for sink in [&self.out, &self.err].into_iter().flatten() {
