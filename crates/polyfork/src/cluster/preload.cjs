@@ -15,6 +15,9 @@
 // `lib/_http_server.js`, `lib/internal/http2/core.js`, 18 to 26; RFC 9112 9.6, RFC 9113 6.8.
 'use strict';
 
+// Threads load it as well, whatever their environment says.
+delete require.cache[__filename];
+
 // What was added to NODE_OPTIONS, to the letter; its presence says that this process is meant.
 const added = process.env.POLYFORK_PRELOAD;
 if (added === undefined) return;
@@ -25,7 +28,6 @@ const graceMs = takeNumber('POLYFORK_GRACE_MS', 30_000);
 const lingerMs = takeNumber('POLYFORK_LINGER_MS', 1_000);
 
 restoreEnvironment();
-delete require.cache[__filename];
 
 // Kept from before the program can replace them, as fake clocks in test suites do.
 const { setTimeout, setImmediate } = globalThis;
@@ -152,6 +154,14 @@ function watchPrimary(worker) {
   channel.onread = function (buffer) {
     if (!buffer && process.connected) endOfChannel = true;
     return onread.apply(this, arguments);
+  };
+  // A message sent between the primary's death and end of file fails with EPIPE, which nobody handles.
+  const { _send } = process;
+  const listeners = process.listenerCount('error'); // cluster's, which passes on to the worker
+  const heard = () => process.listenerCount('error') > listeners || worker.listenerCount('error') > 0;
+  process._send = function (message, handle, options, callback) {
+    const swallow = options?.swallowErrors === false && !handle && !callback && !heard();
+    return _send.call(this, message, handle, swallow ? { swallowErrors: true } : options, callback);
   };
   process.removeListener('disconnect', stock);
   process.prependOnceListener('disconnect', function () {
@@ -340,9 +350,14 @@ function becomeOrphan(worker) {
   orphaned = true;
   guarded(() => {
     beginDrain();
+    setTimeout(exit, graceMs).unref();
     // When a drain was under way, cluster closes the channel at its end, and there is none: an error event.
     process.disconnect = guarded(exitWhenDone);
-    setTimeout(exit, graceMs).unref();
+    // The same for a request in hand that sends; with a callback the program is told.
+    const { send } = process;
+    process.send = function (...args) {
+      return typeof args.at(-1) === 'function' ? send.apply(this, args) : false;
+    };
   })();
   // Closes what cluster knows, UDP too, and sets the mark by which cluster does not exit.
   guarded(() => worker.disconnect())();
