@@ -173,7 +173,7 @@ pub(crate) struct RunArgs {
 
     /// An address that workers inherit as descriptor 3, 4, ...; repeatable
     ///
-    /// HOST:PORT, [V6]:PORT, :PORT (all addresses), unix:PATH or unix:@ABSTRACT. Bound before the first worker
+    /// HOST:PORT (IPv6 in brackets), :PORT (all addresses), unix:PATH or unix:@ABSTRACT. Bound before the first worker
     /// starts and told by LISTEN_FDS. For workers of the sockets dialect; Node and native workers say themselves
     /// where they listen. In the environment, addresses are separated by spaces.
     #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Connections")]

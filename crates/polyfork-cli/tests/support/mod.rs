@@ -19,37 +19,37 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 
 /// Longer than anything takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A directory with programs, removed in the end.
-pub struct Place(tempfile::TempDir);
+pub(crate) struct Place(tempfile::TempDir);
 
 impl Place {
-    pub fn new() -> Place {
+    pub(crate) fn new() -> Place {
         let place = tempfile::tempdir().expect("a directory");
         fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
         Place(place)
     }
 
     /// A place with `server.js`, which answers with its slot, pid and connection count.
-    pub fn with_server() -> Place {
+    pub(crate) fn with_server() -> Place {
         let place = Place::new();
         place.file("server.js", SERVER);
         place
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
-    pub fn file(&self, name: &str, content: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.path().join(name);
         fs::write(&path, content).expect("a file");
         path
     }
 
     /// `polyfork`, in this directory and without our own settings.
-    pub fn polyfork<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
+    pub(crate) fn polyfork<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
         let mut command = command(env!("CARGO_BIN_EXE_polyfork"));
         command.args(args).current_dir(self.path()).stdin(Stdio::null());
         for (key, _) in std::env::vars_os() {
@@ -62,19 +62,19 @@ impl Place {
     }
 
     /// Runs to the end: code, standard output, standard error.
-    pub fn ends<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Ended {
+    pub(crate) fn ends<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Ended {
         ended(self.polyfork(args))
     }
 
     /// Starts with `--json` and reads events.
-    pub fn events<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Events {
+    pub(crate) fn events<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Events {
         let mut words = vec![OsStr::new("run").to_owned(), OsStr::new("--json").to_owned()];
         words.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         Events::of(self.polyfork(words))
     }
 }
 
-pub const SERVER: &str = "
+pub(crate) const SERVER: &str = "
 const http = require('http');
 let connections = 0;
 const server = http.createServer((request, response) => {
@@ -87,19 +87,19 @@ server.listen(Number(process.env.PORT || 0), '127.0.0.1');
 
 /// Tests stand where a user's shell does, outside of what the rule is for.
 #[allow(clippy::disallowed_methods, reason = "a test starts the command as a shell would")]
-pub fn command(program: impl AsRef<OsStr>) -> Command {
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     Command::new(program)
 }
 
 /// How a run ended.
 #[derive(Debug)]
-pub struct Ended {
-    pub code: Option<i32>,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
-pub fn ended(command: Command) -> Ended {
+pub(crate) fn ended(command: Command) -> Ended {
     let mut running = Running::start(command);
     let out = running.take_out();
     let err = running.take_err();
@@ -116,37 +116,37 @@ fn text(mut from: impl Read) -> String {
 }
 
 /// A running command; killed when the test lets go of it.
-pub struct Running {
+pub(crate) struct Running {
     child: Child,
 }
 
 impl Running {
-    pub fn start(mut command: Command) -> Running {
+    pub(crate) fn start(mut command: Command) -> Running {
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("start");
         Running { child }
     }
 
-    pub fn take_out(&mut self) -> ChildStdout {
+    pub(crate) fn take_out(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("standard output")
     }
 
-    pub fn take_err(&mut self) -> ChildStderr {
+    pub(crate) fn take_err(&mut self) -> ChildStderr {
         self.child.stderr.take().expect("standard error")
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// By pidfd: the child cannot have been replaced by a stranger, it is not collected yet.
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).expect("a pid");
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).expect("pidfd");
         pidfd_send_signal(&pidfd, signal).expect("signal");
     }
 
     /// Waits for the end.
-    pub fn end(&mut self) -> ExitStatus {
+    pub(crate) fn end(&mut self) -> ExitStatus {
         let limit = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
@@ -158,7 +158,7 @@ impl Running {
     }
 
     /// Resident memory in KiB.
-    pub fn resident_kib(&self) -> u64 {
+    pub(crate) fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("status");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
         line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number")
@@ -174,13 +174,13 @@ impl Drop for Running {
 }
 
 /// Lines of a stream, read by a thread.
-pub struct Lines {
+pub(crate) struct Lines {
     lines: Receiver<String>,
-    pub seen: Vec<String>,
+    pub(crate) seen: Vec<String>,
 }
 
 impl Lines {
-    pub fn of(stream: impl Read + Send + 'static) -> Lines {
+    pub(crate) fn of(stream: impl Read + Send + 'static) -> Lines {
         let (sender, lines) = channel();
         std::thread::spawn(move || {
             for line in BufReader::new(stream).split(b'\n') {
@@ -194,7 +194,7 @@ impl Lines {
     }
 
     /// The next line; `None` at the end.
-    pub fn next(&mut self) -> Option<String> {
+    pub(crate) fn next(&mut self) -> Option<String> {
         match self.lines.recv_timeout(PATIENCE) {
             Ok(line) => {
                 self.seen.push(line.clone());
@@ -206,7 +206,7 @@ impl Lines {
     }
 
     /// Reads until a line contains `part`.
-    pub fn wait_for(&mut self, part: &str) -> String {
+    pub(crate) fn wait_for(&mut self, part: &str) -> String {
         while let Some(line) = self.next() {
             if line.contains(part) {
                 return line;
@@ -216,23 +216,23 @@ impl Lines {
     }
 
     /// All that comes until the end.
-    pub fn rest(&mut self) -> Vec<String> {
+    pub(crate) fn rest(&mut self) -> Vec<String> {
         std::iter::from_fn(|| self.next()).collect()
     }
 }
 
 /// A cluster that tells its events.
-pub struct Events {
-    pub running: Running,
+pub(crate) struct Events {
+    pub(crate) running: Running,
     lines: Lines,
     errors: Lines,
     /// Read and not asked for yet.
     pending: VecDeque<Value>,
-    pub seen: Vec<Value>,
+    pub(crate) seen: Vec<Value>,
 }
 
 impl Events {
-    pub fn of(command: Command) -> Events {
+    pub(crate) fn of(command: Command) -> Events {
         let mut running = Running::start(command);
         let lines = Lines::of(running.take_out());
         let errors = Lines::of(running.take_err());
@@ -240,7 +240,7 @@ impl Events {
     }
 
     /// The next event; `None` at the end.
-    pub fn next(&mut self) -> Option<Value> {
+    pub(crate) fn next(&mut self) -> Option<Value> {
         if let Some(value) = self.pending.pop_front() {
             return Some(value);
         }
@@ -251,12 +251,12 @@ impl Events {
     }
 
     /// Reads on until an event of that name comes.
-    pub fn wait_for(&mut self, name: &str) -> Value {
+    pub(crate) fn wait_for(&mut self, name: &str) -> Value {
         self.wait_until(name, |_| true)
     }
 
     /// Reads on until an event of that name comes of which `wanted` is true.
-    pub fn wait_until(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) fn wait_until(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         while let Some(value) = self.next() {
             if value["event"] == name && wanted(&value) {
                 return value;
@@ -266,13 +266,13 @@ impl Events {
     }
 
     /// The address the cluster listens on.
-    pub fn address(&mut self) -> SocketAddr {
+    pub(crate) fn address(&mut self) -> SocketAddr {
         let bound = self.wait_for("bound");
         bound["address"].as_str().expect("address").parse().expect("an address")
     }
 
     /// Waits for the end: exit code, and the event that told it.
-    pub fn end(&mut self) -> (i32, Value) {
+    pub(crate) fn end(&mut self) -> (i32, Value) {
         let end = self.wait_for("end");
         let code = self.running.end().code().expect("a code");
         assert_eq!(end["exit_code"], code);
@@ -281,13 +281,13 @@ impl Events {
     }
 
     /// What was written to standard error.
-    pub fn errors(&mut self) -> String {
+    pub(crate) fn errors(&mut self) -> String {
         self.errors.rest().join("\n")
     }
 }
 
 /// GET over a connection of its own; the body.
-pub fn get(address: SocketAddr, path: &str) -> String {
+pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).expect("connect");
     stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
     write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("ask");
