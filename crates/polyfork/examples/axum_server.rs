@@ -12,6 +12,8 @@
 //! accepted, and `/hold?ms=N` keeps it busy. The benchmark (`cargo xtask bench http`) asks for the same things
 //! of its other servers; for it, `STALL=1` lets worker 1 block its event loop for 50 ms every 500 ms.
 
+#![expect(clippy::print_stderr, reason = "a program, not a library")]
+
 use std::error::Error;
 use std::net::Ipv4Addr;
 use std::process::ExitCode;
