@@ -13,7 +13,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
 use std::ptr;
 
 use super::Step;
-use super::plan::{Move, Plan};
+use super::plan::{Identity, Move, Plan};
 
 /// Size of the kernel's signal set in bytes (64 signals).
 const SIGSET_BYTES: usize = 8;
@@ -59,14 +59,16 @@ impl<'plan> Image<'plan> {
             pid_digits = start.wrapping_add(digits);
         }
         envp.push(ptr::null());
-        let highest = plan.moves.iter().map(|one| one.target).max().unwrap_or(2);
+        let targets = plan.descriptors.moves.iter().map(|one| one.target);
+        let kept = plan.descriptors.keeps.iter().map(|keep| keep.number);
+        let highest = targets.chain(kept).max().unwrap_or(2);
         Self {
             plan,
             candidates: plan.candidates.iter().map(pointer).collect(),
             argv,
             envp,
             pid_digits,
-            moves: plan.moves.clone(),
+            moves: plan.descriptors.moves.clone(),
             above: highest.max(2).saturating_add(1),
             parent: rustix::process::getpid().as_raw_nonzero().get(),
             report: None,
@@ -97,7 +99,7 @@ fn run(image: &mut Image<'_>) -> Result<(), Failure> {
     if let Some(path) = &image.plan.directory {
         check(call(libc::SYS_chdir, [address(path), 0, 0, 0]), Step::Chdir)?;
     }
-    credentials(image.plan)?;
+    credentials(&image.plan.identity)?;
     death_signal(image)?;
     write_pid(image);
     empty_mask()?;
@@ -165,7 +167,7 @@ fn place_descriptors(image: &mut Image<'_>) -> Result<(), Failure> {
         let arguments = [one.source.into(), one.target.into(), 0, 0];
         check(call(libc::SYS_dup3, arguments), Step::Fd(one.target))?;
     }
-    for keep in &image.plan.keeps {
+    for keep in &image.plan.descriptors.keeps {
         let arguments = [keep.number.into(), libc::F_SETFD.into(), 0, 0];
         let result = check(call(libc::SYS_fcntl, arguments), Step::Fd(keep.number));
         if keep.required {
@@ -178,7 +180,7 @@ fn place_descriptors(image: &mut Image<'_>) -> Result<(), Failure> {
 /// Marks all other numbers close-on-exec. Kernels before 5.11 refuse, which leaves what libraries
 /// opened without the flag; our own descriptors carry it from birth.
 fn close_the_rest(plan: &Plan) {
-    for (first, last) in &plan.closed {
+    for (first, last) in &plan.descriptors.closed {
         let flags = libc::CLOSE_RANGE_CLOEXEC.into();
         let _refused = call(libc::SYS_close_range, [(*first).into(), (*last).into(), flags, 0]);
     }
@@ -186,20 +188,20 @@ fn close_the_rest(plan: &Plan) {
 
 /// Groups first, user last: each step needs a right the later ones give up. Raw calls, because
 /// glibc's wrappers change all threads of the process, which here are the parent's.
-fn credentials(plan: &Plan) -> Result<(), Failure> {
-    if let Some(groups) = &plan.groups {
+fn credentials(who: &Identity) -> Result<(), Failure> {
+    if let Some(groups) = &who.groups {
         let list = groups.as_ptr().expose_provenance() as c_long;
         let result =
             check(call(libc::SYS_setgroups, [groups.len() as c_long, list, 0, 0]), Step::Groups);
         match result {
-            Err(failure) if plan.groups_optional && failure.errno == libc::EPERM => {}
+            Err(failure) if who.groups_optional && failure.errno == libc::EPERM => {}
             other => drop(other?),
         }
     }
-    if let Some(gid) = plan.gid.map(c_long::from) {
+    if let Some(gid) = who.gid.map(c_long::from) {
         check(call(libc::SYS_setresgid, [gid, gid, gid, 0]), Step::Gid)?;
     }
-    if let Some(uid) = plan.uid.map(c_long::from) {
+    if let Some(uid) = who.uid.map(c_long::from) {
         check(call(libc::SYS_setresuid, [uid, uid, uid, 0]), Step::Uid)?;
     }
     Ok(())

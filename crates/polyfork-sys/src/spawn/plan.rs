@@ -5,7 +5,7 @@
 //!
 //! Behaviour follows: execvp(3) for the search of the path.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,6 +47,27 @@ pub(super) struct PidEntry {
     pub(super) digits: usize,
 }
 
+/// What goes to which number.
+#[derive(Debug, Default)]
+pub(super) struct Descriptors {
+    pub(super) moves: Vec<Move>,
+    pub(super) keeps: Vec<Keep>,
+    /// Inclusive ranges of numbers that must not survive exec.
+    pub(super) closed: Vec<(u32, u32)>,
+    /// Keeps the sources of `moves` open until the child is running.
+    _sources: Vec<OwnedFd>,
+}
+
+/// Whom the child runs as.
+#[derive(Debug)]
+pub(super) struct Identity {
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    pub(super) groups: Option<Vec<u32>>,
+    /// `EPERM` from dropping groups is fine: there are none.
+    pub(super) groups_optional: bool,
+}
+
 /// A spawn, laid out.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -55,115 +76,56 @@ pub(super) struct Plan {
     pub(super) envp: Vec<CString>,
     pub(super) pid_entry: Option<PidEntry>,
     pub(super) directory: Option<CString>,
-    pub(super) moves: Vec<Move>,
-    pub(super) keeps: Vec<Keep>,
-    /// Inclusive ranges of numbers that must not survive exec.
-    pub(super) closed: Vec<(u32, u32)>,
+    pub(super) descriptors: Descriptors,
     pub(super) process_group: bool,
     pub(super) new_session: bool,
     /// Zero: none.
     pub(super) death_signal: i32,
-    pub(super) uid: Option<u32>,
-    pub(super) gid: Option<u32>,
-    pub(super) groups: Option<Vec<u32>>,
-    /// `EPERM` from dropping groups is fine: there are none.
-    pub(super) groups_optional: bool,
+    pub(super) identity: Identity,
     pub(super) umask: Option<u32>,
     program: OsString,
     working_directory: Option<PathBuf>,
-    /// Keeps the sources of `moves` open until the child is running.
-    _sources: Vec<OwnedFd>,
 }
 
+/// What is wrong with a command.
+type Fault = (Step, io::Error);
+
 impl Plan {
-    pub(super) fn new(command: Command) -> Result<Self, SpawnError> {
-        let fail = |step, errno| SpawnError {
+    pub(super) fn new(mut command: Command) -> Result<Self, SpawnError> {
+        let fds = std::mem::take(&mut command.fds);
+        let laid_out = Self::lay_out(&command, fds);
+        laid_out.map_err(|(step, errno)| SpawnError {
             step,
             errno,
-            program: command.program.clone(),
+            program: command.program,
             tried: Vec::new(),
-            directory: command.directory.clone(),
-        };
-        let input = |errno| fail(Step::Input, errno);
+            directory: command.directory,
+        })
+    }
 
-        let name = c_string(&command.program, "the program's name").map_err(input)?;
-        if name.is_empty() {
-            return Err(fail(Step::Exec, io::Error::from_raw_os_error(libc::ENOENT)));
+    fn lay_out(command: &Command, fds: BTreeMap<i32, Source>) -> Result<Self, Fault> {
+        let input = |errno| (Step::Input, errno);
+        if command.program.is_empty() {
+            return Err((Step::Exec, io::Error::from_raw_os_error(libc::ENOENT)));
         }
-        let path = match command.env.get(OsStr::new("PATH")) {
-            Some(path) => path.as_bytes(),
-            None => DEFAULT_PATH,
-        };
-        let candidates = candidates(name.as_bytes(), path).map_err(input)?;
-        let mut argv = Vec::with_capacity(command.args.len() + 1);
-        argv.push(match &command.arg0 {
-            Some(name) => c_string(name, "the program's own name").map_err(input)?,
-            None => name,
-        });
-        for arg in &command.args {
-            argv.push(c_string(arg, "an argument").map_err(input)?);
-        }
-        let envp = environment(&command.env, command.pid_env.as_deref()).map_err(input)?;
-        let pid_entry = command.pid_env.as_deref().map(pid_entry).transpose().map_err(input)?;
-        let directory = match &command.directory {
-            Some(path) => Some(c_string(path.as_os_str(), "the working directory").map_err(input)?),
-            None => None,
-        };
-        let closed = closed_ranges(command.fds.keys().copied());
-        let dropping = command.groups.is_none() && command.uid.is_some();
-        let groups = if dropping { Some(Vec::new()) } else { command.groups.clone() };
-        let groups_optional =
-            dropping && rustix::process::getgroups().is_ok_and(|groups| groups.is_empty());
-
-        let table = Table::new(&command.fds);
-        let mut sources = Vec::new();
-        let mut moves = Vec::new();
-        let mut keeps = table.standard;
-        for target in table.targets {
-            if target < 0 {
-                return Err(input(invalid(format!("descriptor number {target} is negative"))));
-            }
-            match command.fds.get(&target) {
-                Some(Source::Inherit) | None => keeps.push(Keep { number: target, required: true }),
-                Some(Source::Null) => {
-                    let null = open_null().map_err(|errno| fail(Step::Fd(target), errno))?;
-                    moves.push(Move { source: null.as_raw_fd(), target, clashes: false });
-                    sources.push(null);
-                }
-                Some(Source::Owned(fd)) => {
-                    moves.push(Move { source: fd.as_raw_fd(), target, clashes: false });
-                }
-            }
-        }
-        for index in 0..moves.len() {
-            let source = moves[index].source;
-            moves[index].clashes = moves.iter().any(|one| one.target == source);
-        }
-        sources.extend(command.fds.into_values().filter_map(|source| match source {
-            Source::Owned(fd) => Some(fd),
-            Source::Inherit | Source::Null => None,
-        }));
-
+        let directory = command.directory.as_ref().map(|path| path.as_os_str());
         Ok(Self {
-            candidates,
-            argv,
-            envp,
-            pid_entry,
-            directory,
-            moves,
-            keeps,
-            closed,
+            argv: arguments(command).map_err(input)?,
+            candidates: candidates(&command.program, path_of(&command.env)).map_err(input)?,
+            envp: environment(&command.env, command.pid_env.as_deref()).map_err(input)?,
+            pid_entry: command.pid_env.as_deref().map(pid_entry).transpose().map_err(input)?,
+            directory: directory
+                .map(|path| c_string(path, "the working directory"))
+                .transpose()
+                .map_err(input)?,
+            descriptors: Descriptors::new(fds)?,
             process_group: command.process_group && !command.new_session,
             new_session: command.new_session,
             death_signal: command.death_signal.map_or(0, |signal| signal.as_raw()),
-            uid: command.uid,
-            gid: command.gid,
-            groups,
-            groups_optional,
+            identity: Identity::new(command),
             umask: command.umask,
-            program: command.program,
-            working_directory: command.directory,
-            _sources: sources,
+            program: command.program.clone(),
+            working_directory: command.directory.clone(),
         })
     }
 
@@ -180,18 +142,45 @@ impl Plan {
     }
 }
 
-/// The descriptor numbers of a command, sorted by what is to be done.
-struct Table {
-    targets: Vec<i32>,
-    standard: Vec<Keep>,
+impl Descriptors {
+    fn new(fds: BTreeMap<i32, Source>) -> Result<Self, Fault> {
+        let mut plan = Self { closed: closed_ranges(fds.keys().copied()), ..Self::default() };
+        let standard = (0..3).filter(|number| !fds.contains_key(number));
+        plan.keeps.extend(standard.map(|number| Keep { number, required: false }));
+        for (target, source) in fds {
+            if target < 0 {
+                let text = format!("descriptor number {target} is negative");
+                return Err((Step::Input, invalid(text)));
+            }
+            let source = match source {
+                Source::Owned(fd) => fd,
+                Source::Null => open_null().map_err(|errno| (Step::Fd(target), errno))?,
+                Source::Inherit => {
+                    plan.keeps.push(Keep { number: target, required: true });
+                    continue;
+                }
+            };
+            plan.moves.push(Move { source: source.as_raw_fd(), target, clashes: false });
+            plan._sources.push(source);
+        }
+        let targets: BTreeSet<i32> = plan.moves.iter().map(|one| one.target).collect();
+        for one in &mut plan.moves {
+            one.clashes = targets.contains(&one.source);
+        }
+        Ok(plan)
+    }
 }
 
-impl Table {
-    fn new(fds: &BTreeMap<i32, Source>) -> Self {
-        let standard = (0..3).filter(|number| !fds.contains_key(number));
+impl Identity {
+    fn new(command: &Command) -> Self {
+        // To change the user and keep root's groups would be a trap.
+        let dropping = command.groups.is_none() && command.uid.is_some();
+        let no_groups = || rustix::process::getgroups().is_ok_and(|groups| groups.is_empty());
         Self {
-            targets: fds.keys().copied().collect(),
-            standard: standard.map(|number| Keep { number, required: false }).collect(),
+            uid: command.uid,
+            gid: command.gid,
+            groups: if dropping { Some(Vec::new()) } else { command.groups.clone() },
+            groups_optional: dropping && no_groups(),
         }
     }
 }
@@ -208,12 +197,27 @@ fn open_null() -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// The paths at which execvp(3) would look for `name`, in order.
-fn candidates(name: &[u8], path: &[u8]) -> io::Result<Vec<CString>> {
-    let nul = |_| invalid("PATH contains a NUL byte".to_owned());
-    if name.contains(&b'/') {
-        return Ok(vec![CString::new(name).map_err(nul)?]);
+fn arguments(command: &Command) -> io::Result<Vec<CString>> {
+    let mut argv = Vec::with_capacity(command.args.len() + 1);
+    let name = command.arg0.as_ref().unwrap_or(&command.program);
+    argv.push(c_string(name, "the program's name")?);
+    for arg in &command.args {
+        argv.push(c_string(arg, "an argument")?);
     }
+    Ok(argv)
+}
+
+fn path_of(vars: &BTreeMap<OsString, OsString>) -> &[u8] {
+    vars.get(OsStr::new("PATH")).map_or(DEFAULT_PATH, |path| path.as_bytes())
+}
+
+/// The paths at which execvp(3) would look for `program`, in order.
+fn candidates(program: &OsStr, path: &[u8]) -> io::Result<Vec<CString>> {
+    let name = program.as_bytes();
+    if name.contains(&b'/') {
+        return Ok(vec![c_string(program, "the program's name")?]);
+    }
+    let nul = |_| invalid("the program's name or PATH contains a NUL byte".to_owned());
     let mut paths = Vec::new();
     for folder in path.split(|byte| *byte == b':') {
         let mut full = Vec::with_capacity(folder.len() + name.len() + 1);
@@ -304,7 +308,7 @@ mod tests {
     #[test]
     fn a_name_is_looked_for_in_each_folder_and_a_path_only_there() {
         let paths = |name: &str, path: &str| -> Vec<String> {
-            let found = candidates(name.as_bytes(), path.as_bytes()).unwrap();
+            let found = candidates(OsStr::new(name), path.as_bytes()).unwrap();
             found.into_iter().map(|path| path.into_string().unwrap()).collect()
         };
         assert_eq!(paths("sh", "/bin:/usr/bin/"), ["/bin/sh", "/usr/bin/sh"]);

@@ -104,7 +104,7 @@ fn start() -> io::Result<mpsc::Sender<Request>> {
 
 fn carry_out(mut plan: Box<Plan>, stack: &Stack) -> Reply {
     let mut entry = plan.pid_entry.take();
-    let changes_user = plan.uid.is_some() || plan.gid.is_some();
+    let changes_user = plan.identity.uid.is_some() || plan.identity.gid.is_some();
     let pid_entry = entry.as_mut().map(|entry| (entry.bytes.as_mut_slice(), entry.digits));
     let mut image = Image::new(&plan, pid_entry);
     let dumpable = changes_user.then(Dumpable::note);
