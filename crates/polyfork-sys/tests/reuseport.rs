@@ -93,6 +93,36 @@ fn thirty_connections_over_three_slots_queue_ten_each() {
 }
 
 #[test]
+fn one_turn_counts_for_both_protocols_of_a_wildcard() {
+    let any = SocketAddr::from(([0u16; 8], 0));
+    let group = match Group::bind(any, &Options::default(), &[1, 2, 3], Want::Auto) {
+        Err(error) if error.step == BindStep::Socket => {
+            println!("skipped: {error}");
+            return;
+        }
+        result => result.unwrap(),
+    };
+    if group.selection() == Selection::Classic {
+        println!("skipped: {}", group.fallback_reason().unwrap());
+        return;
+    }
+    let mut group = group;
+    group.set_live(&[1, 2, 3]).unwrap();
+    let port = group.address().port();
+    let mut clients = Vec::new();
+    for _ in 0..15 {
+        clients.extend(connect(SocketAddr::from(([127, 0, 0, 1], port)), 1));
+        clients.extend(connect(SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, port)), 1));
+    }
+    assert_eq!(depths(&group), BTreeMap::from([(1, 10), (2, 10), (3, 10)]));
+    // And a queue with both kinds in it can be moved.
+    group.set_live(&[1, 3]).unwrap();
+    assert_eq!(group.rescue(2).unwrap(), Rescued::Moved(10));
+    assert_eq!(serve(&group, 1) + serve(&group, 3), 30);
+    assert_eq!(answers(clients), BTreeMap::from([(1, 15), (3, 15)]));
+}
+
+#[test]
 fn turns_stay_exact_when_many_connect_at_once() {
     let Some(mut group) = exact(&[1, 2, 3, 4, 5]) else { return };
     group.set_live(&[1, 2, 3, 4, 5]).unwrap();

@@ -77,10 +77,15 @@ impl Primary {
             FromWorker::Listening(query) => self.on_listening(worker, query),
             FromWorker::Close { key } => self.on_close(worker, &key),
             FromWorker::ExitedAfterDisconnect => {
-                let answer = wire::reply_ack(seq, self.next_sequence());
-                self.push_internal(worker, answer);
-                if let Some(w) = self.workers.get_mut(&worker) {
-                    w.leaving = true;
+                let Some(w) = self.workers.get_mut(&worker) else { return };
+                w.leaving = true;
+                // Both have told the other to go. A stock worker closes its channel once for our word and
+                // once for our answer, and the second time is an error that ends it with code 1. It has most
+                // likely gone by the time of the answer; if not, connections hold it, and it wants out.
+                if w.told {
+                    self.answer_goodbye_later(worker, seq);
+                } else {
+                    self.answer_goodbye(worker, seq);
                 }
                 self.feed(Input::Leaving { worker });
             }
@@ -88,6 +93,11 @@ impl Primary {
             // A newer worker's own idea; a stock primary ignores it, too.
             _ => {}
         }
+    }
+
+    pub(crate) fn answer_goodbye(&mut self, worker: WorkerId, seq: u64) {
+        let answer = wire::reply_ack(seq, self.next_sequence());
+        self.push_internal(worker, answer);
     }
 
     /// Bun marks its internal lines, and takes none that is not marked.
@@ -329,6 +339,9 @@ impl Primary {
     pub(crate) fn tell_node_stop(&mut self, worker: WorkerId) {
         let line = wire::disconnect(self.next_sequence());
         self.push_internal(worker, line);
+        if let Some(w) = self.workers.get_mut(&worker) {
+            w.told = true;
+        }
         // As Node's primary does: the worker's sockets are forgotten at once. What it still sends about them
         // is ignored.
         self.refresh_ports();

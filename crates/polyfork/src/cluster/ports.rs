@@ -773,22 +773,26 @@ pub(crate) fn local_address(fd: BorrowedFd<'_>) -> io::Result<SocketAddr> {
     SocketAddr::try_from(address).map_err(|_| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))
 }
 
-/// TCP addresses that a process listens on by itself, from `/proc`. Empty when that cannot be read.
-pub(crate) fn own_listening_sockets(pid: u32) -> Vec<Address> {
-    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let inodes: BTreeSet<u64> = entries
-        .flatten()
-        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
-        .filter_map(|target| {
-            target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
-        })
-        .collect();
+/// Inodes of the sockets that a process (`self`, or a number) holds. Empty when that cannot be read.
+pub(crate) fn sockets_of(process: &str) -> BTreeSet<u64> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{process}/fd")) else {
+        return BTreeSet::new();
+    };
+    let targets = entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let inode = |target: PathBuf| {
+        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+    };
+    targets.filter_map(inode).collect()
+}
+
+/// TCP addresses of those of `inodes` that listen, in the network namespace of a process, from `/proc`.
+pub(crate) fn listening_sockets(pid: u32, inodes: &BTreeSet<u64>) -> Vec<Address> {
     let mut found = Vec::new();
     for table in ["tcp", "tcp6"] {
         let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")) else {
             continue;
         };
-        found.extend(text.lines().skip(1).filter_map(|line| listening_line(line, &inodes)));
+        found.extend(text.lines().skip(1).filter_map(|line| listening_line(line, inodes)));
     }
     found
 }
@@ -830,7 +834,7 @@ mod tests {
     fn own_sockets_are_found_with_their_addresses() {
         let v4 = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let v6 = std::net::TcpListener::bind("[::1]:0");
-        let found = own_listening_sockets(std::process::id());
+        let found = listening_sockets(std::process::id(), &sockets_of("self"));
         for address in
             [Some(v4), v6.ok()].into_iter().flatten().map(|l| l.local_addr().expect("address"))
         {

@@ -33,6 +33,11 @@ use super::{SendError, StartError, WorkerStatus};
 const DRAIN_CHECK: Duration = Duration::from_millis(4);
 /// How often a Node worker that said nothing is looked at for a socket of its own.
 const OWN_SOCKET_CHECK: Duration = Duration::from_millis(150);
+/// A socket that no worker has asked for by then, after the last of them got ready, is a leftover of an
+/// earlier version of the program. A program of several servers gets ready with the first of them.
+const UNUSED_AFTER: Duration = Duration::from_secs(3);
+/// How long the answer to a worker's good-bye is held back when it has been asked to go as well.
+const GOODBYE_PAUSE: Duration = Duration::from_millis(200);
 /// A sockets worker that does not use `NOTIFY_SOCKET` counts as ready after this.
 const SOCKETS_DELAY: Duration = Duration::from_secs(1);
 /// How long the last output of ended workers is waited for (a grandchild may hold the pipe for ever).
@@ -81,6 +86,8 @@ enum Timer {
     Accept(ListenerId),
     Watchdog(WorkerId),
     Stranded(Duration),
+    Unused,
+    Goodbye(WorkerId, u64),
 }
 
 /// A worker that has been started and is not gone yet.
@@ -95,6 +102,8 @@ pub(crate) struct Worker {
     pub(crate) admitted: bool,
     /// It said that it is going (`exitedAfterDisconnect`), or we asked it to.
     pub(crate) leaving: bool,
+    /// Node: it was sent `disconnect`.
+    pub(crate) told: bool,
     /// The `disconnect` event was told.
     pub(crate) disconnected: bool,
     /// The first byte of its lines showed Bun.
@@ -210,7 +219,7 @@ impl Primary {
             settings,
             detected,
         };
-        primary.emit(Event::Setup { workers, dialect: primary.detected.dialect });
+        primary.emit(Event::Setup { workers: supervised, dialect: primary.detected.dialect });
         for text in primary.environment.take_notices() {
             primary.notice("preload", None, text);
         }
@@ -292,6 +301,8 @@ impl Primary {
                 Timer::Accept(port) => self.ports.resume_accepting(port),
                 Timer::Watchdog(worker) => self.check_watchdog(worker),
                 Timer::Stranded(pause) => self.stranded_check(pause),
+                Timer::Unused => self.close_unused(),
+                Timer::Goodbye(worker, seq) => self.answer_goodbye(worker, seq),
             }
         }
     }
@@ -451,6 +462,7 @@ impl Primary {
                 ready: false,
                 admitted: false,
                 leaving: false,
+                told: false,
                 disconnected: false,
                 prefixed: false,
                 calls: BTreeMap::new(),
@@ -514,18 +526,33 @@ impl Primary {
         self.check_all_ready();
     }
 
-    /// All slots have a ready worker: say so, and close sockets that the present program does not use.
+    /// All slots have a ready worker: say so, and see in a while which sockets the present program does not use.
     fn check_all_ready(&mut self) {
         let wanted = self.supervisor.slots().count();
         let ready = self.workers.values().filter(|w| w.admitted).count();
         let all = wanted > 0 && ready >= wanted;
         if all && !self.all_ready {
             self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
-            for address in self.ports.close_unused() {
-                self.emit(Event::Closed { address });
-            }
+            self.look_for_unused();
         }
         self.all_ready = all;
+    }
+
+    /// One look at a time: an earlier one that is planned is replaced.
+    fn look_for_unused(&mut self) {
+        self.timers.retain(|_, timer| !matches!(timer, Timer::Unused));
+        self.after(UNUSED_AFTER, Timer::Unused);
+    }
+
+    /// Closes what nobody asked for, unless somebody who might is about to start. Where nobody is replaced,
+    /// that includes the sockets of a program whose workers have all gone.
+    fn close_unused(&mut self) {
+        if !self.all_ready && (self.settings.supervise || !self.workers.is_empty()) {
+            return;
+        }
+        for address in self.ports.close_unused() {
+            self.emit(Event::Closed { address });
+        }
     }
 
     fn suspend(&mut self, worker: WorkerId) {
@@ -663,6 +690,9 @@ impl Primary {
             None => (Who { slot: slot.0, worker: worker.0, pid: 0 }, false, false),
         };
         self.all_ready = false;
+        if self.workers.is_empty() {
+            self.look_for_unused();
+        }
         self.ports.died(worker);
         self.refresh_ports();
         let (code, signal) = match exit {
@@ -802,7 +832,10 @@ impl Primary {
             return;
         }
         let who = w.who;
-        let found = ports::own_listening_sockets(who.pid);
+        // A socket that it was given, but has not said yet that it listens on, is ours.
+        let ours = ports::sockets_of("self");
+        let its = &ports::sockets_of(&who.pid.to_string()) - &ours;
+        let found = ports::listening_sockets(who.pid, &its);
         if found.is_empty() || !w.online {
             self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
             return;
@@ -818,6 +851,10 @@ impl Primary {
         let sequence = self.sequence;
         self.sequence += 1;
         sequence
+    }
+
+    pub(crate) fn answer_goodbye_later(&mut self, worker: WorkerId, seq: u64) {
+        self.after(GOODBYE_PAUSE, Timer::Goodbye(worker, seq));
     }
 
     /// One look at a time: an earlier one that is planned is replaced.
