@@ -36,13 +36,16 @@ pub struct NativeOutbox<H> {
     written: u64,
     /// Frames with handles that began to leave and may be unread, oldest first.
     sent: VecDeque<Sent<H>>,
+    /// The peer has read everything before this position: a frame that ends here was answered, or what was behind
+    /// it was taken back.
+    known_read: u64,
 }
 
-/// Where a frame with handles stands in the stream.
+/// Where a frame with handles stands in the stream: its first byte, and one past its last.
 #[derive(Debug)]
 struct Sent<H> {
     start: u64,
-    len: usize,
+    end: u64,
     handles: Vec<H>,
 }
 
@@ -66,6 +69,7 @@ impl<H> NativeOutbox<H> {
             queued_handles: 0,
             written: 0,
             sent: VecDeque::new(),
+            known_read: 0,
         }
     }
 
@@ -106,8 +110,8 @@ impl<H> NativeOutbox<H> {
         let handles = std::mem::take(&mut front.handles);
         if !handles.is_empty() {
             self.queued_handles -= handles.len();
-            let len = front.bytes.len();
-            self.sent.push_back(Sent { start: self.written, len, handles });
+            let end = self.written + front.bytes.len() as u64;
+            self.sent.push_back(Sent { start: self.written, end, handles });
         }
         self.front_sent += n;
         if self.front_sent == front.bytes.len() {
@@ -118,80 +122,83 @@ impl<H> NativeOutbox<H> {
         self.queued_bytes -= n;
     }
 
-    /// The peer has shown that it read the frame that carries a handle like this, and so everything before it.
+    /// The peer has shown that it read the frame that carries a handle like this, and so everything before it:
+    /// these frames are forgotten and their handles dropped. Nothing happens if no completely written
+    /// frame has one.
     pub fn was_read(&mut self, mut is_it: impl FnMut(&H) -> bool) {
-        if let Some(at) = self.sent.iter().position(|sent| sent.handles.iter().any(&mut is_it)) {
+        let at = self.sent.iter().position(|sent| sent.handles.iter().any(&mut is_it));
+        if let Some(at) = at.filter(|at| self.sent[*at].end <= self.written) {
+            self.known_read = self.known_read.max(self.sent[at].end);
             self.sent.drain(..=at);
         }
     }
 
-    /// Takes back what the peer has not read: `unread` is the end of everything that was written, pulled out of
-    /// the peer's socket together with its descriptors.
+    /// Takes back what the peer has not read: `unread` is the last part of everything written, as it was pulled
+    /// out of the peer's socket together with its descriptors.
     ///
-    /// Frames that were unread as a whole and whose first handle is `removable` are gone from the stream; their
-    /// handles are returned, oldest frame first. Everything else is queued again, in order and with its handles.
+    /// Frames of which nothing was read and whose first handle is `removable` vanish from the stream, even if
+    /// they are not completely written; their handles are returned, oldest frame first. Everything else of
+    /// `unread` is queued again, in order, with its handles and before anything else, so that the peer
+    /// sees a well-formed stream. A frame that was partly read goes on without its handles, as they were
+    /// received.
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::BadFrame`] when more is unread than was ever written; nothing changes then.
+    /// [`ProtocolError::BadRewind`] when more is said to be unread than can be, by what the peer answered:
+    /// nothing is changed then, and the channel is not to be trusted.
     pub fn rewind_unread(
         &mut self,
         unread: &[u8],
         mut removable: impl FnMut(&H) -> bool,
     ) -> Result<Vec<Vec<H>>, ProtocolError> {
-        let from = self
-            .written
-            .checked_sub(unread.len() as u64)
-            .ok_or(ProtocolError::BadFrame { why: "more is unread than was written" })?;
-        self.sent.retain(|sent| sent.start >= from);
-        // What is left of a frame that was written in part goes on right behind the rest.
-        if self.front_sent > 0
-            && let Some(front) = self.queue.front_mut()
-        {
-            front.bytes.drain(..self.front_sent);
-            front.closed = true;
-            self.front_sent = 0;
+        let possible = self.written.saturating_sub(self.known_read);
+        let taken = unread.len() as u64;
+        if taken > possible {
+            return Err(ProtocolError::BadRewind { unread: taken, possible });
         }
-        let mut removed = Vec::new();
-        let mut again = Vec::new();
-        let mut at = from;
+        if taken == 0 {
+            return Ok(Vec::new());
+        }
+        let mut stream = unread.to_vec();
+        self.take_unfinished(&mut stream);
+        self.written -= taken;
+        self.known_read = self.written;
+        let (mut removed, mut again) = (Vec::new(), Again::new(stream, self.written));
         for sent in std::mem::take(&mut self.sent) {
-            self.piece(&mut again, unread, from, at, sent.start, Vec::new());
-            at = sent.start;
-            let end = sent.start + sent.len as u64;
-            if end <= self.written && sent.handles.first().is_some_and(&mut removable) {
+            if sent.start < self.written {
+                // Partly or wholly read: its handles were received.
+                continue;
+            }
+            again.up_to(sent.start, Vec::new());
+            if sent.handles.first().is_some_and(&mut removable) {
+                again.leave_out(sent.end);
                 removed.push(sent.handles);
             } else {
-                self.piece(&mut again, unread, from, at, end.min(self.written), sent.handles);
+                again.up_to(sent.end, sent.handles);
             }
-            at = end.min(self.written);
         }
-        self.piece(&mut again, unread, from, at, self.written, Vec::new());
-        self.written = from;
-        for item in again.into_iter().rev() {
-            self.queue.push_front(item);
-        }
+        self.queue_again(again.finish());
         Ok(removed)
     }
 
-    /// Queues one stretch of the stream again.
-    fn piece(
-        &mut self,
-        again: &mut Vec<Item<H>>,
-        unread: &[u8],
-        base: u64,
-        start: u64,
-        end: u64,
-        handles: Vec<H>,
-    ) {
-        let place = |position: u64| usize::try_from(position - base).unwrap_or(unread.len());
-        let bytes = unread[place(start)..place(end)].to_vec();
-        if bytes.is_empty() {
-            return;
+    /// Appends what is still to be written of the first item, if some of it was written, and removes it.
+    fn take_unfinished(&mut self, stream: &mut Vec<u8>) {
+        if self.front_sent > 0
+            && let Some(front) = self.queue.pop_front()
+        {
+            let rest = &front.bytes[self.front_sent..];
+            self.queued_bytes -= rest.len();
+            stream.extend_from_slice(rest);
+            self.front_sent = 0;
         }
-        self.queued_bytes += bytes.len();
-        self.queued_handles += handles.len();
-        again.push(Item { bytes, handles, closed: true });
+    }
+
+    fn queue_again(&mut self, items: Vec<Item<H>>) {
+        for item in items.into_iter().rev() {
+            self.queued_bytes += item.bytes.len();
+            self.queued_handles += item.handles.len();
+            self.queue.push_front(item);
+        }
     }
 
     /// Bytes that are not written yet.
@@ -218,13 +225,55 @@ impl<H> NativeOutbox<H> {
         self.written
     }
 
-    /// The peer is gone: the handles that were not sent, oldest first. The outbox is empty even if the
-    /// iterator is not used.
+    /// The peer is gone: the handles that it is not known to have read, oldest first, those that were not sent
+    /// last. The outbox is empty even if the iterator is not used.
     pub fn drain(&mut self) -> impl Iterator<Item = H> + use<H> {
         self.front_sent = 0;
         self.queued_bytes = 0;
         self.queued_handles = 0;
-        std::mem::take(&mut self.queue).into_iter().flat_map(|item| item.handles)
+        let sent = std::mem::take(&mut self.sent).into_iter().flat_map(|sent| sent.handles);
+        sent.chain(std::mem::take(&mut self.queue).into_iter().flat_map(|item| item.handles))
+    }
+}
+
+/// A stretch of the stream that is cut into items again.
+struct Again<H> {
+    stream: Vec<u8>,
+    /// Position in the stream of its first byte.
+    from: u64,
+    /// How much was cut.
+    at: usize,
+    items: Vec<Item<H>>,
+}
+
+impl<H> Again<H> {
+    fn new(stream: Vec<u8>, from: u64) -> Self {
+        Self { stream, from, at: 0, items: Vec::new() }
+    }
+
+    /// Everything up to this position becomes an item with these handles, unless there is nothing.
+    fn up_to(&mut self, position: u64, handles: Vec<H>) {
+        let end = self.place(position);
+        if end > self.at {
+            let bytes = self.stream[self.at..end].to_vec();
+            self.items.push(Item { bytes, handles, closed: true });
+            self.at = end;
+        }
+    }
+
+    /// Everything up to this position vanishes.
+    fn leave_out(&mut self, position: u64) {
+        self.at = self.place(position);
+    }
+
+    fn finish(mut self) -> Vec<Item<H>> {
+        self.up_to(u64::MAX, Vec::new());
+        self.items
+    }
+
+    fn place(&self, position: u64) -> usize {
+        let offset = position.saturating_sub(self.from);
+        usize::try_from(offset).unwrap_or(usize::MAX).clamp(self.at, self.stream.len())
     }
 }
 
@@ -278,12 +327,12 @@ mod tests {
     }
 
     #[test]
-    fn dead_peer_gives_back_what_was_not_sent() {
+    fn dead_peer_gives_back_what_it_may_not_have_read() {
         let mut outbox = NativeOutbox::<u32>::new();
         outbox.push(&connections(0, 2), vec![1, 2]);
         outbox.push(&connections(2, 1), vec![3]);
         outbox.wrote(3);
-        assert_eq!(outbox.drain().collect::<Vec<_>>(), [3]);
+        assert_eq!(outbox.drain().collect::<Vec<_>>(), [1, 2, 3]);
         assert!(outbox.is_empty() && outbox.queued_bytes() == 0 && outbox.queued_handles() == 0);
     }
 
@@ -293,80 +342,112 @@ mod tests {
         NativeOutbox::new().push(&connections(0, 254), vec![0; 254]);
     }
 
-    /// What a receiver that reads `stream` from its beginning makes of it.
-    fn decode(stream: &[(Vec<u8>, Vec<u32>)]) -> Vec<(ToWorker, Vec<u32>)> {
-        let mut decoder = FrameDecoder::new(Limits::default());
-        let mut frames = Vec::new();
-        for (bytes, handles) in stream {
-            for handle in handles {
-                decoder.push_descriptor(*handle).expect("there is room");
-            }
-            decoder.feed(bytes);
-            while let Some(frame) = decoder.next().expect("the stream is valid") {
-                frames.push((frame.message, frame.descriptors));
-            }
-        }
-        frames
-    }
-
     #[test]
-    fn more_unread_than_written_is_an_error() {
-        let mut outbox = NativeOutbox::<u32>::new();
-        assert!(outbox.rewind_unread(b"x", |_| true).is_err());
-    }
-
-    #[test]
-    fn what_was_read_is_forgotten() {
+    fn more_unread_than_possible_is_refused() {
+        let bad = |unread, possible| Err(ProtocolError::BadRewind { unread, possible });
         let mut outbox = NativeOutbox::new();
+        assert_eq!(outbox.rewind_unread(b"x", |_| true), bad(1, 0));
         outbox.push(&connections(0, 1), vec![1]);
         outbox.push(&connections(1, 1), vec![2]);
-        while let Some(chunk) = outbox.peek() {
-            let n = chunk.bytes.len();
-            outbox.wrote(n);
-        }
+        let frame = encode(&connections(0, 1), 1);
+        outbox.wrote(frame.len());
+        outbox.wrote(frame.len());
         outbox.was_read(|handle| *handle == 1);
-        assert_eq!(outbox.sent.len(), 1);
+        // It cannot have answered what it has not read.
+        let unread = [&frame[..], &frame].concat();
+        assert_eq!(outbox.rewind_unread(&unread, |_| true), bad(20, 10));
+        assert_eq!(outbox.rewind_unread(&frame, |_| true), Ok(vec![vec![2]]));
+        assert_eq!(outbox.rewind_unread(b"x", |_| true), bad(1, 0));
+    }
+
+    #[test]
+    fn answer_to_a_frame_that_is_not_complete_is_ignored() {
+        let mut outbox = NativeOutbox::new();
+        outbox.push(&connections(0, 1), vec![1]);
+        outbox.wrote(3);
+        outbox.was_read(|handle| *handle == 1);
+        assert_eq!(outbox.drain().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn frame_that_was_taken_back_half_written_can_be_taken_back_again() {
+        let mut outbox = NativeOutbox::new();
+        outbox.push(&connections(0, 1), vec![1]);
+        outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
+        let frame = encode(&connections(0, 1), 1);
+        outbox.wrote(3);
+        assert_eq!(outbox.rewind_unread(&frame[..3], |_| false), Ok(vec![]));
+        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &frame, handles: &[1] }));
+        outbox.wrote(4);
+        assert_eq!(outbox.rewind_unread(&frame[..4], |_| true), Ok(vec![vec![1]]));
+        let last = encode(&ToWorker::LeavingAcknowledged, 0);
+        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &last, handles: &[] }));
+        assert_eq!((outbox.queued_bytes(), outbox.queued_handles()), (last.len(), 0));
+    }
+
+    /// Handles from here on are connections, which can be given to somebody else.
+    const CONNECTION: u32 = 1000;
+
+    /// A message of each kind, with the handle that a channel would send with it.
+    fn message(kind: u8, n: u32, length: usize) -> (ToWorker, Vec<u32>) {
+        match kind {
+            0 => (ToWorker::Message(vec![7; length]), vec![]),
+            1 => (ToWorker::Message(vec![8; length]), vec![n]),
+            _ => (connections(u64::from(n), 2), vec![CONNECTION + n, 2 * CONNECTION + n]),
+        }
     }
 
     proptest! {
-        /// Handles from 100 on are connections. The peer reads up to some byte; the rest is pulled back.
+        /// The peer reads now and then, and what it has not read is pulled back now and then.
         #[test]
         fn taking_back_removes_whole_connections_and_keeps_everything_else(
-            frames in prop::collection::vec((0..3_u32, 0..40_usize), 1..20),
-            written in 0..2000_usize,
-            read in 0..2000_usize,
+            steps in prop::collection::vec((0..8_u8, 0..60_usize), 1..100),
         ) {
             let mut outbox = NativeOutbox::new();
-            let mut pushed = Vec::new();
-            for (n, (kind, length)) in (0..).zip(frames) {
-                let (message, handles) = match kind {
-                    0 => (ToWorker::Message(vec![7; length]), vec![]),
-                    1 => (ToWorker::Message(vec![8; length]), vec![n]),
-                    _ => (connections(u64::from(n), 1), vec![100 + n]),
-                };
-                outbox.push(&message, handles.clone());
-                pushed.push((message, handles));
+            let mut decoder = FrameDecoder::new(Limits::default());
+            let (mut pushed, mut received, mut returned) = (Vec::new(), Vec::new(), Vec::new());
+            // Single bytes on their way, each with what travels on it.
+            let mut socket: VecDeque<(u8, Vec<u32>)> = VecDeque::new();
+            let finish = [(3, usize::MAX), (5, usize::MAX)].into_iter().cycle().take(400);
+            for (n, (step, size)) in (0..).zip(steps.into_iter().chain(finish)) {
+                match step {
+                    0..=2 => {
+                        let (message, handles) = message(step, n, size);
+                        outbox.push(&message, handles.clone());
+                        pushed.push((message, handles));
+                    }
+                    3 | 4 => if let Some(chunk) = outbox.peek() {
+                        let size = size.min(chunk.bytes.len());
+                        let mut handles = chunk.handles.to_vec();
+                        for byte in &chunk.bytes[..size] {
+                            socket.push_back((*byte, std::mem::take(&mut handles)));
+                        }
+                        outbox.wrote(size);
+                    },
+                    5 | 6 => for (byte, handles) in socket.drain(..size.min(socket.len())) {
+                        for handle in handles {
+                            decoder.push_descriptor(handle).expect("there is room");
+                        }
+                        decoder.feed(&[byte]);
+                        while let Some(frame) = decoder.next().expect("the stream is valid") {
+                            if let Some(first) = frame.descriptors.first().filter(|_| size % 2 == 0) {
+                                outbox.was_read(|handle| handle == first);
+                            }
+                            received.push((frame.message, frame.descriptors));
+                        }
+                    },
+                    _ => {
+                        let unread: Vec<u8> = socket.drain(..).map(|(byte, _)| byte).collect();
+                        let back = outbox.rewind_unread(&unread, |handle| *handle >= CONNECTION);
+                        returned.extend(back.expect("these were unread"));
+                    }
+                }
             }
-            // A stream of single bytes, each with what travels on it.
-            let mut stream: Vec<(Vec<u8>, Vec<u32>)> = Vec::new();
-            while stream.len() < written && let Some(chunk) = outbox.peek() {
-                stream.push((chunk.bytes[..1].to_vec(), chunk.handles.to_vec()));
-                outbox.wrote(1);
-            }
-            let read = read.min(stream.len());
-            let unread: Vec<u8> = stream[read..].iter().flat_map(|(b, _)| b.clone()).collect();
-            stream.truncate(read);
-            let back = outbox.rewind_unread(&unread, |handle| *handle >= 100).expect("a suffix");
-            while let Some(chunk) = outbox.peek() {
-                stream.push((chunk.bytes.to_vec(), chunk.handles.to_vec()));
-                let n = chunk.bytes.len();
-                outbox.wrote(n);
-            }
+            prop_assert!(outbox.is_empty() && socket.is_empty());
             prop_assert_eq!((outbox.queued_bytes(), outbox.queued_handles()), (0, 0));
-            let back: Vec<u32> = back.into_iter().flatten().collect();
-            let expected: Vec<_> =
-                pushed.into_iter().filter(|(_, h)| !h.iter().any(|h| back.contains(h))).collect();
-            prop_assert_eq!(decode(&stream), expected);
+            prop_assert!(returned.iter().flatten().all(|handle| *handle >= CONNECTION));
+            pushed.retain(|(_, handles)| !returned.contains(handles));
+            prop_assert_eq!(received, pushed);
         }
 
         #[test]

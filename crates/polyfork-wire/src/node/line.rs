@@ -8,6 +8,7 @@
 //!
 //! Behaviour follows: Node `lib/internal/child_process/serialization.js` (json), `string_decoder`.
 
+use std::borrow::Cow;
 use std::ops::Deref;
 
 use crate::buffer::Buffer;
@@ -52,6 +53,21 @@ impl AsRef<[u8]> for Line {
     fn as_ref(&self) -> &[u8] {
         self
     }
+}
+
+/// The text that these bytes stand for: invalid UTF-8 becomes U+FFFD.
+///
+/// A replacement may take three bytes for one, so what would exceed [`Limits::max_message`] is refused before
+/// it is allocated.
+pub(super) fn text<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, str>, ProtocolError> {
+    let length: usize = bytes
+        .utf8_chunks()
+        .map(|chunk| chunk.valid().len() + 3 * usize::from(!chunk.invalid().is_empty()))
+        .sum();
+    if length > limits.max_message {
+        return Err(ProtocolError::TooLong { limit: limits.max_message });
+    }
+    Ok(String::from_utf8_lossy(bytes))
 }
 
 /// Collects bytes until a line is complete.
@@ -151,16 +167,8 @@ impl LineDecoder {
 
     fn decode(&mut self, bytes: Vec<u8>) -> Result<String, ProtocolError> {
         String::from_utf8(bytes).or_else(|invalid| {
-            // A replacement may take three bytes for one, so measure before allocating.
-            let bytes = invalid.as_bytes();
-            let length: usize = bytes
-                .utf8_chunks()
-                .map(|chunk| chunk.valid().len() + 3 * usize::from(!chunk.invalid().is_empty()))
-                .sum();
-            if length > self.limits.max_message {
-                return Err(self.fail());
-            }
-            Ok(String::from_utf8_lossy(bytes).into_owned())
+            let text = text(invalid.as_bytes(), &self.limits).map(Cow::into_owned);
+            text.map_err(|_| self.fail())
         })
     }
 

@@ -15,7 +15,7 @@ use std::fmt;
 use serde::de::DeserializeOwned;
 
 use super::cluster::{self, ClusterMessage};
-use super::line::BUN_PREFIX;
+use super::line::{self, BUN_PREFIX};
 use crate::json::{self, Fault, RawJson};
 use crate::{Limits, ProtocolError};
 
@@ -200,10 +200,7 @@ impl From<RawJson> for UserMessage {
 /// an error.
 pub fn parse_line(line: &[u8], limits: &Limits) -> Result<Incoming, ProtocolError> {
     let line = line.strip_prefix(&[BUN_PREFIX]).unwrap_or(line);
-    if line.len() > limits.max_message {
-        return Err(ProtocolError::TooLong { limit: limits.max_message });
-    }
-    let text = String::from_utf8_lossy(line);
+    let text = line::text(line, limits)?;
     let text = json::trim(&text);
     if text.is_empty() {
         return Err(ProtocolError::EmptyLine);
@@ -507,6 +504,8 @@ mod tests {
         assert_eq!(refused(deep.as_bytes()), ProtocolError::TooDeep { limit: 128 });
         let limits = Limits { max_message: 3, ..Limits::default() };
         assert_eq!(parse_line(b"1234", &limits), Err(ProtocolError::TooLong { limit: 3 }));
+        // What is replaced counts as what it is replaced by.
+        assert_eq!(parse_line(b"\"\xff", &limits), Err(ProtocolError::TooLong { limit: 3 }));
     }
 
     #[test]
