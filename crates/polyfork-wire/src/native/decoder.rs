@@ -3,7 +3,8 @@
 //! The shell pushes the descriptors of a `recvmsg` first, then feeds its bytes, then takes frames until
 //! there is none. `D` is an owned descriptor; dropping the decoder closes what nobody claimed.
 //!
-//! Unlike a Node peer, a native one is held to the letter: a descriptor too few or too many is an error.
+//! Unlike a Node peer, a native one is held to the letter: a descriptor too few or too many is an error,
+//! unless it was this process that could not take it ([`FrameDecoder::descriptors_lost`]).
 
 use std::collections::VecDeque;
 
@@ -16,7 +17,7 @@ use crate::{Limits, ProtocolError};
 pub struct Frame<T, D> {
     /// The message.
     pub message: T,
-    /// Exactly as many as the frame declared.
+    /// As many as the frame declared; fewer, the first ones, if the others were lost on arrival.
     pub descriptors: Vec<D>,
 }
 
@@ -29,6 +30,8 @@ pub struct FrameDecoder<D> {
     limits: Limits,
     buffer: Buffer,
     descriptors: VecDeque<D>,
+    /// The next frame with descriptors gets so many and no more: the rest was lost.
+    lost_after: Option<usize>,
     /// After an error there is no telling where the next frame begins.
     failed: Option<ProtocolError>,
 }
@@ -44,7 +47,13 @@ impl<D> FrameDecoder<D> {
     /// An empty decoder.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, buffer: Buffer::default(), descriptors: VecDeque::new(), failed: None }
+        Self {
+            limits,
+            buffer: Buffer::default(),
+            descriptors: VecDeque::new(),
+            lost_after: None,
+            failed: None,
+        }
     }
 
     /// Adds a descriptor that was received. To be called before the bytes of the same read are fed.
@@ -62,6 +71,15 @@ impl<D> FrameDecoder<D> {
         }
         self.descriptors.push_back(descriptor);
         Ok(())
+    }
+
+    /// The read whose descriptors were just pushed lost others (`MSG_CTRUNC`: this process is at its limit).
+    /// The frame they came with gets what is there instead of being an error.
+    ///
+    /// To be called after they were pushed, and before the bytes are fed. The kernel ends a read behind the
+    /// message that carried them and frames were taken until there was none, so all that wait are that frame's.
+    pub fn descriptors_lost(&mut self) {
+        self.lost_after = Some(self.descriptors.len());
     }
 
     /// Appends what was read. After an error the bytes are thrown away.
@@ -113,13 +131,24 @@ impl<D> FrameDecoder<D> {
         let Some(payload) = rest.get(HEADER_BYTES..HEADER_BYTES + header.length) else {
             return self.no_more_than(header.descriptors);
         };
-        if self.descriptors.len() < header.descriptors {
+        let message = decode(payload)?;
+        let count = self.arrived(header.descriptors)?;
+        self.buffer.skip(HEADER_BYTES + header.length);
+        let descriptors = self.descriptors.drain(..count).collect();
+        Ok(Some(Frame { message, descriptors }))
+    }
+
+    /// How many of the descriptors that a frame declares it gets.
+    fn arrived(&mut self, declared: usize) -> Result<usize, ProtocolError> {
+        if declared > 0
+            && let Some(there) = self.lost_after.take()
+        {
+            return Ok(declared.min(there));
+        }
+        if self.descriptors.len() < declared {
             return Err(ProtocolError::MissingDescriptor);
         }
-        let message = decode(payload)?;
-        self.buffer.skip(HEADER_BYTES + header.length);
-        let descriptors = self.descriptors.drain(..header.descriptors).collect();
-        Ok(Some(Frame { message, descriptors }))
+        Ok(declared)
     }
 
     /// No frame yet, and no error unless more descriptors wait than the unfinished one can claim.
@@ -294,6 +323,35 @@ mod tests {
             given.push(frame.descriptors);
         }
         assert_eq!(given, [vec![1, 2, 3], vec![], vec![4]]);
+    }
+
+    #[test]
+    fn frame_whose_descriptors_were_lost_gets_the_first_ones() {
+        let frame = |count| encode(&ToWorker::Connections { listener: 1, first_seq: 0, count }, 3);
+        for there in [0, 2] {
+            let mut decoder = FrameDecoder::new(limits());
+            // A frame without descriptors may come in the same read, before the one that lost them.
+            let stream = [encode(&ToWorker::LeavingAcknowledged, 0), frame(1)].concat();
+            let (now, later) = stream.split_at(stream.len() - 1);
+            for descriptor in 0..there {
+                decoder.push_descriptor(descriptor).expect("there is room");
+            }
+            decoder.descriptors_lost();
+            decoder.feed(now);
+            assert!(decoder.next::<ToWorker>().expect("valid").is_some());
+            assert!(decoder.next::<ToWorker>().expect("valid").is_none());
+            // The next read may bring the end of the frame and those of the one after it.
+            for descriptor in 10..13 {
+                decoder.push_descriptor(descriptor).expect("there is room");
+            }
+            decoder.feed(&[later, &frame(2)].concat());
+            let short = decoder.next::<ToWorker>().expect("valid").expect("complete");
+            assert_eq!(short.descriptors, (0..there).collect::<Vec<u32>>());
+            let whole = decoder.next::<ToWorker>().expect("valid").expect("complete");
+            assert_eq!(whole.descriptors, [10, 11, 12]);
+            decoder.feed(&frame(3));
+            assert_eq!(decoder.next::<ToWorker>(), Err(ProtocolError::MissingDescriptor));
+        }
     }
 
     #[test]
