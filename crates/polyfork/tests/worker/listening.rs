@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 
 use polyfork::cluster::{ListenOptions, Worker};
 use polyfork_wire::native::{ListenAddress, ToPrimary, ToWorker};
@@ -158,6 +159,37 @@ async fn a_client_that_is_gone_does_not_end_the_listener() {
     let (_, peer) = soon(listener.accept()).await.unwrap();
     assert_eq!(peer, clients[0].local_addr().unwrap());
     assert_eq!([primary.next().await, primary.next().await], [accepted(1), accepted(2)]);
+}
+
+#[tokio::test]
+async fn a_connection_that_did_not_arrive_goes_back() {
+    let (worker, mut primary, mut listener) = handing().await;
+    let (clients, ours) = connections(1).unwrap();
+    // As after the kernel dropped the second of two: this process was at its limit of open files.
+    let frame = ToWorker::Connections { listener: LISTENER, first_seq: 1, count: 2 };
+    let fds: Vec<_> = ours.iter().map(AsFd::as_fd).collect();
+    primary.say(&frame, &fds).await;
+    primary.heard(&worker).await;
+    assert_eq!(primary.said(&worker).await, [refused(2)]);
+    let (_, peer) = soon(listener.accept()).await.unwrap();
+    assert_eq!(peer, clients[0].local_addr().unwrap());
+    assert_eq!(primary.said(&worker).await, [accepted(1)]);
+}
+
+#[tokio::test]
+async fn a_listening_socket_that_did_not_arrive_is_an_error() {
+    let (worker, mut primary) = Primary::new().await;
+    let answer = async {
+        let ToPrimary::Listen { request, address, .. } = primary.next().await else {
+            panic!("no request")
+        };
+        let answer = ToWorker::Listening { request, listener: LISTENER, address, handoff: false };
+        primary.say(&answer, &[]).await;
+    };
+    let (listener, ()) = tokio::join!(worker.listen("127.0.0.1:80"), answer);
+    let too_many_files = rustix::io::Errno::MFILE.raw_os_error();
+    assert_eq!(listener.unwrap_err().raw_os_error(), Some(too_many_files));
+    assert_eq!(primary.next().await, ToPrimary::Close { listener: LISTENER });
 }
 
 #[tokio::test]

@@ -136,14 +136,9 @@ async fn a_primary_that_breaks_the_protocol_is_as_good_as_gone() {
         address: polyfork_wire::native::ListenAddress::Unix(b"x".to_vec()),
         handoff,
     };
-    let frames = [
-        welcome(999),
-        listening(0, true),
-        listening(0, false),
-        ToWorker::Connections { listener: 1, first_seq: 0, count: 1 },
-        ToWorker::Connections { listener: 1, first_seq: u64::MAX, count: 0 },
-    ];
-    for frame in &frames[..4] {
+    let lost = |count| ToWorker::Connections { listener: 1, first_seq: 0, count };
+    let frames = [welcome(999), listening(0, true), listening(0, false), lost(254)];
+    for frame in &frames {
         let (worker, primary) = Primary::new().await;
         primary.say(frame, &[]).await;
         soon(worker.shutdown()).await;

@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use polyfork_sys::channel;
 use polyfork_wire::limits::Limits;
 use polyfork_wire::native::{self, Frame, FrameDecoder, ListenAddress, ToPrimary, ToWorker};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::inbox::Delivery;
 use super::registry::{Opened, Source};
@@ -69,10 +71,7 @@ impl Reader {
                 }
                 Ok(Ok(received)) => received,
             };
-            if received.truncated {
-                return End("descriptors were lost: this process has too many open files".into());
-            }
-            if let Err(end) = self.take_in(&buffer[..received.len], &mut fds).await {
+            if let Err(end) = self.take_in(received, &buffer, &mut fds).await {
                 return end;
             }
             if received.len == buffer.len() && buffer.len() < READ_BYTES {
@@ -81,11 +80,20 @@ impl Reader {
         }
     }
 
-    async fn take_in(&mut self, bytes: &[u8], fds: &mut VecDeque<OwnedFd>) -> Result<(), End> {
+    async fn take_in(
+        &mut self,
+        received: channel::Received,
+        buffer: &[u8],
+        fds: &mut VecDeque<OwnedFd>,
+    ) -> Result<(), End> {
         for fd in fds.drain(..) {
             self.decoder.push_descriptor(fd).map_err(fault)?;
         }
-        self.decoder.feed(bytes);
+        if received.truncated {
+            // This process has too many open files. What did not arrive goes back by number.
+            self.decoder.descriptors_lost();
+        }
+        self.decoder.feed(&buffer[..received.len]);
         while let Some(frame) = self.decoder.next::<ToWorker>().map_err(fault)? {
             self.on_frame(frame).await?;
         }
@@ -101,21 +109,21 @@ impl Reader {
                 self.worker.welcome(Welcome { id: worker, slot, generation, grace });
             }
             ToWorker::Listening { request, listener, address, handoff } => {
-                let source = source(descriptors, handoff)?;
-                self.on_listening(request, listener, address, source)?;
+                self.on_listening(request, listener, address, source(descriptors, handoff)?)?;
             }
             ToWorker::ListenFailed { request, errno, text } => {
                 let kind = io::Error::from_raw_os_error(errno).kind();
                 self.worker.registry.failed(request, io::Error::new(kind, text));
             }
             ToWorker::Connections { listener, first_seq, count } => {
-                if descriptors.len() as u64 != u64::from(count) {
-                    return Err(End("connections came without their sockets".into()));
-                }
-                if first_seq.checked_add(count.into()).is_none() {
+                let Some(end) = first_seq.checked_add(count.into()) else {
                     return Err(End("connections came with numbers that do not exist".into()));
+                };
+                let count = count as usize;
+                if count > native::MAX_DESCRIPTORS || descriptors.len() > count {
+                    return Err(End("connections came with the wrong number of sockets".into()));
                 }
-                self.on_connections(listener, first_seq, descriptors);
+                self.on_connections(listener, first_seq..end, descriptors);
             }
             ToWorker::Disconnect { grace_ms } => {
                 self.worker.stop(Some(Duration::from_millis(grace_ms)));
@@ -135,31 +143,36 @@ impl Reader {
         request: u32,
         listener: u32,
         address: ListenAddress,
-        source: Source,
+        source: Option<Source>,
     ) -> Result<(), End> {
         let Some(asker) = self.worker.registry.answered(request) else {
             return Err(End("the primary answered a request that was not made".into()));
         };
-        let handed = match &source {
-            Source::Handed(handed) => Some(Arc::clone(handed)),
-            Source::Socket(_) => None,
-        };
-        let answer = if self.worker.registry.register(listener, handed) {
-            let registration = Registration::new(Arc::clone(&self.worker), listener);
-            Ok(Opened { registration, address, source })
-        } else {
-            Err(io::Error::from(io::ErrorKind::AddrInUse))
+        let registry = &self.worker.registry;
+        let answer = match source {
+            None => {
+                self.worker.tell(&ToPrimary::Close { listener });
+                Err(io::Error::from(Errno::MFILE))
+            }
+            Some(source) if registry.register(listener, source.handed()) => {
+                let registration = Registration::new(Arc::clone(&self.worker), listener);
+                Ok(Opened { registration, address, source })
+            }
+            Some(_) => Err(io::Error::from(io::ErrorKind::AddrInUse)),
         };
         // Whoever gave up waiting: the registration is dropped, which closes the listener.
         drop(asker.send(answer));
         Ok(())
     }
 
-    /// Queues connections for their listener; what it does not take goes back to the primary.
-    fn on_connections(&self, listener: u32, first_seq: u64, connections: Vec<OwnedFd>) {
+    /// Queues connections for their listener. What it does not take, and what did not arrive, goes back to
+    /// the primary.
+    fn on_connections(&self, listener: u32, numbers: Range<u64>, connections: Vec<OwnedFd>) {
         let queue = self.worker.registry.handed(listener);
-        for (seq, connection) in (first_seq..).zip(connections) {
-            if !queue.as_ref().is_some_and(|queue| queue.give(seq, connection)) {
+        let mut connections = connections.into_iter();
+        for seq in numbers {
+            let arrived = queue.as_ref().zip(connections.next());
+            if !arrived.is_some_and(|(queue, connection)| queue.give(seq, connection)) {
                 self.worker.tell(&ToPrimary::Refused { listener, seq });
             }
         }
@@ -176,11 +189,14 @@ impl Shared {
     }
 }
 
-fn source(descriptors: Vec<OwnedFd>, handoff: bool) -> Result<Source, End> {
+/// Where connections will come from; `None` when the socket did not arrive because this process has too many
+/// open files.
+fn source(descriptors: Vec<OwnedFd>, handoff: bool) -> Result<Option<Source>, End> {
     let mut descriptors = descriptors.into_iter();
     match (descriptors.next(), descriptors.next(), handoff) {
-        (None, None, true) => Ok(Source::Handed(Arc::new(Handed::new()))),
-        (Some(socket), None, false) => Ok(Source::Socket(socket)),
+        (None, None, true) => Ok(Some(Source::Handed(Arc::new(Handed::new())))),
+        (Some(socket), None, false) => Ok(Some(Source::Socket(socket))),
+        (None, None, false) => Ok(None),
         _ => Err(End("a listener came with the wrong number of sockets".into())),
     }
 }

@@ -55,6 +55,16 @@ pub(crate) enum Source {
     Handed(Arc<Handed>),
 }
 
+impl Source {
+    /// The queue, if connections are handed over.
+    pub(super) fn handed(&self) -> Option<Arc<Handed>> {
+        match self {
+            Source::Handed(handed) => Some(Arc::clone(handed)),
+            Source::Socket(_) => None,
+        }
+    }
+}
+
 /// Who waits for the answer to a request.
 pub(super) type Asker = oneshot::Sender<io::Result<Opened>>;
 
