@@ -18,11 +18,15 @@ use polyfork::cluster::{
     Address, Cluster, Dialect, Event, Events, MainResult, Mechanism, Outcome, Output, Settings,
     Worker, WorkerError, is_worker,
 };
+use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 
 /// For what should happen at once. Generous: the machine may be busy.
 const SOON: Duration = Duration::from_secs(60);
+
+/// Limit of open files of a worker that is to run out of them.
+const FEW_FILES: u64 = 32;
 
 /// What the primary sends.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,6 +59,10 @@ fn worker_main() {
 async fn serve() -> MainResult {
     let worker = Worker::from_env()?;
     let mut listener = worker.listen("127.0.0.1:0").await?;
+    if std::env::var_os("FIRST_HAS_FEW_FILES").is_some() && worker.id() == Some(1) {
+        let limit = Rlimit { current: Some(FEW_FILES), maximum: Some(FEW_FILES) };
+        setrlimit(Resource::Nofile, limit)?;
+    }
     tokio::spawn(answer_messages(worker.clone()));
     let mut connections = tokio::task::JoinSet::new();
     loop {
@@ -278,6 +286,30 @@ async fn a_stopping_cluster_finishes_what_it_serves() {
             client(move || connections.iter_mut().map(answer).filter(|a| !a.is_empty()).count());
         assert_eq!(answered.await, 4);
         assert!(matches!(soon(serving.cluster.wait()).await, Outcome::Stopped));
+    }
+}
+
+#[tokio::test]
+async fn a_worker_without_files_left_gives_connections_to_others() {
+    const CLIENTS: usize = 3 * FEW_FILES as usize;
+    for mechanism in [Mechanism::Handoff, Mechanism::Kernel] {
+        let settings = settings(2).mechanism(mechanism).env("FIRST_HAS_FEW_FILES", "1");
+        let serving = Serving::start(settings).await;
+        let at = serving.at;
+        let answered = client(move || {
+            let held: Vec<_> = (0..CLIENTS).map(|_| connect(at)).collect();
+            // Those that wait for a file of worker 1 are answered when others are closed.
+            let mut answered = BTreeMap::<String, usize>::new();
+            for mut connection in held {
+                *answered.entry(ask(&mut connection, "who")).or_default() += 1;
+            }
+            answered
+        })
+        .await;
+        println!("{CLIENTS} connections at once, worker 1 with few files: {answered:?}");
+        assert_eq!((answered.len(), answered.values().sum::<usize>()), (2, CLIENTS));
+        assert!(!answered.contains_key(""), "no connection is lost");
+        serving.stop().await;
     }
 }
 
