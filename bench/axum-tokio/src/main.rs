@@ -13,6 +13,7 @@ use std::net::Ipv4Addr;
 
 use axum::Router;
 use axum::routing::get;
+use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 
@@ -24,7 +25,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let threads: usize = env::var("WORKERS")?.parse()?;
     let runtime = Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?.tap_io(|tcp| {
+            // As the cluster's server does; a client that is gone shows itself when it is read from.
+            let _ = tcp.set_nodelay(true);
+        });
         let router = Router::new().route("/", get(|| async { BODY }));
         axum::serve(listener, router).await?;
         Ok(())

@@ -7,7 +7,7 @@
 //! connection too. Under exact turns that keeps the counts within one of each other; a worker that
 //! the kernel never wakes while a sibling is idle is reached by keeping the sibling busy.
 //!
-//! Source: proc_pid_stat(5), proc_pid_status(5), smaps_rollup in proc(5).
+//! Source: proc_pid_stat(5), proc_pid_status(5), proc_stat(5), smaps_rollup in proc(5).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,6 +47,8 @@ pub(super) struct Sample {
     pub(super) spread: Option<u64>,
     /// Resident memory of the primary after the load.
     pub(super) primary: Option<Memory>,
+    /// Share of the machine, 0 to 1, that went to processes outside this benchmark.
+    pub(super) others: f64,
 }
 
 /// Memory of one process, in KiB.
@@ -64,9 +66,9 @@ pub(super) struct Memory {
 /// When the load fails or the server is gone.
 pub(super) fn sample(running: &Running, load: impl FnOnce() -> Result<Answered>) -> Result<Sample> {
     let counts_before = counts(running);
-    let ticks_before = ticks(running.root())?;
+    let (ticks_before, machine_before) = (ticks(running.root())?, Machine::now()?);
     let answered = load()?;
-    let ticks_after = ticks(running.root())?;
+    let (ticks_after, machine_after) = (ticks(running.root())?, Machine::now()?);
     let counts_after = counts(running);
     let cpu_seconds = ticks_after.saturating_sub(ticks_before) as f64
         / rustix::param::clock_ticks_per_second() as f64;
@@ -76,6 +78,7 @@ pub(super) fn sample(running: &Running, load: impl FnOnce() -> Result<Answered>)
         fairness: counts_before.zip(counts_after.as_ref()).and_then(|(b, a)| fairness(&b, a)),
         spread: counts_after.as_ref().and_then(spread),
         primary: running.primary().and_then(memory),
+        others: machine_after.others_since(&machine_before),
         answered,
     })
 }
@@ -85,6 +88,43 @@ fn ticks(root: i32) -> Result<u64> {
     let tree = proc::tree(root);
     ensure!(!tree.is_empty(), "the server is gone");
     Ok(tree.iter().map(|stat| stat.ticks).sum())
+}
+
+/// Time of all CPUs so far, in clock ticks.
+#[derive(Debug, Clone, Copy)]
+struct Machine {
+    /// Passed on all CPUs, idle or not.
+    all: u64,
+    /// Spent in processes, or taken by the host.
+    busy: u64,
+    /// Spent in this chore and everything it started.
+    ours: u64,
+}
+
+impl Machine {
+    fn now() -> Result<Self> {
+        let text = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+        let (all, busy) = parse_machine(&text).context("/proc/stat has no line for all CPUs")?;
+        Ok(Self { all, busy, ours: ticks(std::process::id().cast_signed())? })
+    }
+
+    /// Share of the machine that others took; it tells how far a run is to be trusted.
+    fn others_since(&self, before: &Self) -> f64 {
+        let busy = self.busy.saturating_sub(before.busy);
+        let others = busy.saturating_sub(self.ours.saturating_sub(before.ours));
+        others as f64 / self.all.saturating_sub(before.all).max(1) as f64
+    }
+}
+
+/// All time and busy time of the first line of `/proc/stat`.
+///
+/// Interrupt time is left out of the busy time: loopback traffic of the load itself runs there.
+fn parse_machine(text: &str) -> Option<(u64, u64)> {
+    let line = text.lines().next()?.strip_prefix("cpu ")?;
+    let times: Vec<u64> = line.split_ascii_whitespace().map_while(|t| t.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guest time is part of user.
+    let [user, nice, system, _, _, _, _, steal] = *times.get(..8)? else { return None };
+    Some((times[..8].iter().sum(), user + nice + system + steal))
 }
 
 /// Memory of one process; `None` when it is gone.
@@ -183,6 +223,16 @@ mod tests {
     fn worker_that_got_nothing_has_no_ratio() {
         let before = Counts::from([(1, 100), (2, 300)]);
         assert_eq!(fairness(&before, &Counts::from([(1, 100), (2, 350)])), None);
+    }
+
+    #[test]
+    fn interrupts_are_no_work_of_others() {
+        let text = "cpu  10 20 30 40 50 60 70 80 5 5\ncpu0 1 2 3 4\n";
+        assert_eq!(parse_machine(text), Some((360, 140)));
+        assert_eq!(parse_machine("cpu  10 20"), None);
+        let before = Machine { all: 0, busy: 0, ours: 0 };
+        let after = Machine { all: 200, busy: 120, ours: 100 };
+        assert!((after.others_since(&before) - 0.1).abs() < f64::EPSILON);
     }
 
     #[test]

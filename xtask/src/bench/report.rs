@@ -33,17 +33,21 @@ impl Record {
     pub(super) fn print_progress(&self) {
         let sample = &self.sample;
         println!(
-            "round {} {:<34} {:<6} {:>8.0} req/s {:>7.1} µs CPU  p99 {:>8.2} ms  {} errors",
+            "round {} {:<34} {:<6} {:>8.0} req/s {:>7.1} µs CPU  p99 {:>8.2} ms  {} errors  others {:.0}%",
             self.round,
             self.target.label(),
             self.load.name(),
             sample.rate,
             sample.cpu_us,
             sample.answered.p99_us as f64 / 1e3,
-            sample.answered.errors
+            sample.answered.errors,
+            sample.others * 100.0
         );
     }
 }
+
+/// Above this share of others a run's rates are told to be unreliable.
+const QUIET: f64 = 0.05;
 
 /// Something measured, as a number; `None` where it was not.
 type Metric = fn(&Sample) -> Option<f64>;
@@ -57,6 +61,7 @@ const FAIRNESS: Metric = |sample| sample.fairness;
 const SPREAD: Metric = |sample| sample.spread.map(|spread| spread as f64);
 const RSS_MIB: Metric = |sample| sample.primary.map(|memory| memory.rss_kib as f64 / 1024.0);
 const PSS_MIB: Metric = |sample| sample.primary.map(|memory| memory.pss_kib as f64 / 1024.0);
+const OTHERS: Metric = |sample| Some(sample.others);
 const ERRORS: Metric = |sample| Some(sample.answered.errors as f64);
 
 /// Everything measured in one run.
@@ -95,7 +100,18 @@ impl Report {
         for (target, reason) in &self.left_out {
             println!("\nleft out: {}: {reason}", target.label());
         }
+        self.print_disturbance();
         self.print_aims();
+    }
+
+    /// Tells how busy the machine was with other things, and what that means.
+    fn print_disturbance(&self) {
+        let all = self.records.iter().filter_map(|record| OTHERS(&record.sample)).collect();
+        let Some(others) = median(all) else { return };
+        println!("\nother processes took {:.0}% of the machine (median)", others * 100.0);
+        if others > QUIET {
+            println!("that is too much to trust rates and latencies; CPU per request suffers less");
+        }
     }
 
     /// Node lines in the order they were measured, then the native servers.
@@ -273,6 +289,7 @@ fn to_json(record: &Record) -> Value {
         "p999_us": sample.answered.p999_us,
         "connections_max_over_min": sample.fairness,
         "connections_differ_by": sample.spread,
+        "others_share": sample.others,
         "primary_rss_kib": sample.primary.map(|memory| memory.rss_kib),
         "primary_pss_kib": sample.primary.map(|memory| memory.pss_kib),
     })
@@ -492,6 +509,7 @@ mod tests {
                     fairness: None,
                     spread: None,
                     primary: None,
+                    others: 0.0,
                 },
             });
         }
