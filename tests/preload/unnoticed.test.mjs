@@ -11,12 +11,12 @@ import { APPS, Cluster, environment, NODE, ownEnvironment, PRELOAD, within } fro
 
 const run = promisify(execFile);
 
-/** What a worker reports about itself, its thread and its child. */
-async function look(app, options, env = {}) {
+/** What a worker reports about itself, its thread and its child; or which of Node's modules it loaded. */
+async function look(app, options, env = {}, kind = 'report') {
   const cluster = new Cluster(app, { ...options, env });
   try {
     await cluster.start();
-    return await cluster.message('report');
+    return await cluster.message(kind);
   } finally {
     await cluster.stop();
   }
@@ -29,6 +29,13 @@ for (const app of ['report.cjs', 'report.mjs']) {
     assert.equal('NODE_OPTIONS' in loaded.main.env, false);
   });
 }
+
+test('no module is loaded for it', async () => {
+  const nothing = { NODE_OPTIONS: `--require=${path.join(APPS, 'adds.cjs')}` };
+  const plain = await look('report.cjs', { preload: false }, nothing, 'modules');
+  const { loaded } = await look('report.cjs', {}, {}, 'modules');
+  assert.deepEqual(loaded.filter((name) => !plain.loaded.includes(name)), []);
+});
 
 for (const existing of ['', ' ', '--no-warnings', '--title="a \\" b c"', '--no-warnings ', '"--title=x y"']) {
   test(`NODE_OPTIONS of the user is put back and works: ${JSON.stringify(existing)}`, async () => {

@@ -1,5 +1,6 @@
 // Tells all that a program could notice about how it was started, here, in a thread and in a child.
 'use strict';
+const loaded = [...process.moduleLoadList].sort();
 const { fork } = require('child_process');
 const http = require('http');
 const { isMainThread, parentPort, Worker } = require('worker_threads');
@@ -20,8 +21,6 @@ function look() {
     worker: isMainThread && Object.keys(require('cluster').worker ?? {}).sort().join(),
     handles: process._getActiveHandles().length,
     resources: process.getActiveResourcesInfo?.().sort().join(),
-    // What was loaded that a worker does not load by itself.
-    modules: process.moduleLoadList.filter((name) => /^NativeModule (_?http|tls|inspector|perf_hooks|fs\/promises)/.test(name)),
   };
 }
 
@@ -38,5 +37,6 @@ if (!isMainThread) {
     const thread = await once(new Worker(file));
     const child = await once(fork(file, { env: { ...process.env, POLYFORK_TEST_CHILD: '1' } }));
     process.send({ kind: 'report', main, thread, child });
+    process.send({ kind: 'modules', loaded });
   });
 }

@@ -54,7 +54,8 @@ let shields = [];
 guarded(install)();
 
 function install() {
-  if (!require('worker_threads').isMainThread) return;
+  // Threads have no channel, and asking `worker_threads` would load it. With one, cluster is there already.
+  if (process.listenerCount('internalMessage') === 0) return;
   const cluster = require('cluster');
   if (!cluster.worker) return;
   watchServers(cluster);
