@@ -43,6 +43,7 @@ Environment:
   POLYFORK_ADVISORY_DB  folder of an advisory database; turns the audit stage on
   POLYFORK_SIM_EVENTS   events that the supervisor's simulation plays (default 10000000)
   POLYFORK_SIM_SEED     seed of its first life (default from the clock, printed)
+  POLYFORK_FUZZ_RUNS    inputs per decoder in the fuzz stage (default 50000)
   PROPTEST_CASES        cases per property in the fuzz stage (default 2000)
 ";
 

@@ -104,7 +104,8 @@ const STAGES: &[Stage] = &[
         quick: false,
         run: |session| {
             let words = ["test", "--release", "-p", "polyfork-wire", "--no-fail-fast"];
-            session.tests(&words, &[("PROPTEST_CASES", "2000")])
+            let more = [("POLYFORK_FUZZ_RUNS", "50000"), ("PROPTEST_CASES", "2000")];
+            session.tests(&words, &more)
         },
     },
     Stage {
