@@ -14,6 +14,9 @@ use serde::de::DeserializeOwned;
 
 use crate::ProtocolError;
 
+/// What JSON takes for blank between its tokens.
+const BLANKS: [char; 4] = [' ', '\t', '\n', '\r'];
+
 /// Why a text was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -62,6 +65,16 @@ impl RawJson {
         Self(on_one_line(text).into_owned())
     }
 
+    /// As [`scanned`](Self::scanned), in the memory of `text`, which may have blanks around it.
+    pub(crate) fn from_scanned(mut text: String) -> Self {
+        text.truncate(text.trim_end_matches(BLANKS).len());
+        text.drain(..text.len() - text.trim_start_matches(BLANKS).len());
+        match on_one_line(&text) {
+            Cow::Borrowed(_) => Self(text),
+            Cow::Owned(text) => Self(text),
+        }
+    }
+
     /// The text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -96,7 +109,7 @@ pub(crate) fn on_one_line(text: &str) -> Cow<'_, str> {
 
 /// Cuts the four kinds of blank that JSON knows, and only these, off both ends.
 pub(crate) fn trim(text: &str) -> &str {
-    text.trim_matches([' ', '\t', '\n', '\r'])
+    text.trim_matches(BLANKS)
 }
 
 /// Validates `text` and calls `member` for every member of a top-level object, in order, with the name

@@ -60,14 +60,27 @@ impl AsRef<[u8]> for Line {
 /// A replacement may take three bytes for one, so what would exceed [`Limits::max_message`] is refused before
 /// it is allocated.
 pub(super) fn text<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, str>, ProtocolError> {
-    let length: usize = bytes
-        .utf8_chunks()
-        .map(|chunk| chunk.valid().len() + 3 * usize::from(!chunk.invalid().is_empty()))
-        .sum();
-    if length > limits.max_message {
-        return Err(ProtocolError::TooLong { limit: limits.max_message });
+    let too_long = |length| length > limits.max_message;
+    let refused = ProtocolError::TooLong { limit: limits.max_message };
+    if too_long(bytes.len()) {
+        return Err(refused);
     }
-    Ok(String::from_utf8_lossy(bytes))
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        return Ok(Cow::Borrowed(text));
+    }
+    let replaced = bytes.utf8_chunks().filter(|chunk| !chunk.invalid().is_empty());
+    let length = replaced.fold(bytes.len(), |sum, chunk| sum + 3 - chunk.invalid().len());
+    if too_long(length) {
+        return Err(refused);
+    }
+    let mut text = String::with_capacity(length);
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        if !chunk.invalid().is_empty() {
+            text.push(char::REPLACEMENT_CHARACTER);
+        }
+    }
+    Ok(Cow::Owned(text))
 }
 
 /// Collects bytes until a line is complete.

@@ -15,7 +15,7 @@ use std::fmt;
 use serde::de::DeserializeOwned;
 
 use super::cluster::{self, ClusterMessage};
-use super::line::{self, BUN_PREFIX};
+use super::line::{self, BUN_PREFIX, Line};
 use crate::json::{self, Fault, RawJson};
 use crate::{Limits, ProtocolError};
 
@@ -190,7 +190,8 @@ impl From<RawJson> for UserMessage {
 /// Says what a line is. The line is without its newline; invalid UTF-8 is replaced, and Bun's leading byte
 /// 0x02, should it still be there, is stepped over.
 ///
-/// Takes time linear in the line, constant stack, and memory for the line once more.
+/// Takes time linear in the line, constant stack, and memory for the line once more; [`parse`] does without the
+/// latter.
 ///
 /// # Errors
 ///
@@ -201,15 +202,35 @@ impl From<RawJson> for UserMessage {
 pub fn parse_line(line: &[u8], limits: &Limits) -> Result<Incoming, ProtocolError> {
     let line = line.strip_prefix(&[BUN_PREFIX]).unwrap_or(line);
     let text = line::text(line, limits)?;
-    let text = json::trim(&text);
-    if text.is_empty() {
+    let internal = read_internal(&text, limits)?;
+    Ok(internal.unwrap_or_else(|| Incoming::User(UserMessage(RawJson::scanned(json::trim(&text))))))
+}
+
+/// As [`parse_line`], for a line that is no longer needed: a user's message keeps its memory instead of
+/// taking as much again, which is what to use where messages may be large.
+///
+/// # Errors
+///
+/// As [`parse_line`].
+pub fn parse(line: Line, limits: &Limits) -> Result<Incoming, ProtocolError> {
+    if line.len() > limits.max_message {
+        return Err(ProtocolError::TooLong { limit: limits.max_message });
+    }
+    let internal = read_internal(line.as_str(), limits)?;
+    Ok(internal
+        .unwrap_or_else(|| Incoming::User(UserMessage(RawJson::from_scanned(line.into_string())))))
+}
+
+/// The internal message that a text is; `None` when it is for the user.
+fn read_internal(text: &str, limits: &Limits) -> Result<Option<Incoming>, ProtocolError> {
+    if json::trim(text).is_empty() {
         return Err(ProtocolError::EmptyLine);
     }
     let fields = Fields::read(text, limits.max_depth)?;
     match fields.internal_cmd().as_deref() {
-        Some("NODE_HANDLE") => envelope(fields).map(Incoming::Handle),
-        Some(cmd) => Ok(internal(cmd, &fields)),
-        None => Ok(Incoming::User(UserMessage(RawJson::scanned(text)))),
+        Some("NODE_HANDLE") => envelope(fields).map(|envelope| Some(Incoming::Handle(envelope))),
+        Some(cmd) => Ok(Some(internal(cmd, &fields))),
+        None => Ok(None),
     }
 }
 
@@ -506,6 +527,25 @@ mod tests {
         assert_eq!(parse_line(b"1234", &limits), Err(ProtocolError::TooLong { limit: 3 }));
         // What is replaced counts as what it is replaced by.
         assert_eq!(parse_line(b"\"\xff", &limits), Err(ProtocolError::TooLong { limit: 3 }));
+    }
+
+    #[test]
+    fn owned_line_is_read_like_a_borrowed_one_without_a_copy() {
+        let limits = Limits::default();
+        let stream =
+            b"{\"a\": [1, 2]}\n \t[1,\r2]\r\n{\"cmd\":\"NODE_HANDLE_ACK\"}\n[1\n\xff\n\x02null\n";
+        let mut lines = crate::node::line::LineDecoder::new(limits);
+        lines.feed(stream);
+        while let Ok(Some(line)) = lines.next() {
+            let borrowed = parse_line(&line, &limits);
+            let at = line.as_str().as_ptr();
+            let owned = super::parse(line, &limits);
+            assert_eq!(owned, borrowed);
+            if let Ok(Incoming::User(message)) = owned {
+                assert!(message.as_str().contains(' ') || message.as_str().as_ptr() == at);
+            }
+        }
+        assert!(!lines.has_partial());
     }
 
     #[test]

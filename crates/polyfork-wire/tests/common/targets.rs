@@ -12,8 +12,8 @@ use polyfork_wire::env::{
 use polyfork_wire::native::{FrameDecoder, Payload, ToPrimary, ToWorker, encode};
 use polyfork_wire::node::cluster::{self, FromWorker, Query, Sockname};
 use polyfork_wire::node::inbox::Inbox;
-use polyfork_wire::node::line::LineDecoder;
-use polyfork_wire::node::message::{HandleKind, Incoming, parse_line};
+use polyfork_wire::node::line::{Line, LineDecoder};
+use polyfork_wire::node::message::{HandleKind, Incoming, parse, parse_line};
 use polyfork_wire::notify::Notification;
 use polyfork_wire::{Limits, ProtocolError, RawJson};
 use serde_json::Value;
@@ -54,7 +54,7 @@ fn lines<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Result<Incoming,
         decoder.feed(bytes);
         loop {
             let incoming = match decoder.next() {
-                Ok(Some(line)) => parse_line(&line, &LIMITS),
+                Ok(Some(line)) => parse_both_ways(line),
                 Ok(None) => break,
                 Err(error) => Err(error),
             };
@@ -68,6 +68,15 @@ fn lines<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Result<Incoming,
     }
     seen.extend(decoder.end().map(Err));
     seen
+}
+
+/// A line that begins with a second mark is read by one way only, which is no promise.
+fn parse_both_ways(line: Line) -> Result<Incoming, ProtocolError> {
+    let borrowed = parse_line(&line, &LIMITS);
+    let marked_twice = line.starts_with(b"\x02");
+    let owned = parse(line, &LIMITS);
+    assert!(marked_twice || owned == borrowed);
+    owned
 }
 
 fn check_incoming(incoming: Option<&Incoming>) {
