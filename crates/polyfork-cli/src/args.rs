@@ -202,6 +202,13 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_READY_TIMEOUT", hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready_timeout: Limit,
 
+    /// Replace a worker of the sockets dialect that goes this long without WATCHDOG=1
+    ///
+    /// It is told as WATCHDOG_USEC, as systemd does. none: no watchdog.
+    #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
+          env = "POLYFORK_WATCHDOG", hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) watchdog: Limit,
+
     /// How long a worker may finish what it serves when it is asked to stop
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration,
           env = "POLYFORK_GRACE", hide_env_values = true, help_heading = "Life of a worker")]

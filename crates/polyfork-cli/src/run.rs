@@ -105,6 +105,7 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .grace(args.grace)
         .ready(args.ready)
         .ready_timeout(args.ready_timeout.0)
+        .watchdog(args.watchdog.0)
         .restart(args.restart_limit.clone())
         .window(usize::from(args.window))
         .ack_limit(args.ack_limit)

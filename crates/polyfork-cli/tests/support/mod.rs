@@ -85,6 +85,16 @@ server.on('connection', () => connections += 1);
 server.listen(Number(process.env.PORT || 0), '127.0.0.1');
 ";
 
+/// A test that cannot run here says so, also to the list that the test command looks at.
+pub(crate) fn skip(test: &str, reason: &str) {
+    let line = format!("SKIP {test}: {reason}\n");
+    print!("{line}");
+    if let Some(path) = std::env::var_os("POLYFORK_SKIP_LOG") {
+        let log = fs::OpenOptions::new().append(true).create(true).open(path);
+        log.and_then(|mut log| log.write_all(line.as_bytes())).expect("the skip log");
+    }
+}
+
 /// Tests stand where a user's shell does, outside of what the rule is for.
 #[allow(clippy::disallowed_methods, reason = "a test starts the command as a shell would")]
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
@@ -278,6 +288,11 @@ impl Events {
         assert_eq!(end["exit_code"], code);
         assert!(self.next().is_none(), "`end` is the last line");
         (code, end)
+    }
+
+    /// Closes our end of its standard output, as a reader that went away.
+    pub(crate) fn stop_reading(&mut self) {
+        self.lines = Lines::of(std::io::empty());
     }
 
     /// What was written to standard error.

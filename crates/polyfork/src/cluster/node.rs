@@ -64,7 +64,14 @@ impl Primary {
                     self.on_user_message(worker, Encoded::Json(text));
                 }
             }
-            // Accounting of sockets that were sent with a key; the primary sends none.
+            // A server whose connections were sent here counts them before it closes. None stays open here.
+            Incoming::SocketGetCount { key } => {
+                self.push_internal(worker, wire::socket_count(&key, 0));
+            }
+            Incoming::SocketNotifyClose { key } => {
+                self.push_internal(worker, wire::socket_all_closed(&key));
+            }
+            // Answers to questions that the primary never asks.
             _ => {}
         }
     }

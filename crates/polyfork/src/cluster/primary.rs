@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use polyfork_core::{
-    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, SlotId, Supervisor, Time,
-    WorkerId,
+    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, SlotId, Supervisor,
+    Time, WorkerId,
 };
 use polyfork_wire::ProtocolError;
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
@@ -343,8 +343,47 @@ impl Primary {
                 self.emit(Event::SlotRetired { slot: slot.0 });
             }
             Action::Finished { outcome } => self.outcome = Some(self.told_outcome(outcome)),
-            _ => {}
+            Action::Report(report) => self.report(report),
         }
+    }
+
+    /// What the supervisor thinks a person should know. A failed start is told where it fails, with the reason.
+    fn report(&mut self, report: Report) {
+        let (code, worker, text) = match report {
+            Report::Replacing { worker, reason, after, .. } => (
+                "replacing",
+                Some(worker),
+                format!("{reason}; its replacement starts in {} ms", after.as_millis()),
+            ),
+            Report::GraceExpired { worker } => (
+                "grace-expired",
+                Some(worker),
+                "it did not finish within its grace period and is sent SIGTERM".to_owned(),
+            ),
+            Report::TooManyLeaving { worker, .. } => (
+                "too-many-leaving",
+                Some(worker),
+                "too many workers of this slot are still finishing; the oldest is sent SIGTERM"
+                    .to_owned(),
+            ),
+            Report::Unkillable { worker } => (
+                "unkillable",
+                Some(worker),
+                "it is still there long after SIGKILL: the kernel holds it".to_owned(),
+            ),
+            Report::TooManySlots { asked, given } => (
+                "too-many-slots",
+                None,
+                format!("{asked} workers are more than can be had; there are {given}"),
+            ),
+            Report::LastSlot => ("last-slot", None, "the last worker stays".to_owned()),
+            Report::IgnoredWhileStopping => {
+                ("stopping", None, "ignored: the cluster is stopping".to_owned())
+            }
+            _ => return,
+        };
+        let who = worker.and_then(|worker| self.workers.get(&worker)).map(|w| w.who);
+        self.notice(code, who, text);
     }
 
     fn on_command(&mut self, command: Command) {
@@ -490,9 +529,6 @@ impl Primary {
         if !has_channel {
             self.on_online(worker);
         }
-        if let Some(limit) = self.settings.watchdog {
-            self.after(limit, Timer::Watchdog(worker));
-        }
     }
 
     /// The worker runs and can talk (Node: `online`).
@@ -518,11 +554,16 @@ impl Primary {
     fn admit(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         w.admitted = true;
+        w.last_watchdog = Instant::now();
         let who = w.who;
         self.ever_ready = true;
         self.ports.admit(worker, SlotId(who.slot), self.settings.window);
         self.refresh_ports();
         self.emit(Event::Ready(who));
+        // As systemd does: signs of life are due from the moment it is ready.
+        if let Some(limit) = self.settings.watchdog {
+            self.after(limit, Timer::Watchdog(worker));
+        }
         self.check_all_ready();
     }
 
@@ -819,7 +860,7 @@ impl Primary {
             return;
         }
         let who = w.who;
-        let text = format!("no WATCHDOG=1 for {} s; the worker is replaced", silent.as_secs());
+        let text = format!("no WATCHDOG=1 for {} ms; the worker is replaced", silent.as_millis());
         self.notice("watchdog", Some(who), text);
         self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
     }

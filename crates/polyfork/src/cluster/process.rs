@@ -11,8 +11,8 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
@@ -130,6 +130,8 @@ pub(crate) struct Running {
     pid: Pid,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     pub(crate) link: Link,
+    /// Of the worker's end of its channel.
+    pub(crate) cookie: Option<u64>,
     /// Present while the worker lives, for the dialects that use it.
     _notify: Option<NotifySocket>,
 }
@@ -191,7 +193,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         command.current_dir(directory);
     }
     let pipes = output_pipes(&mut command, &settings.output)?;
-    let (ours, codec) = dialect(&mut command, &request)?;
+    let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
         _ => None,
@@ -205,47 +207,68 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         // What cannot be asked by message is asked by signal when the primary is gone.
         command.parent_death_signal(Some(Signal::TERM));
     }
-    let (pid, pidfd) = command.spawn()?.into_pidfd();
-    let link = match ours {
-        Some(socket) => {
+    // All that can fail comes before the process exists, as far as that is possible.
+    let (mut link, cookie) = match channel {
+        Some(Channel { ours, codec, cookie }) => {
             let limits = settings.limits;
-            Link::open(worker, socket, codec, limits, settings.window, request.io.clone())?
+            let link =
+                Link::open(worker, ours, codec, limits, settings.window, request.io.clone())?;
+            (link, Some(cookie))
         }
-        None => Link::None,
+        None => (Link::None, None),
     };
-    let pidfd = Arc::new(register(pidfd, Interest::READABLE)?);
-    tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
     if let (Some((out, err)), Output::Lines(sink)) = (pipes, &settings.output) {
         for (pipe, stdio) in [(out, Stdio::Out), (err, Stdio::Err)] {
             request.output.read(pipe, slot, worker, stdio, sink.clone())?;
         }
     }
-    Ok(Running { pid, pidfd, link, _notify: notify })
+    let child = command.spawn()?;
+    let watched =
+        child.pidfd().try_clone_to_owned().and_then(|fd| register(fd, Interest::READABLE));
+    let pidfd = match watched {
+        Ok(pidfd) => Arc::new(pidfd),
+        Err(error) => {
+            link.close();
+            // It may have ended by itself; either way it is collected here.
+            let _ = child.signal(Signal::KILL);
+            let _ = child.wait();
+            return Err(error.into());
+        }
+    };
+    tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
+    Ok(Running { pid: child.pid(), pidfd, link, cookie, _notify: notify })
 }
 
-/// Sets the command up for its dialect; gives our end of the channel, if there is one.
-fn dialect(
-    command: &mut Command,
-    request: &Request<'_>,
-) -> Result<(Option<OwnedFd>, Codec), StartFailure> {
+/// Our end of a worker's channel.
+struct Channel {
+    ours: OwnedFd,
+    codec: Codec,
+    /// By which the worker's end is known again.
+    cookie: u64,
+}
+
+/// Sets the command up for its dialect; gives the primary's side of the channel, if there is one.
+fn dialect(command: &mut Command, request: &Request<'_>) -> Result<Option<Channel>, StartFailure> {
     let Request { slot, worker, inherited, .. } = request;
     match request.detected.dialect {
         Dialect::Node => {
             let (ours, theirs) = polyfork_sys::channel::pair()?;
+            let cookie = polyfork_sys::channel::cookie(theirs.as_fd())?;
             command.fd(CHANNEL_FD, theirs);
             command.env(names::NODE_CHANNEL_FD, CHANNEL_FD.to_string());
             command.env(names::NODE_CHANNEL_SERIALIZATION_MODE, "json");
             command.env(names::NODE_UNIQUE_ID, worker.0.to_string());
-            Ok((Some(ours), Codec::Node))
+            Ok(Some(Channel { ours, codec: Codec::Node, cookie }))
         }
         Dialect::Native => {
             let (ours, theirs) = polyfork_sys::channel::pair()?;
+            let cookie = polyfork_sys::channel::cookie(theirs.as_fd())?;
             command.fd(CHANNEL_FD, theirs);
             command.env(names::POLYFORK_CHANNEL_FD, CHANNEL_FD.to_string());
             command.env(names::POLYFORK_WORKER_ID, worker.0.to_string());
             command.env(names::POLYFORK_SLOT, slot.0.to_string());
             command.pid_env(POLYFORK_CHANNEL_PID);
-            Ok((Some(ours), Codec::Native))
+            Ok(Some(Channel { ours, codec: Codec::Native, cookie }))
         }
         Dialect::Sockets => {
             let inherited = match inherited {
@@ -263,7 +286,7 @@ fn dialect(
                 command.pid_env(names::LISTEN_PID);
             }
             command.env(names::POLYFORK_SLOT, slot.0.to_string());
-            Ok((None, Codec::Node))
+            Ok(None)
         }
     }
 }

@@ -216,7 +216,8 @@ impl Primary {
     pub(crate) fn pull_unread(&mut self, worker: WorkerId) -> Option<Vec<u8>> {
         let w = self.workers.get(&worker)?;
         let (pidfd, pid) = w.running.process();
-        match polyfork_sys::steal::unread(pidfd, pid, super::process::CHANNEL_FD) {
+        let number = super::process::CHANNEL_FD;
+        match polyfork_sys::steal::unread_checked(pidfd, pid, number, w.running.cookie) {
             Ok(unread) => Some(unread.bytes),
             Err(error) => {
                 let text = format!(
