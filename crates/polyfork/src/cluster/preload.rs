@@ -17,7 +17,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use polyfork_wire::env::{NODE_OPTIONS, append_node_options};
+use polyfork_wire::env::{NODE_OPTIONS, append_node_options, split_node_options};
 
 /// What Node runs before the program.
 const CONTENT: &str = include_str!("preload.cjs");
@@ -25,6 +25,9 @@ const CONTENT: &str = include_str!("preload.cjs");
 const MARKER: &str = "POLYFORK_PRELOAD";
 /// How long a worker whose primary died may go on, in milliseconds.
 const GRACE: &str = "POLYFORK_GRACE_MS";
+/// Flags with which Node (18 and 20) may not read our file, and would refuse to start. From 22 on,
+/// `--permission` lets it read what it is told to load.
+const FORBIDDING: [&str; 2] = ["--experimental-permission", "--experimental-policy"];
 /// How many names for the temporary file are tried.
 const ATTEMPTS: u32 = 16;
 
@@ -74,8 +77,8 @@ fn extend(existing: Option<&str>, path: &str) -> Option<(String, String)> {
         let options = append_node_options(None, &argument);
         return Some((options.clone(), options));
     };
-    if existing.contains("--permission") || existing.contains("--experimental-permission") {
-        // The program may not read our file then, and Node would refuse to start.
+    let arguments = split_node_options(existing).ok()?;
+    if arguments.iter().any(|given| FORBIDDING.iter().any(|flag| given.starts_with(flag))) {
         return None;
     }
     let options = match append_node_options(Some(existing), &argument) {
@@ -232,8 +235,6 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
     use std::sync::atomic::{AtomicU32, Ordering};
-
-    use polyfork_wire::env::split_node_options;
 
     use super::*;
 
@@ -479,9 +480,17 @@ mod tests {
     }
 
     #[test]
-    fn permission_model_goes_without() {
-        assert!(variables(Some("--permission --allow-fs-read=/app"), "/p.cjs").is_empty());
-        assert!(variables(Some("--experimental-permission"), "/p.cjs").is_empty());
+    fn node_that_may_not_read_the_file_goes_without() {
+        for flag in [
+            "--experimental-permission",
+            "--experimental-policy=p.json",
+            "\"--experimental-permission\"",
+        ] {
+            assert!(variables(Some(&format!("--no-warnings {flag}")), "/p.cjs").is_empty());
+        }
+        assert!(
+            !variables(Some("--permission --title=--experimental-policy"), "/p.cjs").is_empty()
+        );
     }
 
     #[test]
