@@ -33,12 +33,15 @@ const FEW_FILES: u64 = 32;
 enum ToWorker {
     Double(u64),
     TakeChannelAgain,
+    /// Start a child and tell what it sees.
+    AskChild,
     Leave,
 }
 
 /// What a worker sends.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 enum ToPrimary {
+    ChildSees { worker: bool, sockets: usize },
     Doubled { worker: u64, value: u64 },
     Error(String),
 }
@@ -108,12 +111,41 @@ async fn answer_messages(worker: Worker) {
                 Err(WorkerError::Channel { source, .. }) => ToPrimary::Error(source.to_string()),
                 other => ToPrimary::Error(format!("{other:?}")),
             },
+            Ok(ToWorker::AskChild) => ask_child(),
             Ok(ToWorker::Leave) => return worker.disconnect().await,
             Err(error) => ToPrimary::Error(error.to_string()),
         };
         // The primary is gone: so are we.
         let _ = worker.send(&answer).await;
     }
+}
+
+/// What a child that inherits all it can from this worker sees.
+fn ask_child() -> ToPrimary {
+    let output = plain_child("child_main", "POLYFORK_TEST_CHILD").output().unwrap();
+    let output = String::from_utf8(output.stdout).unwrap();
+    let seen = output.lines().find_map(|line| line.strip_prefix("sees ")).unwrap_or_default();
+    let (worker, sockets) = seen.split_once(' ').unwrap_or_default();
+    ToPrimary::ChildSees { worker: worker != "false", sockets: sockets.parse().unwrap_or(999) }
+}
+
+/// Not a test of its own: what a child of a worker says.
+#[test]
+fn child_main() {
+    if std::env::var_os("POLYFORK_TEST_CHILD").is_some() {
+        let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let targets = open.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let sockets = targets.filter(|target| target.to_string_lossy().starts_with("socket:"));
+        println!("\nsees {} {}", is_worker(), sockets.count());
+    }
+}
+
+/// This program once more, with `main` as its only test, started as anybody would.
+#[expect(clippy::disallowed_methods, reason = "not a child of a cluster")]
+fn plain_child(main: &str, variable: &str) -> std::process::Command {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", main, "--nocapture", "--test-threads=1"]).env(variable, "1");
+    child
 }
 
 // The primary's side.
@@ -269,6 +301,26 @@ async fn a_process_can_take_its_channel_only_once() {
 }
 
 #[tokio::test]
+async fn a_child_of_a_worker_is_no_worker_and_inherits_no_socket() {
+    for mechanism in [Mechanism::Handoff, Mechanism::Kernel] {
+        let mut serving = Serving::start(settings(1).mechanism(mechanism)).await;
+        let at = serving.at;
+        // The worker holds a connection while it starts the child.
+        let held = client(move || {
+            let mut held = connect(at);
+            assert_eq!(ask(&mut held, "who"), "1");
+            held
+        });
+        let held = held.await;
+        serving.cluster.worker(1).send(&ToWorker::AskChild).await.unwrap();
+        let sees = ToPrimary::ChildSees { worker: false, sockets: 0 };
+        assert_eq!(serving.message().await, sees);
+        drop(held);
+        serving.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_stopping_cluster_finishes_what_it_serves() {
     for mechanism in [Mechanism::Handoff, Mechanism::Kernel] {
         let serving = Serving::start(settings(2).mechanism(mechanism)).await;
@@ -370,10 +422,7 @@ fn primary_main() {
 
 #[test]
 fn workers_finish_and_leave_when_their_primary_is_killed() {
-    #[expect(clippy::disallowed_methods, reason = "a child of the test, not of a cluster")]
-    let mut primary = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "primary_main", "--nocapture", "--test-threads=1"])
-        .env("POLYFORK_TEST_PRIMARY", "1")
+    let mut primary = plain_child("primary_main", "POLYFORK_TEST_PRIMARY")
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();

@@ -243,6 +243,21 @@ async fn a_worker_cannot_listen_twice_on_one_address_but_again() {
 }
 
 #[tokio::test]
+async fn a_relative_path_is_meant_from_the_directory_of_the_worker() {
+    let asked = |path: &'static str| async move {
+        let (worker, mut primary) = Primary::new().await;
+        assert!(!has_happened(worker.listen_unix(path)).await);
+        match primary.next().await {
+            ToPrimary::Listen { address: ListenAddress::Unix(path), .. } => path,
+            other => panic!("{other:?}"),
+        }
+    };
+    let here = std::env::current_dir().unwrap().join("some.sock");
+    assert_eq!(asked("some.sock").await, here.into_os_string().into_encoded_bytes());
+    assert_eq!(asked("\0abstract").await, b"\0abstract");
+}
+
+#[tokio::test]
 async fn a_unix_listener_takes_what_is_handed_over() {
     let (worker, mut primary) = Primary::new().await;
     let ask = worker.listen_unix("/run/some.sock");

@@ -349,6 +349,8 @@ fn poll_handed(
             }
         }
         let (seq, connection) = ready!(queue.poll_take(cx));
+        // Only a descriptor that is none could fail here, and then so does everything that follows.
+        let _ = polyfork_sys::channel::set_nonblocking(connection.as_fd(), true);
         *taken = registration.acknowledge(seq).map(|mark| (mark, connection));
     }
 }

@@ -280,7 +280,8 @@ impl Worker {
 
     /// Listens on a Unix stream socket. A path that begins with a NUL byte is a Linux abstract name.
     ///
-    /// With a primary, the primary creates and removes the file. Standalone, this takes the place of a file
+    /// With a primary, the primary creates and removes the file; a relative path is meant from this process's
+    /// working directory. Standalone, this takes the place of a file
     /// that nobody listens on any more, and removes its own when the listener is dropped.
     ///
     /// # Errors
@@ -302,7 +303,7 @@ impl Worker {
         if self.is_standalone() {
             return UnixListener::bind(path, options, Registration::standalone(&self.shared));
         }
-        let address = ListenAddress::Unix(path.as_os_str().as_bytes().to_vec());
+        let address = ListenAddress::Unix(as_seen_by_primary(path).into_os_string().into_vec());
         let opened = self.request(address, options).await?;
         let ListenAddress::Unix(path) = opened.address else { return Err(wrong_family()) };
         let path = PathBuf::from(OsString::from_vec(path));
@@ -557,6 +558,19 @@ fn encode<T: Serialize + ?Sized>(message: &T) -> Result<Vec<u8>, SendError> {
         return Err(SendError::TooLong { bytes: bytes.len(), limit });
     }
     Ok(bytes)
+}
+
+/// A path that means the same from another working directory, unless it gets too long for a socket then.
+fn as_seen_by_primary(path: &Path) -> PathBuf {
+    /// `sun_path` of unix(7), with its NUL.
+    const MAX_BYTES: usize = 108;
+    if path.as_os_str().as_bytes().first() == Some(&0) {
+        return path.to_owned();
+    }
+    match std::path::absolute(path) {
+        Ok(absolute) if absolute.as_os_str().len() < MAX_BYTES => absolute,
+        _ => path.to_owned(),
+    }
 }
 
 fn wrong_family() -> io::Error {
