@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use super::{Worker, is_worker};
-use crate::cluster::{Cluster, Event, Events, Outcome, Settings};
+use crate::cluster::{Cluster, Event, Events, Notice, Outcome, Settings};
 
 /// With any value but `0` and the empty one, [`run`] starts no cluster: the program runs alone.
 const STANDALONE: &str = "POLYFORK_STANDALONE";
@@ -188,7 +188,14 @@ async fn tell(mut events: Events) {
                 "slot {slot} was given up: {restarts} restarts in {} s",
                 window.as_secs_f32()
             )),
-            Event::Notice(notice) => say(&notice.text),
+            // The end of the worker is told when it comes, with its reason.
+            Event::Notice(Notice { code: "replacing", .. }) => {}
+            Event::Notice(Notice { who, text, .. }) => match who {
+                Some(who) => {
+                    say(&format_args!("worker {} (slot {}): {text}", who.worker, who.slot));
+                }
+                None => say(&text),
+            },
             Event::End(_) => return,
             _ => {}
         }
@@ -201,8 +208,10 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 
 /// One line on standard error.
 fn say(text: &dyn Display) {
+    // One write, so that the lines of many processes do not mix.
+    let line = format!("polyfork: {text}\n");
     // Nobody to tell when standard error is closed.
-    let _ = writeln!(std::io::stderr(), "polyfork: {text}");
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 fn failed(text: &dyn Display) -> ExitCode {
