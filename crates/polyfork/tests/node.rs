@@ -34,6 +34,8 @@ macro_rules! on_every_node {
 
 #[path = "node/client.rs"]
 mod client;
+#[path = "node/leaving.rs"]
+mod leaving;
 #[path = "node/life.rs"]
 mod life;
 #[path = "node/support.rs"]

@@ -2,10 +2,10 @@
 //!
 //! How it ends is in `leaving`, where it listens in `listening`.
 
-use polyfork::cluster::Event;
+use polyfork::cluster::{Event, Stream};
 use serde_json::json;
 
-use super::client::{get, reach};
+use super::client::{get, greeting, reach};
 use super::support::{Mode, Rig};
 
 on_every_node! {
@@ -66,4 +66,160 @@ on_every_node! {
         assert_eq!(rig.js(two, code).await, expected);
         rig.end().await;
     }
+
+    /// Every kind of JSON value, large ones, and many: unchanged and in order, in both directions.
+    async fn messages_travel_both_ways_unchanged_and_in_order(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let worker = rig.fork().await;
+        rig.js(worker, "process.on('message', (m) => { if (m === null || m.call === undefined) process.send({ echo: m }) })")
+            .await;
+        let large: String = "grüße ☃ 💡 \u{2028} \"\\\n".chars().cycle().take(800_000).collect();
+        let values = [
+            json!("text"), json!(1.5), json!(-7), json!(true), json!(null), json!([]), json!({}),
+            json!({ "cmd": "NODE_", "nested": [{ "deep": [[[]]] }] }), json!(large),
+        ];
+        for value in &values {
+            rig.worker(worker).send(value).await.expect("sent");
+        }
+        let is_echo = |message: &serde_json::Value| message.get("echo").is_some();
+        rig.eventually("all echoes", |rig| {
+            (messages(rig).iter().filter(|m| is_echo(m)).count() == values.len()).then_some(())
+        })
+        .await;
+        let echoes: Vec<_> = messages(&rig).into_iter().filter(is_echo).map(|mut m| m["echo"].take()).collect();
+        assert!(echoes == values, "as they were sent");
+
+        let many = 2_000;
+        rig.start_js(worker, "for (let n = 0; n < 2000; n++) process.send({ n })").await;
+        rig.message(worker, |m| m["n"] == many - 1).await;
+        let numbers: Vec<_> = messages(&rig).iter().filter_map(|m| m["n"].as_u64()).collect();
+        assert_eq!(numbers, (0..many).collect::<Vec<_>>());
+        rig.end().await;
+    }
+
+    async fn a_broadcast_reaches_every_worker(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let workers = rig.fork_many(3).await;
+        for worker in &workers {
+            rig.js(*worker, "process.on('message', (m) => { if (m.news) process.send({ heard: m.news }) })").await;
+        }
+        rig.cluster.broadcast(&json!({ "news": 42 })).await.expect("sent");
+        for worker in &workers {
+            rig.message(*worker, |m| m["heard"] == 42).await;
+        }
+        rig.end().await;
+    }
+
+    /// What comes before a program listens for messages is kept for it.
+    async fn messages_sent_before_the_worker_listens_wait_for_it(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let worker = rig.fork().await;
+        // No `online` yet: the process has just been started.
+        assert_eq!(rig.js(worker, "return 'early'").await, "early");
+        rig.end().await;
+    }
+
+    async fn arguments_directory_and_output_are_as_set(runtime) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let place = folder.path().canonicalize().expect("its name");
+        let rig = Rig::start(&runtime, "actor.cjs", |settings| {
+            settings.arg("--one").arg("two words").cwd(&place).env("GREETING", "hello").supervise(false)
+        });
+        let worker = rig.fork().await;
+        let code = "console.log('to stdout'); console.error('to stderr'); process.stdout.write('no newline');
+            return { args: process.argv.slice(2), cwd: process.cwd(), greeting: process.env.GREETING }";
+        let expected = json!({ "args": ["--one", "two words"], "cwd": place, "greeting": "hello" });
+        assert_eq!(rig.js(worker, code).await, expected);
+        rig.worker(worker).disconnect().await;
+        rig.ended(worker).await;
+        rig.eventually("the output", |rig| {
+            let (out, err) = (rig.lines_of(worker, Stream::Stdout), rig.lines_of(worker, Stream::Stderr));
+            (out == ["to stdout", "no newline"] && err == ["to stderr"]).then_some(())
+        })
+        .await;
+        rig.end().await;
+    }
+
+    /// An error that the program catches itself, or not, is its own business; so is what it says to users of
+    /// internal names.
+    async fn messages_with_internal_names_reach_nobody(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let worker = rig.fork().await;
+        let code = "
+            process.send({ cmd: 'NODE_SOMETHING', x: 1 });
+            process.send({ cmd: 'NODE_CLUSTER', ack: -1 });
+            process.send({ cmd: 'NODE_CLUSTER', ack: 123456 });
+            process.send({ cmd: 'NODE_CLUSTER', act: 'what' });
+            process.send({ cmd: 'NODE_CLUSTER' });
+            process.send({ cmd: 'NODE_' });";
+        rig.js(worker, code).await;
+        let seen = messages(&rig);
+        let internal = seen.iter().filter(|m| m.get("cmd").is_some()).collect::<Vec<_>>();
+        assert_eq!(internal, [&json!({ "cmd": "NODE_" })], "all others are internal");
+        assert_eq!(rig.js(worker, "return 'still here'").await, "still here");
+        rig.end().await;
+    }
+
+    /// Handles that a worker sends are taken and closed: its next messages depend on the answer.
+    async fn handles_from_a_worker_are_acknowledged_and_closed(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Handoff);
+        let worker = rig.fork().await;
+        let code = "
+            const own = net.createServer();
+            await listen(own, { port: 0, host: '127.0.0.1', exclusive: true });
+            const client = net.connect(own.address().port, '127.0.0.1');
+            const [socket] = await once(own, 'connection');
+            const ended = text(client);
+            const udp = dgram.createSocket('udp4');
+            await listen(udp, { port: 0, address: '127.0.0.1', exclusive: true });
+            process.send({ with: 'server' }, own);
+            process.send({ with: 'datagrams' }, udp);
+            process.send({ with: 'large', payload: 'x'.repeat(800000) }, socket);
+            process.send({ with: 'again' }, socket);
+            process.send({ with: 'nothing' });
+            await ended; // the primary has closed its copy, and there is no other
+            const { port } = own.address();
+            await close(own);
+            const error = await once(net.connect(port, '127.0.0.1'), 'connect').catch((e) => e);
+            return error.code; // the same for the listening socket";
+        assert_eq!(rig.js(worker, code).await, "ECONNREFUSED");
+        let seen: Vec<_> = messages(&rig).iter().filter_map(|m| Some(m.get("with")?.clone())).collect();
+        assert_eq!(seen, ["server", "datagrams", "large", "again", "nothing"]);
+        let large = rig.message(worker, |m| m["with"] == "large").await;
+        assert_eq!(large["payload"].as_str().map(str::len), Some(800_000));
+        rig.end().await;
+    }
+
+    /// Connections go to the worker while it sends handles itself: neither side waits for the other.
+    async fn handles_in_both_directions_do_not_deadlock(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Handoff);
+        let worker = rig.fork().await;
+        rig.js(worker, "keep.s = net.createServer((socket) => {
+            socket.on('error', () => {});
+            process.send({ got: 'one' }, socket);
+        }); await listen(keep.s, 0, '127.0.0.1')").await;
+        let to = reach(&rig.listening(worker).await.0);
+        let mut clients = tokio::task::JoinSet::new();
+        let number = 200;
+        for _ in 0..number {
+            clients.spawn(async move { greeting(to).await.expect("closed in the end") });
+        }
+        while let Some(client) = clients.join_next().await {
+            assert_eq!(client.expect("no panic"), "");
+        }
+        rig.eventually("all handles", |rig| {
+            (messages(rig).iter().filter(|m| m["got"] == "one").count() == number).then_some(())
+        })
+        .await;
+        rig.end().await;
+    }
+}
+
+/// All messages so far.
+fn messages(rig: &Rig) -> Vec<serde_json::Value> {
+    let message = |event: &Event| match event {
+        Event::Message { message, .. } => message.decode().ok(),
+        _ => None,
+    };
+    rig.events().iter().filter_map(message).collect()
 }

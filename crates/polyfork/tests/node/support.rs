@@ -391,7 +391,7 @@ impl Rig {
     }
 
     /// Everything, for a person to read.
-    fn story(&self) -> String {
+    pub(crate) fn story(&self) -> String {
         let mut story = format!("with {}:\n", self.runtime.name);
         for event in self.events().iter() {
             story += &format!("  {event:?}\n");
