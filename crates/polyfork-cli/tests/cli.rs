@@ -1,5 +1,7 @@
 //! What the command says before or instead of running anything: help, versions, mistakes.
 
+#![allow(clippy::print_stdout, reason = "tests print their counts")]
+
 mod support;
 
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,7 @@
 //! `polyfork demo` needs nothing but the binary, and shows exact turns.
 
+#![allow(clippy::print_stdout, reason = "tests print their counts")]
+
 mod support;
 
 use std::net::SocketAddr;

@@ -4,6 +4,8 @@
 //! that a row without a test shows. Every load test prints what became of each attempt. Rows that need no cluster are
 //! tests of `polyfork-sys` (spawn, descriptors) and `polyfork-wire` (bytes).
 
+#![allow(clippy::print_stdout, reason = "tests print their counts")]
+
 #[path = "support/mod.rs"]
 mod support;
 

@@ -2,6 +2,8 @@
 //!
 //! Needs `node` and `python3`, as the project's tests do.
 
+#![allow(clippy::print_stdout, reason = "tests print their counts")]
+
 mod support;
 
 use std::collections::BTreeMap;

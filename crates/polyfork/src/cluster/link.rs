@@ -380,7 +380,7 @@ impl Reader {
                 lines.feed(bytes);
                 while let Some(line) = lines.next()? {
                     let prefixed = line.prefixed;
-                    let incoming = message::parse_line(&line, &self.limits)?;
+                    let incoming = message::parse(line, &self.limits)?;
                     // The n-th descriptor belongs to the n-th envelope. A missing one is answered as such.
                     let fd = match incoming {
                         Incoming::Handle(_) => inbox.claim().ok(),

@@ -45,11 +45,15 @@ impl Primary {
                 self.on_user_message(worker, Encoded::Postcard(bytes.into()));
             }
             ToPrimary::Leaving => {
-                self.push_frame(worker, &ToWorker::LeavingAcknowledged, Vec::new());
                 if let Some(w) = self.workers.get_mut(&worker) {
                     w.leaving = true;
+                    w.wants_to_leave = true;
                 }
                 self.feed(Input::Leaving { worker });
+                // One that never served anybody is not suspended first.
+                if self.workers.get(&worker).is_some_and(|w| !w.ready) {
+                    self.acknowledge_leaving(worker);
+                }
             }
             ToPrimary::Status { text } => {
                 if let Some(w) = self.workers.get(&worker) {
@@ -174,6 +178,14 @@ impl Primary {
         let last = seq.saturating_add(u64::from(count).saturating_sub(1));
         if let Some(link) = self.native_link(worker) {
             link.outbox.was_read(|passed| passed.connection == Some((id, last)));
+        }
+    }
+
+    /// Nothing waits for a worker that wants to leave: it may stop accepting.
+    pub(crate) fn acknowledge_leaving(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if std::mem::replace(&mut w.wants_to_leave, false) {
+            self.push_frame(worker, &ToWorker::LeavingAcknowledged, Vec::new());
         }
     }
 

@@ -516,6 +516,18 @@ impl Ports {
         self.open.get_mut(&id)?.handoff()
     }
 
+    /// Everything on its way to this worker is its own from now on: the primary's copies are closed.
+    pub(crate) fn abandon(&mut self, worker: WorkerId) {
+        for port in self.open.values_mut() {
+            let Some(handoff) = port.handoff() else { continue };
+            let owed: Vec<u64> = handoff.unanswered(worker).collect();
+            for seq in owed {
+                // It owes this answer, so it cannot be wrong about it.
+                drop(handoff.acknowledged(worker, seq));
+            }
+        }
+    }
+
     /// Workers that let a connection wait too long.
     pub(crate) fn overdue(&self, now: Time) -> BTreeSet<WorkerId> {
         let mut overdue = BTreeSet::new();

@@ -40,6 +40,8 @@ const UNUSED_AFTER: Duration = Duration::from_secs(3);
 const GOODBYE_PAUSE: Duration = Duration::from_millis(200);
 /// A sockets worker that does not use `NOTIFY_SOCKET` counts as ready after this.
 const SOCKETS_DELAY: Duration = Duration::from_secs(1);
+/// A process whose channel closed is ending by itself, as a rule, and seen to have ended within this.
+const ENDING: Duration = Duration::from_millis(250);
 /// How long the last output of ended workers is waited for (a grandchild may hold the pipe for ever).
 const OUTPUT_LINGER: Duration = Duration::from_millis(500);
 
@@ -86,6 +88,7 @@ enum Timer {
     Accept(ListenerId),
     Watchdog(WorkerId),
     Stranded(Duration),
+    StillThere(WorkerId),
     Unused,
     Goodbye(WorkerId, u64),
 }
@@ -117,6 +120,8 @@ pub(crate) struct Worker {
     fault: bool,
     last_watchdog: Instant,
     pub(crate) last_take_back: Option<Instant>,
+    /// Native: it said that it leaves, and is told that it may once nothing waits for it.
+    pub(crate) wants_to_leave: bool,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<oneshot::Sender<Result<(), SendError>>>,
 }
@@ -301,6 +306,7 @@ impl Primary {
                 Timer::Accept(port) => self.ports.resume_accepting(port),
                 Timer::Watchdog(worker) => self.check_watchdog(worker),
                 Timer::Stranded(pause) => self.stranded_check(pause),
+                Timer::StillThere(worker) => self.still_there(worker),
                 Timer::Unused => self.close_unused(),
                 Timer::Goodbye(worker, seq) => self.answer_goodbye(worker, seq),
             }
@@ -511,6 +517,7 @@ impl Primary {
                 fault: false,
                 last_watchdog: Instant::now(),
                 last_take_back: None,
+                wants_to_leave: false,
                 oom_kills: polyfork_sys::system::oom_kills(),
                 waiting_senders: VecDeque::new(),
             },
@@ -613,6 +620,7 @@ impl Primary {
     fn check_drained(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get(&worker) else { return };
         if self.ports.is_quiet(worker, SlotId(w.who.slot)) {
+            self.acknowledge_leaving(worker);
             self.feed(Input::Drained { worker });
         } else {
             self.after(DRAIN_CHECK, Timer::Drained(worker));
@@ -665,6 +673,11 @@ impl Primary {
             return;
         }
         let who = w.who;
+        // What it has not read goes to others. What it has read is its own now: nobody will believe what it
+        // says about it, and nobody else could make sense of the rest.
+        self.take_back(worker);
+        self.ports.abandon(worker);
+        let Some(w) = self.workers.get_mut(&worker) else { return };
         w.running.link.close();
         w.channel_ended = true;
         self.notice("protocol-fault", Some(who), format!("{what}; the worker is replaced"));
@@ -685,7 +698,15 @@ impl Primary {
             let _ = waiting.send(Err(SendError::Disconnected));
         }
         self.emit(Event::Disconnect(who));
+        // The channel of a worker that just ends closes a moment before its end is seen.
         if alive && !leaving {
+            self.after(ENDING, Timer::StillThere(worker));
+        }
+    }
+
+    /// Its channel has been closed for a while and the process is there: nothing can be asked of it any more.
+    fn still_there(&mut self, worker: WorkerId) {
+        if self.workers.get(&worker).is_some_and(|w| w.status.is_none() && !w.leaving) {
             self.feed(Input::ChannelClosed { worker });
         }
     }

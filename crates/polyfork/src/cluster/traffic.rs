@@ -203,11 +203,16 @@ impl Primary {
                 continue;
             }
             w.last_take_back = Some(std::time::Instant::now());
-            match self.detected.dialect {
-                Dialect::Node => self.take_back_node(worker),
-                Dialect::Native => self.take_back_native(worker),
-                Dialect::Sockets => {}
-            }
+            self.take_back(worker);
+        }
+    }
+
+    /// Takes back what this worker has not read, if it can be done here.
+    pub(crate) fn take_back(&mut self, worker: WorkerId) {
+        match self.detected.dialect {
+            Dialect::Node => self.take_back_node(worker),
+            Dialect::Native => self.take_back_native(worker),
+            Dialect::Sockets => {}
         }
     }
 
