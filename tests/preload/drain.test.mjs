@@ -4,7 +4,7 @@ import { once } from 'node:events';
 import http2 from 'node:http2';
 import test from 'node:test';
 
-import { Cluster, delay, Http1, Load, ROUNDS, within } from './lib.mjs';
+import { Cluster, delay, Http1, Load, MAJOR, ROUNDS, within } from './lib.mjs';
 
 /** Runs `body` with a cluster, and ends it whatever happens. */
 async function withCluster(app, options, body) {
@@ -46,15 +46,28 @@ test('HTTP/1 on an HTTP/2 server loses nothing', (t) =>
 test('clients that pause between requests lose nothing', (t) =>
   replaceUnderLoad(t, { policy: 'none', lingerMs: 2_000 }, { clients: 16, pauseMs: 100 }));
 
-test('idle connection is closed after the linger time and the worker ends', () =>
+for (const [what, secure] of [['http', false], ['https', true], ['h2', true]]) {
+  test(`idle connection is closed after the linger time and the worker ends (${what})`, (t) => {
+    if (what === 'h2' && MAJOR === 18) return t.skip('Node 18 does not track HTTP/1 on an HTTP/2 server');
+    return withCluster('web.cjs', { lingerMs: 100, env: { WHAT: what } }, async (cluster) => {
+      const used = await new Http1({ port: cluster.port }, { secure }).connect();
+      used.write();
+      assert.equal((await used.answer()).status, 200);
+      const fresh = await new Http1({ port: cluster.port }, { secure }).connect();
+      const { code } = await cluster.disconnect(1);
+      assert.equal(code, 0);
+      await within(Promise.all([used.ended, fresh.ended]), 'not closed');
+    });
+  });
+}
+
+test('thousand idle connections are closed', () =>
   withCluster('web.cjs', { lingerMs: 100 }, async (cluster) => {
-    const used = await new Http1({ port: cluster.port }).connect();
-    used.write();
-    assert.equal((await used.answer()).status, 200);
-    const fresh = await new Http1({ port: cluster.port }).connect();
-    const { code } = await cluster.disconnect(1);
-    assert.equal(code, 0);
-    await within(Promise.all([used.ended, fresh.ended]), 'not closed');
+    const connect = () => new Http1({ port: cluster.port, host: '127.0.0.1' }).connect();
+    const connections = [];
+    for (let n = 0; n < 1_000; n += 1) connections.push(await connect());
+    assert.equal((await cluster.disconnect(1)).code, 0);
+    await within(Promise.all(connections.map(({ ended }) => ended)), 'not closed');
   }));
 
 test('request within the linger time is answered, with close', () =>
@@ -178,6 +191,21 @@ test('server bound by the worker itself is closed too', () =>
     assert.equal((await connection.answer()).status, 200);
     const { code } = await cluster.disconnect(1);
     assert.equal(code, 0);
+  }));
+
+test("worker that leaves by itself keeps its own server, as in stock Node", () =>
+  withCluster('exclusive.cjs', { lingerMs: 50 }, async (cluster) => {
+    const { port } = await cluster.message('exclusive');
+    cluster.send(1, 'leave');
+    await cluster.next('disconnect');
+    const connection = await new Http1({ port }).connect();
+    for (let n = 0; n < 3; n += 1) {
+      await delay(100); // longer than the linger time
+      connection.write();
+      const answer = await connection.answer();
+      assert.equal(answer?.status, 200);
+      assert.doesNotMatch(answer.headers.connection, /close/i);
+    }
   }));
 
 // ---- HTTP/2 ----------------------------------------------------------------------------------------------

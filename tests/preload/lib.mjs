@@ -112,6 +112,10 @@ export class Cluster extends EventEmitter {
     return this.disconnect(old);
   }
 
+  kill(id) {
+    this.process.send({ command: 'kill', id });
+  }
+
   /** Resolves when the worker knows that it is to leave (the app has to say so). */
   async draining() {
     await this.message('draining');

@@ -7,3 +7,4 @@ const own = http.createServer(answer).listen({ port: 0, host: '127.0.0.1', exclu
   process.send({ kind: 'exclusive', port: own.address().port });
   http.createServer(answer).listen({ port: 0, host: '127.0.0.1' });
 });
+process.on('message', () => require('cluster').worker.disconnect());

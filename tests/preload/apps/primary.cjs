@@ -3,6 +3,8 @@
 const cluster = require('cluster');
 
 cluster.setupPrimary({ exec: process.argv[2], args: process.argv.slice(3) });
+/** Cluster forgets a worker that it asked to leave. */
+const processes = new Map();
 const tell = (message) => process.connected && process.send(message);
 
 cluster.on('listening', ({ id }, { port, address }) => tell({ event: 'listening', id, port, address }));
@@ -12,9 +14,13 @@ cluster.on('message', ({ id }, message) => tell({ event: 'message', id, message 
 
 process.on('message', ({ command, id, env, tag, message }) => {
   if (command === 'fork') {
-    tell({ event: 'forked', id: cluster.fork(env).id, tag });
+    const worker = cluster.fork(env);
+    processes.set(worker.id, worker.process);
+    tell({ event: 'forked', id: worker.id, tag });
   } else if (command === 'disconnect') {
     cluster.workers[id].disconnect();
+  } else if (command === 'kill') {
+    processes.get(id)?.kill('SIGKILL');
   } else if (command === 'send') {
     cluster.workers[id].send(message);
   } else if (command === 'stop') {

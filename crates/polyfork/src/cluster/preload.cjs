@@ -48,6 +48,8 @@ let draining = false;
 let orphaned = false;
 /** The primary's end of the channel went away; the program did not close it. */
 let endOfChannel = false;
+/** The diagnostics channel of a drain. */
+let requests;
 /** Undoes what only holds while cluster closes the servers. */
 let shields = [];
 
@@ -185,24 +187,28 @@ function watchPrimary(worker) {
 function beginDrain() {
   if (draining) return;
   draining = true;
-  onDiagnostics('http.server.request.start', guarded(({ response, socket }) => answerWithClose(response, socket)));
-  for (const server of allServers()) {
-    // From Node 19 on, closing a server cuts its idle connections under a request that is on its way, from
-    // 24 on it says GOAWAY to sessions that are between two streams.
-    shield(server, 'closeIdleConnections');
-    if (isHttp2(server)) {
-      watchSessions(server);
-      for (const session of property(server, 'sessions') ?? []) onSession(session);
-    }
-    for (const { socket } of httpConnections(server)) {
-      const answer = socket?._httpMessage;
-      // With later requests already read on it, this answer is not the last one.
-      const latest = socket?.parser?.incoming;
-      if (answer && (!latest || latest === answer.req)) answerWithClose(answer, socket);
-    }
-  }
-  for (const session of sessions) shield(session, 'close');
   sweepLater();
+  onRequest(guarded(({ response, socket, server }) => {
+    if (!server.listening) answerWithClose(response, socket);
+  }));
+  for (const server of allServers()) guarded(prepareServer)(server);
+  // From Node 24 on, closing a server says GOAWAY to its sessions, between two streams or not.
+  for (const session of sessions) shield(session, 'close');
+}
+
+function prepareServer(server) {
+  // From Node 19 on, closing a server cuts its idle connections, under a request that is on its way.
+  shield(server, 'closeIdleConnections');
+  if (isHttp2(server)) {
+    watchSessions(server);
+    for (const session of property(server, 'sessions') ?? []) onSession(session);
+  }
+  for (const { socket } of httpConnections(server)) {
+    const answer = socket?._httpMessage;
+    // With later requests already read on it, this answer is not the last one.
+    const latest = socket?.parser?.incoming;
+    if (answer && (!latest || latest === answer.req)) answerWithClose(answer, socket);
+  }
 }
 
 /** Called when the servers have been told to close. */
@@ -311,6 +317,7 @@ function sweep() {
 
 /** HTTP/1 connections without a request in hand for the linger time. The first look starts the clock. */
 function idleConnections(server) {
+  if (server.listening) return []; // one of the program's own, which it did not ask to drain
   const between = new Set(property(server, 'http.server.connections')?.idle());
   return httpConnections(server).flatMap((parser) => {
     const { socket } = parser;
@@ -414,11 +421,11 @@ function property(object, description) {
   return symbol && object[symbol];
 }
 
-function onDiagnostics(name, subscriber) {
-  const diagnostics = require('diagnostics_channel');
-  // Node 18 before 18.7 has no `subscribe` that keeps the channel from being collected.
-  if (diagnostics.subscribe) diagnostics.subscribe(name, subscriber);
-  else (onDiagnostics.kept ??= []).push(diagnostics.channel(name)) && diagnostics.channel(name).subscribe(subscriber);
+/** Calls `subscriber` for each HTTP/1 request from now on, before the program is. */
+function onRequest(subscriber) {
+  // Not `subscribe` of the module, which is not in 18.0. The channel is kept, or it would be collected.
+  requests = require('diagnostics_channel').channel('http.server.request.start');
+  requests.subscribe(subscriber);
 }
 
 /** Makes a method of one object do nothing until `afterClose`. */
