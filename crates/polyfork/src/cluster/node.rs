@@ -147,13 +147,9 @@ impl Primary {
             Decision::Open(id) => match self.open_port(id, &want) {
                 Ok(()) => id,
                 Err((address, error)) => {
+                    let errno = errno_of(&address, &error);
                     self.bind_failed(Some(worker), address, &error);
-                    self.answer_error(
-                        worker,
-                        seq,
-                        &query,
-                        error.raw_os_error().unwrap_or(libc::EINVAL),
-                    );
+                    self.answer_error(worker, seq, &query, errno);
                     return;
                 }
             },
@@ -420,11 +416,22 @@ fn want_of(query: &Query, handoff_only: bool) -> Option<Want4Port> {
         backlog: query.backlog.and_then(|b| i32::try_from(b).ok()).unwrap_or(511),
         ipv6_only: flags & UV_TCP_IPV6ONLY != 0,
         udp_reuse_address: flags & UV_UDP_REUSEADDR != 0,
+        datagrams: matches!(query.address_type, AddressType::Udp4 | AddressType::Udp6),
         unix_mode,
         handoff_only,
         sockets_only: false,
         addresses,
     })
+}
+
+/// The error as a stock primary tells it: libuv has words of its own for paths. The event tells the true one.
+fn errno_of(address: &Address, error: &std::io::Error) -> i32 {
+    let errno = error.raw_os_error().unwrap_or(libc::EINVAL);
+    match (address, errno) {
+        (Address::Unix(_), libc::ENOENT) => libc::EACCES,
+        (Address::Unix(_), libc::ENAMETOOLONG) => libc::EINVAL,
+        _ => errno,
+    }
 }
 
 /// A worker makes `\0name` absolute with its own directory; the name is what follows the NUL byte.

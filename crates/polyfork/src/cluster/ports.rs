@@ -70,6 +70,8 @@ pub(crate) struct Want4Port {
     pub(crate) backlog: i32,
     pub(crate) ipv6_only: bool,
     pub(crate) udp_reuse_address: bool,
+    /// The worker will read datagrams, not accept connections. Asked only of a descriptor.
+    pub(crate) datagrams: bool,
     /// Permission bits of a Unix socket's file.
     pub(crate) unix_mode: Option<u32>,
     /// The worker cannot take a listening socket of its own (Deno).
@@ -85,6 +87,7 @@ impl Want4Port {
             backlog: 511,
             ipv6_only: false,
             udp_reuse_address: false,
+            datagrams: false,
             unix_mode: None,
             handoff_only: false,
             sockets_only: false,
@@ -309,8 +312,8 @@ impl Ports {
         Ok((Kind::Slots { group, stranded }, address, carried, why))
     }
 
-    /// A descriptor that the primary itself inherited: only a listening socket, and never one of ours, which
-    /// are all close-on-exec.
+    /// A descriptor that the primary itself inherited: never one of ours, which are all close-on-exec, and
+    /// only what the worker can use. Anything else is EINVAL, as under Node's primary.
     fn open_inherited(
         &self,
         id: ListenerId,
@@ -320,10 +323,24 @@ impl Ports {
         io: &mpsc::Sender<FromIo>,
     ) -> io::Result<(Kind, Address, Carried, String)> {
         let fd = duplicate_inherited(number)?;
-        channel::set_nonblocking(fd.as_fd(), true)?;
         let address = Address::Inherited(number);
-        let is_udp = matches!(channel::kind(fd.as_fd())?, channel::FdKind::Udp);
-        if is_udp || want.sockets_only || self.policy == Policy::Shared {
+        use channel::FdKind;
+        let kind = channel::kind(fd.as_fd())?;
+        let fits = match kind {
+            FdKind::Udp => want.datagrams,
+            // One that does not listen yet may be bound: listen(2) knows.
+            FdKind::TcpListener | FdKind::TcpStream => !want.datagrams,
+            FdKind::UnixListener | FdKind::UnixStream => !want.datagrams,
+            _ => false,
+        };
+        if !fits && !want.sockets_only {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        channel::set_nonblocking(fd.as_fd(), true)?;
+        if fits && !want.datagrams {
+            rustix::net::listen(&fd, want.backlog)?;
+        }
+        if kind == FdKind::Udp || want.sockets_only || self.policy == Policy::Shared {
             let why = "one inherited socket, shared by all workers".to_owned();
             return Ok((Kind::Shared(Arc::new(fd)), address, Carried::SharedSocket, why));
         }
@@ -750,7 +767,7 @@ fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 fn duplicate_inherited(number: i32) -> io::Result<OwnedFd> {
     use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
     if !polyfork_sys::system::inherited_fds().contains(&number) {
-        return Err(io::Error::from_raw_os_error(libc::EBADF));
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let own = pidfd_open(getpid(), PidfdFlags::empty())?;
     Ok(pidfd_getfd(own, number, PidfdGetfdFlags::empty())?)
