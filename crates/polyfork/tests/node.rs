@@ -38,5 +38,9 @@ mod client;
 mod leaving;
 #[path = "node/life.rs"]
 mod life;
+#[path = "node/listening.rs"]
+mod listening;
+#[path = "node/remote.rs"]
+mod remote;
 #[path = "node/support.rs"]
 mod support;

@@ -139,7 +139,7 @@ pub(crate) fn find(name: &'static str) -> Result<Runtime, String> {
 }
 
 /// What a piece of JavaScript threw.
-#[derive(Debug, Clone, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Thrown {
     pub(crate) name: Option<String>,
     pub(crate) text: String,
