@@ -24,6 +24,7 @@ use crate::report::Start;
 use crate::run::{self, Prepared, Show};
 use crate::words;
 
+mod http;
 mod server;
 
 /// Between two tellings of the counts.

@@ -57,22 +57,37 @@ pub(crate) fn limit(text: &str) -> Result<Option<Duration>, String> {
 
 /// Takes one number with its unit off the front.
 fn one_part(text: &str) -> Result<(Duration, &str), String> {
-    let number =
-        text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.').len();
-    let (number, rest) = text.split_at(number);
-    let unit = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_alphabetic()).len();
-    let (unit, rest) = rest.split_at(unit);
-    let value: f64 = number.parse().map_err(|_| expected())?;
-    let seconds = match unit {
-        "ms" => value / 1e3,
-        "s" => value,
-        "m" | "min" => value * 60.0,
-        "h" => value * 3600.0,
-        "" => return Err(format!("the unit is missing: {number}s or {number}ms?")),
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, rest) = text.split_at(end);
+    let end = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
+    let (unit, rest) = rest.split_at(end);
+    let unit = match unit {
+        "ms" => Duration::from_millis(1),
+        "s" => Duration::from_secs(1),
+        "m" | "min" => Duration::from_secs(60),
+        "h" => Duration::from_secs(3600),
+        "" if !number.is_empty() => {
+            return Err(format!("the unit is missing: {number}s or {number}ms?"));
+        }
         _ => return Err(expected()),
     };
-    let part = Duration::try_from_secs_f64(seconds).map_err(|_| "the duration is too long")?;
-    Ok((part, rest))
+    Ok((times(number, unit)?, rest))
+}
+
+/// `number` units; up to three digits after the point count, which is a microsecond of a millisecond.
+fn times(number: &str, unit: Duration) -> Result<Duration, String> {
+    let (whole, part) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(part) || part.len() > 3 {
+        return Err(expected());
+    }
+    let too_long = || "the duration is too long".to_owned();
+    let whole: u32 = whole.parse().map_err(|_| too_long())?;
+    let thousandths: u32 = format!("{part:0<3}").parse().map_err(|_| expected())?;
+    unit.checked_mul(whole)
+        .zip((unit / 1000).checked_mul(thousandths))
+        .and_then(|(whole, part)| whole.checked_add(part))
+        .ok_or_else(too_long)
 }
 
 fn expected() -> String {
@@ -145,6 +160,8 @@ mod tests {
             ("500ms", 500),
             ("30s", 30_000),
             ("1.5s", 1_500),
+            ("0.25s", 250),
+            ("1.500m", 90_000),
             ("2m", 120_000),
             ("1m30s", 90_000),
             ("1h", 3_600_000),
@@ -157,9 +174,22 @@ mod tests {
 
     #[test]
     fn a_wrong_duration_is_told_with_a_right_one() {
-        for text in
-            ["", "30", "s", "-1s", "1x", "1s2", "soon", "1..2s", "99999999999999999999h", "é"]
-        {
+        for text in [
+            "",
+            "30",
+            "s",
+            "-1s",
+            "1x",
+            "1s2",
+            "soon",
+            "1..2s",
+            "1.s",
+            ".5s",
+            "1.0001s",
+            "5000000000s",
+            "99999999999999999999h",
+            "é",
+        ] {
             let error = duration(text).expect_err(text);
             assert!(error.contains("ms") || error.contains("too long"), "{text}: {error}");
         }

@@ -1,33 +1,34 @@
-//! One worker of the demo: an axum server that says who it is.
+//! One worker of the demo: an HTTP server that says who it is.
 //!
 //! `/` is the page, `/json` the same as data (with `?close` the connection ends with the answer, so that the next
-//! request is a new connection), `/healthz` says ok.
+//! request is a new connection), `/healthz` says ok. The protocol itself is in `http`.
 //!
 //! The surprising rule: connections are counted where they are accepted, not where requests are answered; a kept-alive
 //! connection counts once.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use axum::Router;
-use axum::extract::{RawQuery, State};
-use axum::http::header::{
-    CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName,
-};
-use axum::response::IntoResponse;
-use axum::routing::get;
-use axum::serve::ListenerExt;
 use polyfork::cluster::Worker;
 use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
+use super::http::{self, Answer, HEAD_BYTES, Read, Request, Status};
 use super::{Board, Counts, PAUSE, Row};
 use crate::exit::Code;
 
 const PAGE: &str = include_str!("page.html");
 /// The page brings everything along and talks to its own server only.
-const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:";
+const POLICY: &str = "content-security-policy: default-src 'none'; style-src 'unsafe-inline'; \
+                      script-src 'unsafe-inline'; connect-src 'self'; img-src data:\r\n";
+/// How long a client may take for a request, or between two, or to read an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What all requests of this worker share.
 struct Shared {
@@ -38,9 +39,9 @@ struct Shared {
     changed: Notify,
 }
 
-/// The answer of `/json`.
+/// What `/json` tells.
 #[derive(Debug, Serialize)]
-struct Answer {
+struct State {
     answered_by: Row,
     workers: Vec<Row>,
     /// Of all workers together.
@@ -64,28 +65,82 @@ pub(super) fn work(listen: SocketAddr) -> Code {
     }
 }
 
-async fn serve(listen: SocketAddr) -> std::io::Result<()> {
-    let worker = Worker::from_env().map_err(std::io::Error::other)?;
-    let listener = worker.listen(listen).await?;
+async fn serve(listen: SocketAddr) -> io::Result<()> {
+    let worker = Worker::from_env().map_err(io::Error::other)?;
+    let mut listener = worker.listen(listen).await?;
     let shared = Arc::new(Shared::new(&worker));
-    let counted = Arc::clone(&shared);
-    let listener = listener.tap_io(move |connection| {
-        // Answers are small and complete; waiting for more would only delay them.
-        let _as_before = connection.set_nodelay(true);
-        counted.connections.fetch_add(1, Ordering::Relaxed);
-        counted.changed.notify_one();
-    });
     tokio::spawn(tell(worker.clone(), Arc::clone(&shared)));
     tokio::spawn(hear(worker.clone(), Arc::clone(&shared)));
-    axum::serve(listener, router(shared)).with_graceful_shutdown(worker.shutdown()).await
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let (connection, _client) = accepted?;
+                shared.accepted();
+                connections.spawn(converse(connection, worker.clone(), Arc::clone(&shared)));
+            }
+            Some(_) = connections.join_next() => {}
+            () = worker.shutdown() => break,
+        }
+    }
+    // What waits in it goes to the others.
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
 }
 
-fn router(shared: Arc<Shared>) -> Router {
-    Router::new()
-        .route("/", get(page))
-        .route("/json", get(json))
-        .route("/healthz", get(|| async { "ok\n" }))
-        .with_state(shared)
+/// Answers one client until it leaves, or the worker stops and no request is under way.
+async fn converse(mut connection: TcpStream, worker: Worker, shared: Arc<Shared>) {
+    // Answers are small and complete; waiting for more would only delay them.
+    let _as_before = connection.set_nodelay(true);
+    let mut received = Vec::new();
+    loop {
+        let (answer, used, stays) = match http::read(&received) {
+            Read::Part => {
+                let idle = received.is_empty();
+                let more = receive(&mut connection, &mut received);
+                tokio::select! {
+                    more = tokio::time::timeout(PATIENCE, more) => match more {
+                        Ok(Ok(1..)) => continue,
+                        _ => return,
+                    },
+                    () = worker.shutdown(), if idle => return,
+                }
+            }
+            Read::Whole(request, used) => {
+                let stays = request.keep_alive && !worker.is_stopping();
+                let (answer, stays) = shared.respond(&request, stays);
+                (answer, used, stays)
+            }
+            Read::Refused(status) => (Answer::refusal(status).bytes(false), 0, false),
+        };
+        let sent = tokio::time::timeout(PATIENCE, connection.write_all(&answer)).await;
+        if !stays || !matches!(sent, Ok(Ok(()))) {
+            return leave(connection).await;
+        }
+        received.drain(..used);
+    }
+}
+
+/// Reads what is there, up to the longest request.
+async fn receive(connection: &mut TcpStream, received: &mut Vec<u8>) -> io::Result<usize> {
+    let mut part = [0; 2048];
+    let room = part.len().min(HEAD_BYTES.saturating_sub(received.len()).max(1));
+    let length = connection.read(&mut part[..room]).await?;
+    received.extend_from_slice(&part[..length]);
+    Ok(length)
+}
+
+/// Closes so that the client gets the answer: closing with bytes unread would reset the connection.
+async fn leave(mut connection: TcpStream) {
+    let mut rest = [0; 1024];
+    let ended = async {
+        connection.shutdown().await?;
+        while connection.read(&mut rest).await? > 0 {}
+        io::Result::Ok(())
+    };
+    // A client that does not close its side is left after a second.
+    let _ended = tokio::time::timeout(Duration::from_secs(1), ended).await;
 }
 
 /// Tells the primary what was counted.
@@ -108,26 +163,6 @@ async fn hear(worker: Worker, shared: Arc<Shared>) {
     }
 }
 
-async fn page(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    shared.answered();
-    let headers: [(HeaderName, &str); 3] = [
-        (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (CONTENT_SECURITY_POLICY, POLICY),
-        (CACHE_CONTROL, "no-store"),
-    ];
-    (headers, PAGE)
-}
-
-async fn json(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery) -> impl IntoResponse {
-    shared.answered();
-    let close = query.is_some_and(|query| query.split('&').any(|word| word == "close"));
-    let connection = if close { "close" } else { "keep-alive" };
-    let headers: [(HeaderName, &str); 3] =
-        [(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store"), (CONNECTION, connection)];
-    // Rows of numbers and text cannot fail.
-    (headers, serde_json::to_string(&shared.answer()).unwrap_or_default() + "\n")
-}
-
 impl Shared {
     fn new(worker: &Worker) -> Shared {
         let me = Row {
@@ -146,9 +181,36 @@ impl Shared {
         }
     }
 
-    fn answered(&self) {
+    fn accepted(&self) {
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        self.changed.notify_one();
+    }
+
+    /// The answer, and whether the connection stays open after it.
+    fn respond(&self, request: &Request<'_>, keep_alive: bool) -> (Vec<u8>, bool) {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.changed.notify_one();
+        let (path, query) = request.target.split_once('?').unwrap_or((request.target, ""));
+        let close = query.split('&').any(|word| word == "close");
+        let keep_alive = keep_alive && !close;
+        let plain = |status, content_type, body| {
+            Answer { status, content_type, fields: "", body, keep_alive }.bytes(request.head)
+        };
+        let bytes = match path {
+            "/" => {
+                let content_type = "text/html; charset=utf-8";
+                let (status, fields, body) = (Status::Ok, POLICY, PAGE);
+                Answer { status, content_type, fields, body, keep_alive }.bytes(request.head)
+            }
+            "/json" => {
+                // Rows of numbers and text cannot fail.
+                let body = serde_json::to_string(&self.state()).unwrap_or_default() + "\n";
+                plain(Status::Ok, "application/json", &body)
+            }
+            "/healthz" => plain(Status::Ok, "text/plain", "ok\n"),
+            _ => plain(Status::NotFound, "text/plain", "no such page\n"),
+        };
+        (bytes, keep_alive)
     }
 
     fn counts(&self) -> Counts {
@@ -158,7 +220,7 @@ impl Shared {
         }
     }
 
-    fn answer(&self) -> Answer {
+    fn state(&self) -> State {
         let Board { rows, way, why } =
             self.board.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Counts { connections, requests } = self.counts();
@@ -171,6 +233,6 @@ impl Shared {
         let counts = || workers.iter().map(|row| row.connections);
         let spread = counts().max().unwrap_or(0) - counts().min().unwrap_or(0);
         let connections = counts().sum();
-        Answer { answered_by, workers, connections, spread, way, why }
+        State { answered_by, workers, connections, spread, way, why }
     }
 }
