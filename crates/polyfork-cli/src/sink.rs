@@ -131,7 +131,8 @@ impl Sink {
         if state.dead {
             return;
         }
-        if state.unwritten() + line.len() > OWN_BYTES {
+        // A line longer than the bound is let in when nothing waits: a worker may send long messages.
+        if state.unwritten() > 0 && state.unwritten() + line.len() > OWN_BYTES {
             state.dropped += 1;
         } else {
             self.add(&mut state, line);
