@@ -175,7 +175,7 @@ pub(crate) struct RunArgs {
     ///
     /// HOST:PORT (IPv6 in brackets), :PORT (all addresses), unix:PATH or unix:@ABSTRACT. Bound before the first worker
     /// starts and told by LISTEN_FDS. For workers of the sockets dialect; Node and native workers say themselves
-    /// where they listen. In the environment, addresses are separated by spaces.
+    /// where they listen. POLYFORK_LISTEN takes several, separated by spaces.
     #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Connections")]
     pub(crate) listen: Vec<Address>,
 
@@ -271,7 +271,8 @@ pub(crate) struct DemoArgs {
     pub(crate) workers: Option<Workers>,
 
     /// Where to listen; port 0 lets the system choose
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = address)]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = address,
+          env = "POLYFORK_LISTEN", hide_env_values = true)]
     pub(crate) listen: Address,
 
     /// Which worker gets the next connection
