@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use crate::id::WorkerId;
 use crate::time::Time;
-use crate::turn::Turn;
+use crate::turn::{Room, Turn};
 
 /// The limits of one listener's hand-over.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct HandoffConfig {
     pub ack_limit: Duration,
     /// How long a worker that refused a connection gets none, before it is tried with one.
     pub refuse_pause: Duration,
-    /// Turns that a worker without room is owed at most (see [`Turn`]).
+    /// Turns that a worker without room is owed at most. Then the others wait for it, until it is stalled (see [`Turn`]).
     pub debt_limit: u32,
 }
 
@@ -55,7 +55,7 @@ impl Default for HandoffConfig {
             queue_limit: 1024,
             ack_limit: Duration::from_secs(1),
             refuse_pause: Duration::from_millis(25),
-            debt_limit: 64,
+            debt_limit: 32,
         }
     }
 }
@@ -227,6 +227,23 @@ impl<C> Member<C> {
 
     fn stalled(&self, now: Time, ack_limit: Duration) -> bool {
         self.stalls_at(ack_limit).is_some_and(|at| at <= now)
+    }
+
+    /// Whether it can take a turn. One that answers is worth waiting for; one that is stalled, paused or on trial is
+    /// not.
+    fn room(&self, now: Time, ack_limit: Duration) -> Room {
+        let paused = self.paused_until.is_some_and(|until| until > now);
+        if self.free(now, ack_limit) > 0 {
+            Room::Free
+        } else if self.suspended
+            || paused
+            || self.trial != Trial::No
+            || self.stalled(now, ack_limit)
+        {
+            Room::Away
+        } else {
+            Room::Busy
+        }
     }
 
     /// How many it may be sent now.
@@ -488,7 +505,8 @@ impl<C> Handoff<C> {
 
     fn next_worker(&mut self) -> Option<WorkerId> {
         let (now, limit, members) = (self.now, self.config.ack_limit, &self.members);
-        self.turn.next(|worker| members.get(&worker).is_some_and(|m| m.free(now, limit) > 0))
+        self.turn
+            .next_or_wait(|worker| members.get(&worker).map_or(Room::Away, |m| m.room(now, limit)))
     }
 
     /// Takes the connection that `worker` owes an answer to out of flight, or says what is wrong with the answer.

@@ -6,10 +6,22 @@
 //! behind it takes two. Here everyone's turns are counted, the one with the fewest goes next, and ties go round the
 //! ring. With room everywhere that is round robin to the letter. A member without room is owed its turns.
 //!
-//! The surprising rule: what is owed is bounded. Without the bound a member that hung for a minute would get all
-//! traffic afterwards until it had caught up.
+//! The surprising rule: what is owed is bounded. At the bound the others wait for a member that is merely busy, so
+//! that counts never drift apart; one that is away loses what it was owed beyond the bound, or else it would get all
+//! traffic for a while when it comes back.
 
 use crate::id::WorkerId;
+
+/// Whether a member can take a turn.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Room {
+    /// At once.
+    Free,
+    /// In a moment: it is worth waiting for.
+    Busy,
+    /// Nobody knows when.
+    Away,
+}
 
 /// Turns among members, by default workers.
 ///
@@ -63,19 +75,36 @@ impl<K: Copy + Eq> Turn<K> {
     }
 
     /// Gives the turn to the member with room that took fewest, the next in the ring among equals; nobody without room.
+    ///
+    /// Nobody is waited for: [`Turn::next_or_wait`] with every member free or away.
     pub fn next(&mut self, mut has_room: impl FnMut(K) -> bool) -> Option<K> {
+        self.next_or_wait(|key| if has_room(key) { Room::Free } else { Room::Away })
+    }
+
+    /// As [`Turn::next`], but nobody is next while a busy member is owed all that may be owed.
+    pub fn next_or_wait(&mut self, mut room: impl FnMut(K) -> Room) -> Option<K> {
         let floor = self.most().saturating_sub(self.debt_limit);
         let len = self.ring.len();
         let mut best: Option<(u64, usize)> = None;
+        let mut busy: Option<u64> = None;
         for step in 0..len {
             let index = (self.from + step) % len;
             let member = &mut self.ring[index];
-            member.taken = member.taken.max(floor);
-            if best.is_none_or(|(taken, _)| member.taken < taken) && has_room(member.key) {
-                best = Some((member.taken, index));
+            match room(member.key) {
+                Room::Free if best.is_none_or(|(taken, _)| member.taken < taken) => {
+                    best = Some((member.taken, index));
+                }
+                Room::Free => {}
+                Room::Busy => {
+                    busy = Some(busy.map_or(member.taken, |taken| taken.min(member.taken)))
+                }
+                Room::Away => member.taken = member.taken.max(floor),
             }
         }
-        let (_, index) = best?;
+        let (taken, index) = best?;
+        if busy.is_some_and(|busy| taken.saturating_sub(busy) >= self.debt_limit) {
+            return None;
+        }
         let member = &mut self.ring[index];
         member.taken += 1;
         self.from = index + 1;
@@ -122,6 +151,16 @@ mod tests {
 
     fn take(turn: &mut Turn<u32>, count: usize, without: &[u32]) -> Vec<u32> {
         (0..count).filter_map(|_| turn.next(|m| !without.contains(&m))).collect()
+    }
+
+    #[test]
+    fn a_busy_member_is_waited_for_once_it_is_owed_all_that_may_be() {
+        let mut turn = ring(2, 3);
+        let busy = |key| if key == 0 { Room::Busy } else { Room::Free };
+        let taken = (0..10).filter_map(|_| turn.next_or_wait(busy)).count();
+        assert_eq!(taken, 3);
+        let all: Vec<_> = (0..4).filter_map(|_| turn.next_or_wait(|_| Room::Free)).collect();
+        assert_eq!(all, [0, 0, 0, 1].map(|key: u32| key));
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! References: socket(7) `SO_REUSEPORT`, `SO_ATTACH_REUSEPORT_EBPF`; Node `lib/internal/cluster/`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, BufRead};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -818,18 +818,21 @@ pub(crate) fn sockets_of(process: &str) -> BTreeSet<u64> {
 pub(crate) fn listening_sockets(pid: u32, inodes: &BTreeSet<u64>) -> Vec<Address> {
     let mut found = Vec::new();
     for table in ["tcp", "tcp6"] {
-        let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")) else {
-            continue;
-        };
-        found.extend(text.lines().skip(1).filter_map(|line| listening_line(line, inodes)));
+        let Ok(file) = std::fs::File::open(format!("/proc/{pid}/net/{table}")) else { continue };
+        // Line by line: a busy machine has tens of thousands.
+        let lines = io::BufReader::new(file).lines().map_while(Result::ok);
+        found.extend(lines.skip(1).filter_map(|line| listening_line(&line, inodes)));
     }
     found
 }
 
 /// One line of `/proc/net/tcp`: its address if it listens (state 0A) and its inode is one of `inodes`.
 fn listening_line(line: &str, inodes: &BTreeSet<u64>) -> Option<Address> {
+    if line.split_ascii_whitespace().nth(3)? != "0A" {
+        return None;
+    }
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-    if *fields.get(3)? != "0A" || !inodes.contains(&fields.get(9)?.parse().ok()?) {
+    if !inodes.contains(&fields.get(9)?.parse().ok()?) {
         return None;
     }
     let (host, port) = fields.get(1)?.split_once(':')?;

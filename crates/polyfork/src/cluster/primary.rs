@@ -897,7 +897,9 @@ impl Primary {
         // A socket that it was given, but has not said yet that it listens on, is ours.
         let ours = ports::sockets_of("self");
         let its = &ports::sockets_of(&who.pid.to_string()) - &ours;
-        let found = ports::listening_sockets(who.pid, &its);
+        // Nearly always it has none, and the table of all connections need not be read.
+        let found =
+            if its.is_empty() { Vec::new() } else { ports::listening_sockets(who.pid, &its) };
         if found.is_empty() || !w.online {
             self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
             return;
