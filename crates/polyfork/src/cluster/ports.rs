@@ -155,11 +155,13 @@ pub(crate) struct Ports {
     windows: BTreeMap<WorkerId, usize>,
     policy: Policy,
     mechanism: Mechanism,
+    by_hand: bool,
 }
 
 impl Ports {
-    pub(crate) fn new(policy: Policy, mechanism: Mechanism) -> Self {
-        Ports { policy, mechanism, ..Ports::default() }
+    /// `by_hand`: workers can be given connections one by one.
+    pub(crate) fn new(policy: Policy, mechanism: Mechanism, by_hand: bool) -> Self {
+        Ports { policy, mechanism, by_hand, ..Ports::default() }
     }
 
     pub(crate) fn get(&self, id: ListenerId) -> Option<&Port> {
@@ -372,9 +374,17 @@ impl Ports {
     }
 
     /// A slot ends: its sockets are closed, and what waits on them goes to the others first.
-    pub(crate) fn remove_slot(&mut self, slot: SlotId) -> Vec<String> {
+    pub(crate) fn remove_slot(&mut self, slot: SlotId, now: Time) -> Vec<String> {
         if !self.slots.remove(&slot) {
             return Vec::new();
+        }
+        for port in self.open.values_mut() {
+            if let Kind::Slots { group, stranded } = &mut port.kind
+                && self.by_hand
+                && group.selection() == Selection::Classic
+            {
+                strand(group, &[slot.0], now, stranded);
+            }
         }
         self.each_group(|group| group.remove_slot(slot.0), slot, "remove")
     }
@@ -401,6 +411,9 @@ impl Ports {
         let mut sockets = Vec::new();
         for port in self.open.values() {
             if let Some(fd) = port.socket_for(slot) {
+                // As systemd passes them on: a program that just accepts need not know better. The primary
+                // itself never accepts from these.
+                channel::set_nonblocking(fd, false)?;
                 // Colons separate names in LISTEN_FDNAMES.
                 let name = port.address.to_string().replace(':', "_");
                 sockets.push((fd.try_clone_to_owned()?, name));
@@ -468,7 +481,9 @@ impl Ports {
             if let Kind::Slots { group, stranded } = &mut port.kind {
                 let live: Vec<u32> = ready.iter().map(|(_, slot)| slot.0).collect();
                 match refresh_group(group, &live, &held) {
-                    Ok(left) => strand(group, &left, now, stranded),
+                    Ok(left) if self.by_hand => strand(group, &left, now, stranded),
+                    // They stay queued for the slot's next worker.
+                    Ok(_) => {}
                     Err(e) => {
                         failures.push(format!("cannot switch slots on {}: {e}", port.address))
                     }

@@ -26,7 +26,7 @@ use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
 use super::link::Item;
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
-use super::settings::{Address, Dialect, Ready, Settings};
+use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
 use super::{SendError, StartError, WorkerStatus};
 
 /// How often a queue that should run dry is looked at.
@@ -183,6 +183,13 @@ impl Primary {
                 detected.dialect
             )));
         }
+        if detected.dialect == Dialect::Sockets && settings.mechanism == Mechanism::Handoff {
+            return Err(StartError::Settings(
+                "connections cannot be handed to workers of the sockets dialect; use --mechanism kernel, or \
+                 --policy shared"
+                    .into(),
+            ));
+        }
         let (commands_tx, commands) = mpsc::channel(64);
         let (io, from_io) = mpsc::channel(512);
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
@@ -199,7 +206,11 @@ impl Primary {
         };
         let environment = Environment::new(&settings, &detected);
         let mut primary = Primary {
-            ports: Ports::new(settings.policy, settings.mechanism),
+            ports: Ports::new(
+                settings.policy,
+                settings.mechanism,
+                detected.dialect != Dialect::Sockets,
+            ),
             supervisor: Supervisor::new(plan),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -343,7 +354,8 @@ impl Primary {
                 self.emit(Event::SlotFailed { slot: slot.0, restarts, window });
             }
             Action::SlotRetired { slot } => {
-                for failure in self.ports.remove_slot(slot) {
+                let now = self.now();
+                for failure in self.ports.remove_slot(slot, now) {
                     self.notice("slot", None, failure);
                 }
                 self.emit(Event::SlotRetired { slot: slot.0 });
