@@ -25,6 +25,7 @@ mod paths;
 mod proc;
 mod setup;
 mod test;
+mod try_it;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,7 @@ Usage: cargo xtask COMMAND [OPTIONS]
 
 Commands:
   setup                  bring the peers and tools of tests and benchmarks into .peers/
+  try [OPTIONS]          run a stock Node server with polyfork, on all cores, in the foreground
   test [--quick]         run every check; ends with `N passed, N failed, N skipped`
   bench http             compare with Node's cluster, PM2 and tokio, side by side
   help                   print this
@@ -66,6 +68,7 @@ fn dispatch(args: &mut Arguments) -> Result<ExitCode> {
         Some("setup") => setup::main(args),
         Some("test") => test::main(args),
         Some("bench") => bench::main(args),
+        Some("try") => try_it::main(args),
         Some("help") | None => {
             print!("{HELP}");
             Ok(ExitCode::SUCCESS)
