@@ -19,5 +19,7 @@ mod ends;
 mod hostile;
 #[path = "faults/load.rs"]
 mod load;
+#[path = "faults/other_programs.rs"]
+mod other_programs;
 #[path = "faults/shortage.rs"]
 mod shortage;

@@ -207,7 +207,8 @@ impl Command {
         self
     }
 
-    /// Puts the child's own process id into variable `key`, in decimal, as `LISTEN_PID` wants it.
+    /// Puts the child's own process id into variable `key`, in decimal, as `LISTEN_PID` wants it. For one variable:
+    /// a second call replaces the first.
     pub fn pid_env(&mut self, key: impl AsRef<OsStr>) -> &mut Self {
         self.pid_env = Some(key.as_ref().to_owned());
         self

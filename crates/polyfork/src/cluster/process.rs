@@ -202,7 +202,6 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         command.env(names::NOTIFY_SOCKET, socket.address());
         if let Some(limit) = settings.watchdog {
             command.env("WATCHDOG_USEC", limit.as_micros().to_string());
-            command.pid_env("WATCHDOG_PID");
         }
         // What cannot be asked by message is asked by signal when the primary is gone.
         command.parent_death_signal(Some(Signal::TERM));
