@@ -351,7 +351,7 @@ fn a_second_signal_ends_workers_at_once() {
     cluster.wait_for("ready");
     cluster.running.signal(Signal::TERM);
     cluster.wait_for("draining");
-    cluster.running.signal(Signal::TERM);
+    cluster.running.signal_again(Signal::TERM);
     let (code, end) = cluster.end();
     assert_eq!((code, &end["outcome"]), (9, &"forced".into()));
 }

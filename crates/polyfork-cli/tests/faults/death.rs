@@ -173,7 +173,7 @@ fn fault_07_stuck_event_loop_does_not_hold_connections() {
     // It does not leave by itself either: the second signal ends it.
     cluster.events.running.signal(Signal::TERM);
     cluster.wait(|e| e["event"] == "draining");
-    cluster.events.running.signal(Signal::TERM);
+    cluster.events.running.signal_again(Signal::TERM);
     let (code, _) = cluster.events.end();
     assert_eq!(code, 9);
 }
@@ -262,7 +262,7 @@ fn fault_11_queue_of_a_dead_worker_is_served_by_siblings() {
     nothing_failed("30 clients, a third of them queued on a dead worker", &answers(clients));
     cluster.events.running.signal(Signal::TERM);
     cluster.wait(|e| e["event"] == "draining");
-    cluster.events.running.signal(Signal::TERM);
+    cluster.events.running.signal_again(Signal::TERM);
     cluster.events.end();
 }
 

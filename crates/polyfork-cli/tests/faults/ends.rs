@@ -135,7 +135,7 @@ fn fault_40_second_signal() {
         eventually("a request in hand", || established(address.port()), |now| *now >= 1);
         cluster.events.running.signal(Signal::TERM);
         cluster.wait(|e| e["event"] == "draining");
-        cluster.events.running.signal(second);
+        cluster.events.running.signal_again(second);
         let (code, end) = cluster.events.end();
         assert_eq!(code, 9, "{end}");
         assert_ne!(client.join().expect("client"), Class::Ok);

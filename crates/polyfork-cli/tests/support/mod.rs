@@ -155,6 +155,12 @@ impl Running {
         pidfd_send_signal(&pidfd, signal).expect("signal");
     }
 
+    /// A signal that is not taken for an echo of the one before: those come within 100 ms of it.
+    pub(crate) fn signal_again(&self, signal: Signal) {
+        std::thread::sleep(Duration::from_millis(200));
+        self.signal(signal);
+    }
+
     /// Waits for the end.
     pub(crate) fn end(&mut self) -> ExitStatus {
         let limit = Instant::now() + PATIENCE;

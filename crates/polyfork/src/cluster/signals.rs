@@ -2,7 +2,7 @@
 //!
 //! | signal | meaning |
 //! | --- | --- |
-//! | TERM, INT, HUP | drain: workers finish what they serve; a second one ends them now |
+//! | TERM, INT, HUP | drain: workers finish what they serve; a second one, 100 ms later or more, ends them now |
 //! | QUIT | end now |
 //! | TTIN, TTOU | one worker more, one less |
 //! | PIPE | ignored (Rust's start-up code does it); writes report the error instead |
@@ -11,6 +11,7 @@
 //! Reference: signal(7).
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -43,16 +44,33 @@ impl Signals {
 
     /// Signals handled from here on, whoever waits for them later.
     async fn obey(mut self, cluster: &Cluster) {
+        let mut stop = Stop { last: None };
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => cluster.stop().await,
-                _ = self.interrupt.recv() => cluster.stop().await,
-                _ = self.hang_up.recv() => cluster.stop().await,
+                _ = self.terminate.recv() => stop.ask(cluster).await,
+                _ = self.interrupt.recv() => stop.ask(cluster).await,
+                _ = self.hang_up.recv() => stop.ask(cluster).await,
                 _ = self.quit.recv() => cluster.stop_now().await,
                 _ = self.more.recv() => cluster.add_worker().await,
                 _ = self.fewer.recv() => cluster.remove_worker().await,
                 Some(_) = recv(&mut self.child) => cluster.reap_strangers().await,
             }
+        }
+    }
+}
+
+/// Signals that come together are one wish: `timeout`, npm and terminals send to a process and its group.
+const SAME_WISH: Duration = Duration::from_millis(100);
+
+struct Stop {
+    last: Option<Instant>,
+}
+
+impl Stop {
+    async fn ask(&mut self, cluster: &Cluster) {
+        let last = self.last.replace(Instant::now());
+        if last.is_none_or(|last| last.elapsed() > SAME_WISH) {
+            cluster.stop().await;
         }
     }
 }
