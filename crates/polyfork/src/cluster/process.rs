@@ -80,7 +80,8 @@ impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
         let mut notices = Vec::new();
         let mut placed = None;
-        if settings.drain_preload && matches!(detected.runtime, Runtime::Node { .. }) {
+        let runs_node = matches!(detected.runtime, Runtime::Node { .. });
+        if settings.drain_preload && runs_node && !may_not_read_files(settings, detected) {
             match preload::place() {
                 Ok(path) => placed = Some((path, settings.grace)),
                 Err(error) => notices.push(format!(
@@ -109,6 +110,17 @@ impl Environment {
     pub(crate) fn take_notices(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notices)
     }
+}
+
+/// Under these flags Node 18 and 20 may not read the preload and would refuse to start.
+fn may_not_read_files(settings: &Settings, detected: &Detected) -> bool {
+    let flags = ["--experimental-permission", "--experimental-policy"];
+    detected
+        .args_before
+        .iter()
+        .chain(&settings.args)
+        .filter_map(|arg| arg.to_str())
+        .any(|arg| flags.iter().any(|flag| arg.starts_with(flag)))
 }
 
 /// All that goes into one start.
