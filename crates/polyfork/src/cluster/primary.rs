@@ -476,7 +476,11 @@ impl Primary {
         for failure in self.ports.add_slot(slot) {
             self.notice("slot", None, failure);
         }
-        let inherited = self.ports.inherited_by(slot);
+        // Only programs that inherit sockets are to get them blocking: a Node worker hangs on such a one.
+        let inherited = match self.detected.dialect {
+            Dialect::Sockets => self.ports.inherited_by(slot),
+            _ => Ok(Vec::new()),
+        };
         let request = process::Request {
             slot,
             worker,
