@@ -108,7 +108,7 @@ impl Primary {
     }
 
     /// Bun marks its internal lines, and takes none that is not marked.
-    fn is_bun(&mut self, worker: WorkerId) {
+    pub(crate) fn is_bun(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         w.prefixed = true;
         if let Link::Node(link) = &mut w.running.link {
@@ -373,8 +373,10 @@ fn key_of(query: &Query) -> Key {
         _ if query.fd.is_some() => KeyKind::Inherited,
         _ => KeyKind::Tcp4,
     };
-    // Only port 0 needs to tell several servers of one worker apart.
-    let index = if query.port == Some(0) { query.index } else { 0 };
+    // Port 0 needs to tell several servers of one worker apart. So do UDP sockets, which may share a port
+    // within a worker if they say so; if they do not, binding the second one fails.
+    let several = query.port == Some(0) || matches!(kind, KeyKind::Udp4 | KeyKind::Udp6);
+    let index = if several { query.index } else { 0 };
     Key { address: query.address.clone(), port: query.port, kind, fd: query.fd, index }
 }
 

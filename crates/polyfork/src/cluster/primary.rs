@@ -359,6 +359,7 @@ impl Primary {
                     self.notice("slot", None, failure);
                 }
                 self.emit(Event::SlotRetired { slot: slot.0 });
+                self.check_all_ready();
             }
             Action::Finished { outcome } => self.outcome = Some(self.told_outcome(outcome)),
             Action::Report(report) => self.report(report),
@@ -539,6 +540,10 @@ impl Primary {
             },
         );
         self.emit(Event::Fork(who));
+        self.all_ready = false;
+        if self.runtime().binds_itself() {
+            self.is_bun(worker);
+        }
         self.feed(Input::Spawned { worker });
         self.join_pinned(worker);
         match (self.settings.ready, self.detected.dialect) {
@@ -916,10 +921,12 @@ impl Primary {
         // Nearly always it has none, and the table of all connections need not be read.
         let found =
             if its.is_empty() { Vec::new() } else { ports::listening_sockets(who.pid, &its) };
-        if found.is_empty() || !w.online {
+        // Bun says that it is online when its program loads the cluster module, which Bun.serve() does not need.
+        if found.is_empty() || !(w.online || self.runtime().binds_itself()) {
             self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
             return;
         }
+        self.on_online(worker);
         let by = self.ports.own_socket_via();
         for address in found {
             self.emit(Event::Listening { who, address, by: Arc::clone(&by) });
