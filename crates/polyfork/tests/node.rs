@@ -34,12 +34,22 @@ macro_rules! on_every_node {
 
 #[path = "node/client.rs"]
 mod client;
+#[path = "node/clusters.rs"]
+mod clusters;
+#[path = "node/datagrams.rs"]
+mod datagrams;
+#[path = "node/draining.rs"]
+mod draining;
+#[path = "node/exactness.rs"]
+mod exactness;
 #[path = "node/leaving.rs"]
 mod leaving;
 #[path = "node/life.rs"]
 mod life;
 #[path = "node/listening.rs"]
 mod listening;
+#[path = "node/others.rs"]
+mod others;
 #[path = "node/remote.rs"]
 mod remote;
 #[path = "node/support.rs"]

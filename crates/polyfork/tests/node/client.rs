@@ -3,6 +3,7 @@
 //! Every attempt ends in exactly one class (ok, refused, reset, cut, hung), so that the counts add up. A
 //! connection that the server closes *between* two requests is no failure: the next request opens another.
 
+use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
@@ -13,9 +14,10 @@ use polyfork::cluster::Address;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
-use super::support::PATIENCE;
+use super::support::{PATIENCE, Rig};
 
 /// An answer to a request.
 #[derive(Debug)]
@@ -59,7 +61,7 @@ pub(crate) async fn get_unix(to: &Path, path: &str) -> io::Result<Answer> {
     exchange(&mut stream, path, false).await
 }
 
-/// Connects and reads to the end: what [`greeter`](../../../../tests/node-apps/actor.cjs) says.
+/// Connects and reads to the end: what the `greeter` of `actor.cjs` says.
 pub(crate) async fn greeting(to: SocketAddr) -> io::Result<String> {
     let mut text = String::new();
     TcpStream::connect(to).await?.read_to_string(&mut text).await?;
@@ -76,6 +78,12 @@ impl Kept {
 
     pub(crate) async fn get(&mut self, path: &str) -> io::Result<Answer> {
         exchange(&mut self.0, path, true).await
+    }
+
+    /// Whether the server has closed it while it was idle, as any client looks before it uses one again.
+    fn is_closed(&self) -> bool {
+        let nothing = |e: &io::Error| e.kind() == io::ErrorKind::WouldBlock;
+        !self.0.get_ref().try_read(&mut [0]).is_err_and(|e| nothing(&e))
     }
 }
 
@@ -144,7 +152,7 @@ where
 }
 
 /// What became of the requests of a load.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Counts {
     ok: AtomicU64,
     refused: AtomicU64,
@@ -153,6 +161,24 @@ pub(crate) struct Counts {
     hung: AtomicU64,
     /// Kept connections that the server said good-bye to with an answer.
     closed_politely: AtomicU64,
+    /// Kept connections that were found closed before the next request was sent.
+    closed_idle: AtomicU64,
+    /// Told of each answer.
+    answered: Notify,
+}
+
+impl fmt::Debug for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Counts")
+            .field("ok", &self.ok)
+            .field("refused", &self.refused)
+            .field("reset", &self.reset)
+            .field("cut", &self.cut)
+            .field("hung", &self.hung)
+            .field("closed_politely", &self.closed_politely)
+            .field("closed_idle", &self.closed_idle)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Counts {
@@ -178,6 +204,7 @@ impl Counts {
             Err(_) => &self.hung,
         };
         class.fetch_add(1, Ordering::Relaxed);
+        self.answered.notify_waiters();
     }
 }
 
@@ -193,15 +220,46 @@ pub(crate) struct Load {
 impl Load {
     /// Half of the clients open a connection for each request, half keep theirs.
     pub(crate) fn start(to: SocketAddr, clients: usize, path: &'static str) -> Load {
+        Load::with(to, clients, path, |number| number % 2 == 1)
+    }
+
+    /// Clients that connect and are greeted, see [`greeting`].
+    pub(crate) fn greeted(to: SocketAddr, clients: usize) -> Load {
+        let mut load =
+            Load { counts: Arc::default(), stop: Arc::default(), clients: JoinSet::new() };
+        for _ in 0..clients {
+            let (counts, stop) = (Arc::clone(&load.counts), Arc::clone(&load.stop));
+            load.clients.spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    let greeted = tokio::time::timeout(PATIENCE, greeting(to)).await;
+                    counts.count(&greeted.map(|text| text.and_then(as_answer)));
+                }
+            });
+        }
+        load
+    }
+
+    /// Every client opens a connection for each request.
+    pub(crate) fn short(to: SocketAddr, clients: usize, path: &'static str) -> Load {
+        Load::with(to, clients, path, |_| false)
+    }
+
+    fn with(
+        to: SocketAddr,
+        clients: usize,
+        path: &'static str,
+        keeps: impl Fn(usize) -> bool,
+    ) -> Load {
         let mut load =
             Load { counts: Arc::default(), stop: Arc::default(), clients: JoinSet::new() };
         for number in 0..clients {
             let (counts, stop) = (Arc::clone(&load.counts), Arc::clone(&load.stop));
+            let keeps = keeps(number);
             load.clients.spawn(async move {
-                if number % 2 == 0 {
-                    short_client(to, path, &counts, &stop).await;
-                } else {
+                if keeps {
                     kept_client(to, path, &counts, &stop).await;
+                } else {
+                    short_client(to, path, &counts, &stop).await;
                 }
             });
         }
@@ -209,14 +267,22 @@ impl Load {
     }
 
     /// Waits until this many more requests were answered.
-    pub(crate) async fn answered(&self, more: u64) {
+    ///
+    /// # Panics
+    /// When that takes too long; `rig` tells what it saw.
+    pub(crate) async fn answered(&self, rig: &Rig, more: u64) {
         let until = self.counts.ok() + more;
         let reached = tokio::time::timeout(PATIENCE, async {
-            while self.counts.ok() < until {
-                tokio::task::yield_now().await;
+            loop {
+                let more = self.counts.answered.notified();
+                if self.counts.ok() >= until {
+                    return;
+                }
+                more.await;
             }
         });
-        reached.await.unwrap_or_else(|_| panic!("the load stands still: {:?}", self.counts));
+        let still = || panic!("the load stands still: {:?}\n{}", self.counts, rig.story());
+        reached.await.unwrap_or_else(|_| still());
     }
 
     /// Lets every client finish its request; prints and gives the counts.
@@ -228,6 +294,14 @@ impl Load {
         println!("{what}: {:?}", self.counts);
         self.counts
     }
+}
+
+/// A greeting that is missing is a connection that was cut.
+fn as_answer(text: String) -> io::Result<Answer> {
+    if text.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Answer { status: 200, body: text.into_bytes(), last: true })
 }
 
 async fn short_client(to: SocketAddr, path: &str, counts: &Counts, stop: &AtomicBool) {
@@ -243,6 +317,10 @@ async fn kept_client(to: SocketAddr, path: &str, counts: &Counts, stop: &AtomicB
             continue;
         };
         loop {
+            if connection.is_closed() {
+                counts.closed_idle.fetch_add(1, Ordering::Relaxed);
+                break;
+            }
             let outcome = tokio::time::timeout(PATIENCE, connection.get(path)).await;
             counts.count(&outcome);
             match outcome {

@@ -197,19 +197,16 @@ fn worker_of(command: &Value) -> u64 {
 }
 
 /// Waits for the end of processes that are no children of this one.
-pub(crate) async fn all_ended(pids: &[u32]) {
+pub(crate) fn all_ended(pids: &[u32]) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    let limit = Timespec::try_from(PATIENCE).expect("a time");
     for pid in pids {
         let Some(pid) = i32::try_from(*pid).ok().and_then(Pid::from_raw) else { continue };
         // One that cannot be opened has ended.
         let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
-        let ended = tokio::io::unix::AsyncFd::with_interest(process, tokio::io::Interest::READABLE);
-        let ended = ended.expect("registered");
-        let readable = tokio::time::timeout(PATIENCE, ended.readable()).await;
-        readable
-            .unwrap_or_else(|_| panic!("process {pid:?} goes on"))
-            .expect("polled")
-            .retain_ready();
+        let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit));
+        assert_eq!(ended, Ok(1), "process {pid:?} goes on");
     }
 }
 
