@@ -472,7 +472,9 @@ impl Primary {
     // ---- life of a worker ----
 
     fn spawn(&mut self, slot: SlotId, worker: WorkerId) {
-        let forked = self.forking.pop_front();
+        // A restart that is due at the same moment is not what was asked for: forked slots are never restarted.
+        let restartable = self.supervisor.slot(slot).is_some_and(|slot| slot.supervised);
+        let forked = if restartable { None } else { self.forking.pop_front() };
         let extra = forked.as_ref().map(|(env, _)| env.as_slice()).unwrap_or_default();
         for failure in self.ports.add_slot(slot) {
             self.notice("slot", None, failure);
