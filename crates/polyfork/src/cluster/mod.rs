@@ -124,6 +124,9 @@ pub enum StartError {
     /// The settings contradict each other.
     #[error("{0}")]
     Settings(String),
+    /// The cluster has ended.
+    #[error(transparent)]
+    Ended(#[from] Ended),
 }
 
 /// Why a message was not sent.
@@ -165,20 +168,45 @@ impl Cluster {
     /// [`StartError::Program`] when the program cannot be run, [`StartError::Bind`] when an address that
     /// workers should inherit cannot be bound, [`StartError::Settings`] when settings contradict each other.
     pub fn start(settings: Settings) -> Result<Cluster, StartError> {
-        let path = settings.env.iter().rev().find(|(key, _)| key == "PATH").map(|(_, v)| v.clone());
-        let detected = match settings.dialect {
-            // The caller knows better than any look at the file.
-            Some(Dialect::Native) => Detected {
-                dialect: Dialect::Native,
-                runtime: Runtime::Native { protocol: polyfork_wire::native::PROTOCOL },
-                exec: settings.exec.clone().into(),
-                args_before: Vec::new(),
-                why: "asked for".to_owned(),
-                warning: None,
-            },
-            _ => detect(&settings.exec, &settings.args, settings.cwd.as_deref(), path.as_deref())?,
-        };
+        let detected = look_at(&settings)?;
         Self::start_detected(settings, detected)
+    }
+
+    /// Changes what workers that are started from now on are (Node: `cluster.setupPrimary()`, called again): the
+    /// program, its arguments, directory and environment, what becomes of its output, what makes it ready,
+    /// and limits. Told by [`Event::Setup`].
+    ///
+    /// How many there are, how connections reach them, and how they are supervised was settled at the start and
+    /// is not changed. To change a little, begin with [`Cluster::settings`].
+    ///
+    /// # Errors
+    /// As [`Cluster::start`]; nothing has changed then. A program that is spoken to in another way than those
+    /// that run is an error, too.
+    pub async fn setup(&self, settings: Settings) -> Result<(), StartError> {
+        let mut detected = look_at(&settings)?;
+        if let Some(dialect) = settings.dialect {
+            detected.dialect = dialect;
+        }
+        let dialect = detected.dialect;
+        let (settings, detected) = (Box::new(settings), Box::new(detected));
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Setup { settings, detected, reply }).await;
+        if answer.await.map_err(|_| Ended)? {
+            return Ok(());
+        }
+        Err(StartError::Settings(format!(
+            "the program speaks the {dialect} dialect, the cluster was started with another"
+        )))
+    }
+
+    /// What workers that are started from now on are (Node: `cluster.settings`).
+    ///
+    /// # Errors
+    /// When the cluster has ended.
+    pub async fn settings(&self) -> Result<Settings, Ended> {
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Settings(reply)).await;
+        answer.await.map_err(|_| Ended)
     }
 
     /// As [`Cluster::start`], with a program that has been looked at already.
@@ -333,11 +361,46 @@ impl WorkerHandle {
         let _ = self.commands.send(Command::Disconnect(WorkerId(self.id))).await;
     }
 
+    /// Whether its channel is open: from the start until [`Event::Disconnect`] (Node: `worker.isConnected()`).
+    pub async fn is_connected(&self) -> bool {
+        self.status().await.is_some_and(|status| status.connected)
+    }
+
+    /// Whether it has ended: from [`Event::Exit`] on (Node: `worker.isDead()`).
+    pub async fn is_dead(&self) -> bool {
+        self.status().await.is_none()
+    }
+
+    /// What the primary knows of it; `None` once it has ended.
+    pub async fn status(&self) -> Option<WorkerStatus> {
+        let (reply, answer) = oneshot::channel();
+        // A cluster that has ended has no workers.
+        let _ = self.commands.send(Command::Status(reply)).await;
+        answer.await.unwrap_or_default().into_iter().find(|status| status.worker == self.id)
+    }
+
     /// Sends a signal, e.g. `libc::SIGTERM` (Node: `worker.process.kill()`).
     pub async fn kill(&self, signal: i32) {
         // A cluster that has ended has no workers.
         let _ = self.commands.send(Command::Kill(WorkerId(self.id), signal)).await;
     }
+}
+
+/// Finds out what a program is, unless the caller knows.
+fn look_at(settings: &Settings) -> Result<Detected, StartError> {
+    let path = settings.env.iter().rev().find(|(key, _)| key == "PATH").map(|(_, v)| v.as_os_str());
+    Ok(match settings.dialect {
+        // The caller knows better than any look at the file.
+        Some(Dialect::Native) => Detected {
+            dialect: Dialect::Native,
+            runtime: Runtime::Native { protocol: polyfork_wire::native::PROTOCOL },
+            exec: settings.exec.clone().into(),
+            args_before: Vec::new(),
+            why: "asked for".to_owned(),
+            warning: None,
+        },
+        _ => detect(&settings.exec, &settings.args, settings.cwd.as_deref(), path)?,
+    })
 }
 
 impl Outgoing {

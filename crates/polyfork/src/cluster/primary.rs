@@ -69,6 +69,8 @@ pub(crate) enum Command {
     Send { to: WorkerId, message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
     Broadcast { message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
+    Setup { settings: Box<Settings>, detected: Box<Detected>, reply: oneshot::Sender<bool> },
+    Settings(oneshot::Sender<Settings>),
     ReapStrangers,
 }
 
@@ -235,13 +237,42 @@ impl Primary {
             settings,
             detected,
         };
-        primary.emit(Event::Setup { workers: supervised, dialect: primary.detected.dialect });
-        for text in primary.environment.take_notices() {
-            primary.notice("preload", None, text);
-        }
+        primary.tell_setup();
         primary.bind_pinned(supervised)?;
         tokio::spawn(primary.run(end_tx));
         Ok(Started { commands: commands_tx, events, first, end })
+    }
+
+    fn tell_setup(&mut self) {
+        let workers = if self.settings.supervise { self.settings.worker_count() } else { 0 };
+        self.emit(Event::Setup { workers, dialect: self.detected.dialect });
+        for text in self.environment.take_notices() {
+            self.notice("preload", None, text);
+        }
+    }
+
+    /// Takes over what workers started from now on are. What the supervisor and the sockets were built with
+    /// stays. False when the program speaks another dialect than those that run.
+    fn set_up(&mut self, settings: Settings, detected: Detected) -> bool {
+        if detected.dialect != self.detected.dialect {
+            return false;
+        }
+        let old = &self.settings;
+        self.settings = Settings {
+            workers: old.workers,
+            policy: old.policy,
+            mechanism: old.mechanism,
+            listen: old.listen.clone(),
+            supervise: old.supervise,
+            restart: old.restart.clone(),
+            grace: old.grace,
+            ready_timeout: old.ready_timeout,
+            ..settings
+        };
+        self.environment = Environment::new(&self.settings, &detected);
+        self.detected = detected;
+        self.tell_setup();
+        true
     }
 
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
@@ -437,6 +468,14 @@ impl Primary {
                 }
                 // The asker may have gone.
                 let _ = reply.send(Ok(()));
+            }
+            Command::Setup { settings, detected, reply } => {
+                // The asker may have gone.
+                let _ = reply.send(self.set_up(*settings, *detected));
+            }
+            Command::Settings(reply) => {
+                // The asker may have gone.
+                let _ = reply.send(self.settings.clone());
             }
             Command::ReapStrangers => self.reap_strangers(),
             Command::Status(reply) => {
