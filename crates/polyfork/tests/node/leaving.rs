@@ -237,6 +237,35 @@ on_every_node! {
         }
     }
 
+    /// Both leave during a live connection: both end well, and in the end the socket is gone.
+    async fn leaving_during_a_connection_leaks_no_socket(runtime) {
+        for mode in Mode::ALL {
+            let rig = Rig::actors(&runtime, mode);
+            let (first, to) = listening_worker(&rig).await;
+            let second = rig.fork().await;
+            rig.js(second, "keep.s = net.createServer(greeter()); await listen(keep.s, 0, '127.0.0.1')").await;
+            for worker in [first, second] {
+                rig.js(worker, "keep.s.removeAllListeners('connection'); keep.s.on('connection', (c) => { c.write('h'); c.resume(); })").await;
+            }
+            let mut client = TcpStream::connect(to).await.expect("connected");
+            assert_eq!(client.read_u8().await.expect("served"), b'h', "{mode:?}");
+            rig.worker(first).disconnect().await;
+            rig.worker(second).disconnect().await;
+            rig.eventually("word of both", |rig| {
+                let draining = |e: &&_| matches!(e, Event::Draining(_));
+                (rig.events().iter().filter(draining).count() == 2).then_some(())
+            })
+            .await;
+            drop(client);
+            for worker in [first, second] {
+                let ended = rig.ended(worker).await;
+                assert_eq!((ended.code, ended.voluntary), (Some(0), true), "{mode:?}");
+            }
+            rig.event("the socket's end", |e| matches!(e, Event::Closed { .. }).then_some(())).await;
+            rig.end().await;
+        }
+    }
+
     /// `stop` is `cluster.disconnect()`: idle workers go, and the table is empty afterwards.
     async fn stopping_the_cluster_lets_idle_workers_go(runtime) {
         let rig = Rig::actors(&runtime, Mode::Kernel);
@@ -284,6 +313,13 @@ on_every_node! {
         rig.message(worker, |m| m == "EADDRINUSE").await;
         let ended = rig.ended(worker).await;
         assert_eq!((ended.code, ended.voluntary), (Some(0), true));
+        // An error thrown there is the program's own, uncaught as any other.
+        let worker = rig.fork().await;
+        rig.start_js(worker, &format!("
+            process.on('uncaughtException', (e) => process.exit(e.message === 'own' ? 42 : 1));
+            const s = net.createServer(); s.on('error', () => {{ throw new Error('own'); }});
+            s.listen({port}, '127.0.0.1')")).await;
+        assert_eq!(rig.ended(worker).await.code, Some(42));
         rig.end().await;
     }
 }

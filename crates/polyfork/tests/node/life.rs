@@ -49,13 +49,17 @@ on_every_node! {
             mode: process.env.NODE_CHANNEL_SERIALIZATION_MODE ?? null,
             instance: process.env.NODE_APP_INSTANCE, options: process.env.NODE_OPTIONS ?? null,
             limit: Error.stackTraceLimit, colour: process.env.COLOUR ?? null,
-            ours: Object.keys(process.env).filter((key) => key.startsWith('POLYFORK')),
+            ours: Object.keys(process.env).filter((key) => key.startsWith('POLYFORK')).sort(),
             connected: process.connected && cluster.worker.isConnected(), dead: cluster.worker.isDead(),
             leaving: cluster.worker.exitedAfterDisconnect ?? null }";
+        // What the test run itself has in its environment is inherited as anything else.
+        let variables = std::env::vars().map(|(key, _)| key);
+        let mut inherited: Vec<String> = variables.filter(|key| key.starts_with("POLYFORK")).collect();
+        inherited.sort();
         let mut expected = json!({
             "isWorker": true, "isPrimary": false, "id": 1, "unique": null, "fd": null, "mode": null,
             "instance": "0", "options": "--stack-trace-limit=33", "limit": 33, "colour": "blue",
-            "ours": [], "connected": true, "dead": false, "leaving": null,
+            "ours": inherited, "connected": true, "dead": false, "leaving": null,
         });
         assert_eq!(rig.js(one, code).await, expected);
         expected["id"] = json!(2);
@@ -137,6 +141,52 @@ on_every_node! {
             (out == ["to stdout", "no newline"] && err == ["to stderr"]).then_some(())
         })
         .await;
+        rig.end().await;
+    }
+
+    /// Each setup is told, and holds for workers that are started later.
+    async fn setup_again_holds_for_later_workers(runtime) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let place = folder.path().canonicalize().expect("its name");
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let tell = "return { args: process.argv.slice(2), cwd: process.cwd(), colour: process.env.COLOUR ?? null }";
+        let here = std::env::current_dir().expect("a directory");
+        let first = rig.fork().await;
+        assert_eq!(rig.js(first, tell).await, json!({ "args": [], "cwd": here, "colour": null }));
+
+        let settings = rig.cluster.settings().await.expect("running");
+        let changed = settings.clone().arg("--later").cwd(&place).env("COLOUR", "green");
+        rig.cluster.setup(changed).await.expect("set up");
+        rig.cluster.setup(settings.cwd("/").arg("--last")).await.expect("set up again");
+        rig.eventually("three setups", |rig| {
+            (rig.events().iter().filter(|e| matches!(e, Event::Setup { .. })).count() == 3).then_some(())
+        })
+        .await;
+        let later = rig.fork().await;
+        assert_eq!(rig.js(later, tell).await, json!({ "args": ["--last"], "cwd": "/", "colour": null }));
+        assert_eq!(rig.js(first, tell).await["args"], json!([]), "one that runs is not changed");
+
+        let wrong = polyfork::cluster::Settings::new("/no/such/program");
+        rig.cluster.setup(wrong).await.expect_err("no such program");
+        rig.end().await;
+    }
+
+    async fn connected_until_disconnect_and_alive_until_exit(runtime) {
+        let rig = Rig::actors(&runtime, Mode::Kernel);
+        let id = rig.fork().await;
+        let worker = rig.worker(id);
+        assert!(worker.is_connected().await && !worker.is_dead().await, "from the start");
+        rig.js(id, "keep.s = net.createServer((c) => c.resume()); await listen(keep.s, 0, '127.0.0.1');
+            keep.c = net.connect(keep.s.address().port, '127.0.0.1'); await once(keep.c, 'connect')").await;
+        // It closes its channel and lives on, for the connection.
+        rig.start_js(id, "cluster.worker.exitedAfterDisconnect = true; process.disconnect()").await;
+        rig.eventually("disconnect", |rig| rig.life_of(id).contains(&"disconnect").then_some(())).await;
+        assert!(!worker.is_connected().await && !worker.is_dead().await);
+        let refused = worker.send(&1).await.expect_err("no channel");
+        assert!(matches!(refused, polyfork::cluster::SendError::Disconnected), "{refused}");
+        worker.kill(9).await;
+        rig.ended(id).await;
+        assert!(!worker.is_connected().await && worker.is_dead().await);
         rig.end().await;
     }
 
