@@ -8,26 +8,20 @@
 //! that what a worker does stands beside what is expected of it.
 #![allow(clippy::print_stdout, reason = "a test prints its counts")]
 
-/// Makes a scenario a test for every Node version.
+/// Makes scenarios tests, one for every Node version.
 macro_rules! on_every_node {
-    ($($(#[doc = $doc:literal])* async fn $name:ident($runtime:ident) $body:block)+) => {$(
-        mod $name {
-            #[allow(unused_imports, reason = "one list of imports for all scenarios of a file")]
-            use super::*;
-
-            $(#[doc = $doc])*
-            async fn scenario($runtime: crate::support::Runtime) $body
-
+    ($($scenario:ident),+ $(,)?) => {$(
+        mod $scenario {
             #[test]
-            fn node18() { crate::support::play(module_path!(), "node18", scenario); }
+            fn node18() { crate::support::play(module_path!(), "node18", super::$scenario); }
             #[test]
-            fn node20() { crate::support::play(module_path!(), "node20", scenario); }
+            fn node20() { crate::support::play(module_path!(), "node20", super::$scenario); }
             #[test]
-            fn node22() { crate::support::play(module_path!(), "node22", scenario); }
+            fn node22() { crate::support::play(module_path!(), "node22", super::$scenario); }
             #[test]
-            fn node24() { crate::support::play(module_path!(), "node24", scenario); }
+            fn node24() { crate::support::play(module_path!(), "node24", super::$scenario); }
             #[test]
-            fn node26() { crate::support::play(module_path!(), "node26", scenario); }
+            fn node26() { crate::support::play(module_path!(), "node26", super::$scenario); }
         }
     )+};
 }

@@ -9,7 +9,7 @@ use polyfork::cluster::{Event, Settings};
 use tokio::task::JoinSet;
 
 use super::client::{get, reach};
-use super::support::{Mode, Rig};
+use super::support::{Mode, Rig, Runtime};
 
 /// Makes `connections`, many at once, and gives how many each worker says it answered meanwhile.
 async fn counted(
@@ -54,40 +54,42 @@ fn all_ready(rig: &Rig) -> usize {
 }
 
 on_every_node! {
-    /// From the start, after a worker was replaced, after more and after fewer are wanted.
-    async fn turns_are_exact_whatever_became_of_the_workers(runtime) {
-        for mode in Mode::TURNS {
-            for workers in [2, 3, 5] {
-                let settings = |s: Settings| s.env("HOST", "127.0.0.1").env("PORT", "0");
-                let rig = Rig::serving(&runtime, "apps/http.cjs", mode, workers, settings);
-                rig.all_ready(workers).await;
-                let (address, carried) = rig.listening(1).await;
-                assert!(mode.is(carried), "{carried:?}");
-                let to = reach(&address);
-                let what = |phase| format!("{} {mode:?} {workers} workers {phase}", runtime.name);
-                let mut total = BTreeMap::new();
-                let each = workers as usize;
-                check(&what("at first"), to, each, &mut total).await;
+    turns_are_exact_whatever_became_of_the_workers,
+}
 
-                let rounds = all_ready(&rig);
-                rig.worker(1).disconnect().await;
-                rig.eventually("the replacement", |rig| (all_ready(rig) > rounds).then_some(())).await;
-                check(&what("after a replacement"), to, each, &mut total).await;
+/// From the start, after a worker was replaced, after more and after fewer are wanted.
+async fn turns_are_exact_whatever_became_of_the_workers(runtime: Runtime) {
+    for mode in Mode::TURNS {
+        for workers in [2, 3, 5] {
+            let settings = |s: Settings| s.env("HOST", "127.0.0.1").env("PORT", "0");
+            let rig = Rig::serving(&runtime, "apps/http.cjs", mode, workers, settings);
+            rig.all_ready(workers).await;
+            let (address, carried) = rig.listening(1).await;
+            assert!(mode.is(carried), "{carried:?}");
+            let to = reach(&address);
+            let what = |phase| format!("{} {mode:?} {workers} workers {phase}", runtime.name);
+            let mut total = BTreeMap::new();
+            let each = workers as usize;
+            check(&what("at first"), to, each, &mut total).await;
 
-                if workers == 3 {
-                    rig.cluster.scale(workers + 1).await;
-                    rig.all_ready(workers + 1).await;
-                    check(&what("with one more"), to, each + 1, &mut total).await;
-                    rig.cluster.scale(workers - 1).await;
-                    rig.eventually("two fewer", |rig| {
-                        let retired = |e: &&_| matches!(e, Event::SlotRetired { .. });
-                        (rig.events().iter().filter(retired).count() == 2).then_some(())
-                    })
-                    .await;
-                    check(&what("with two fewer"), to, each - 1, &mut total).await;
-                }
-                rig.end().await;
+            let rounds = all_ready(&rig);
+            rig.worker(1).disconnect().await;
+            rig.eventually("the replacement", |rig| (all_ready(rig) > rounds).then_some(())).await;
+            check(&what("after a replacement"), to, each, &mut total).await;
+
+            if workers == 3 {
+                rig.cluster.scale(workers + 1).await;
+                rig.all_ready(workers + 1).await;
+                check(&what("with one more"), to, each + 1, &mut total).await;
+                rig.cluster.scale(workers - 1).await;
+                rig.eventually("two fewer", |rig| {
+                    let retired = |e: &&_| matches!(e, Event::SlotRetired { .. });
+                    (rig.events().iter().filter(retired).count() == 2).then_some(())
+                })
+                .await;
+                check(&what("with two fewer"), to, each - 1, &mut total).await;
             }
+            rig.end().await;
         }
     }
 }
