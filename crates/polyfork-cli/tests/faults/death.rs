@@ -282,7 +282,8 @@ fn fault_12_fewer_workers_reset_nobody() {
         assert_eq!(serve_count(&cluster).len(), 1);
         // And back: new slots take part.
         cluster.events.running.signal(Signal::TTIN);
-        cluster.wait(|e| e["event"] == "ready");
+        let fork = cluster.wait_for("fork");
+        cluster.wait(|e| e["event"] == "worker_ready" && e["pid"] == fork["pid"]);
         assert_eq!(serve_count(&cluster).len(), 2);
         cluster.stop();
     }
