@@ -311,7 +311,9 @@ impl Events {
 pub(crate) fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).expect("connect");
     stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("ask");
+    // In one piece: a simple server answers the first it sees and closes.
+    let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).expect("ask");
     let answer = text(stream);
     let (_, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("answer: {answer:?}"));
     body.to_owned()
