@@ -7,7 +7,7 @@ use polyfork::cluster::{Event, Outcome, Settings};
 
 use super::client::{get, greeting, reach};
 use super::remote::{Remote, all_ended, pids};
-use super::support::{Mode, PATIENCE, Rig, Runtime};
+use super::support::{Mode, PATIENCE, Rig, Runtime, own_host};
 
 on_every_node! {
     clusters_of_one_process_do_not_know_of_each_other,
@@ -92,11 +92,15 @@ async fn a_cluster_whose_port_is_taken_ends_with_the_reason(runtime: Runtime) {
 /// However the primary ends, its workers do, and the port is free again.
 async fn workers_end_with_their_primary(runtime: Runtime) {
     for how in ["exit", "panic", "kill"] {
+        let host = own_host();
         let mut primary = Remote::ours(&runtime, Mode::Kernel, []);
         let workers = [primary.fork().await, primary.fork().await];
         let mut port = json!(null);
         for worker in workers {
-            port = primary.js(worker, "keep.s = http.createServer(counter()); return (await listen(keep.s, 0, '127.0.0.1')).port").await;
+            let listen = format!("listen(keep.s, 0, '{host}')");
+            let code =
+                format!("keep.s = http.createServer(counter()); return (await {listen}).port");
+            port = primary.js(worker, &code).await;
         }
         let pids = pids(&mut primary, &workers).await;
         match how {
@@ -105,7 +109,7 @@ async fn workers_end_with_their_primary(runtime: Runtime) {
         }
         all_ended(&pids);
         let port = port.as_u64().and_then(|p| u16::try_from(p).ok()).expect("a port");
-        let free = std::net::TcpListener::bind(("127.0.0.1", port));
+        let free = std::net::TcpListener::bind((host, port));
         assert!(free.is_ok(), "{how}: port {port} {free:?}");
     }
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::remote::Remote;
-use super::support::{Mode, PATIENCE, Rig, Runtime, Thrown};
+use super::support::{Mode, PATIENCE, Rig, Runtime, Thrown, own_host};
+
+const LOCAL: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
 /// A socket that answers each datagram with its worker's id.
 const BIND: &str = "keep.u = dgram.createSocket(TYPE);
@@ -25,9 +27,9 @@ fn port_of(address: &Value) -> u16 {
 }
 
 /// Sends one datagram and gives what comes back.
-async fn ask(port: u16) -> String {
-    let asker = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a socket");
-    asker.connect((Ipv4Addr::LOCALHOST, port)).await.expect("an address");
+async fn ask(host: Ipv4Addr, port: u16) -> String {
+    let asker = tokio::net::UdpSocket::bind((host, 0)).await.expect("a socket");
+    asker.connect((host, port)).await.expect("an address");
     let mut answer = [0; 64];
     // Loopback loses a datagram only when a buffer is full, but it may.
     for _ in 0..PATIENCE.as_secs() {
@@ -63,24 +65,25 @@ async fn workers_share_a_socket_on_port_0_and_on_a_fixed_port(runtime: Runtime) 
             "{mode:?}"
         );
         for _ in 0..4 {
-            assert!(["1", "2"].contains(&ask(port).await.as_str()), "{mode:?}");
+            assert!(["1", "2"].contains(&ask(LOCAL, port).await.as_str()), "{mode:?}");
         }
         // Whoever stays answers.
         rig.js(workers[0], "return close(keep.u)").await;
-        assert_eq!(ask(port).await, "2", "{mode:?}");
+        assert_eq!(ask(LOCAL, port).await, "2", "{mode:?}");
         rig.worker(workers[1]).disconnect().await;
         let ended = rig.ended(workers[1]).await;
         assert_eq!((ended.code, ended.voluntary), (Some(0), true));
 
-        let probe = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let host = own_host();
+        let probe = UdpSocket::bind((host, 0)).expect("a port");
         let free = probe.local_addr().expect("its number").port();
         let taken: Result<_, Thrown> =
-            rig.try_js(workers[0], &bind("'udp4'", &format!("{free}, '127.0.0.1'"))).await;
+            rig.try_js(workers[0], &bind("'udp4'", &format!("{free}, '{host}'"))).await;
         assert_eq!(taken.expect_err("taken").code.as_deref(), Some("EADDRINUSE"));
         drop(probe);
-        let address = rig.js(workers[0], &bind("'udp4'", &format!("{free}, '127.0.0.1'"))).await;
+        let address = rig.js(workers[0], &bind("'udp4'", &format!("{free}, '{host}'"))).await;
         assert_eq!(port_of(&address), free);
-        assert_eq!(ask(free).await, "1");
+        assert_eq!(ask(host, free).await, "1");
         rig.end().await;
     }
 }
@@ -93,7 +96,7 @@ async fn a_worker_may_close_and_bind_again(runtime: Runtime) {
         let port = port_of(&rig.js(worker, &bind("'udp4'", "0, '127.0.0.1'")).await);
         let other = "keep.v = dgram.createSocket('udp4'); return listen(keep.v, 0, '127.0.0.1')";
         assert_ne!(port_of(&rig.js(worker, other).await), port, "a second socket on port 0");
-        assert_eq!(ask(port).await, "1");
+        assert_eq!(ask(LOCAL, port).await, "1");
         rig.js(worker, "await close(keep.u); return close(keep.v)").await;
     }
     rig.end().await;
@@ -106,10 +109,10 @@ async fn ipv6_only_leaves_the_ipv4_port_free(runtime: Runtime) {
         .js(worker, &bind("{ type: 'udp6', ipv6Only: true }", "{ port: 0, address: '::' }"))
         .await;
     assert_eq!(only["family"], "IPv6");
-    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port_of(&only))).expect("the IPv4 port is free");
+    UdpSocket::bind((own_host(), port_of(&only))).expect("the IPv4 port is free");
     let both = "keep.v = dgram.createSocket('udp6'); return listen(keep.v, 0)";
     let both = port_of(&rig.js(worker, both).await);
-    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, both)).expect_err("taken");
+    UdpSocket::bind((own_host(), both)).expect_err("taken");
     rig.end().await;
 }
 
@@ -120,14 +123,15 @@ async fn two_sockets_in_a_worker_share_a_port_with_reuse_addr(runtime: Runtime) 
     let rig = Rig::actors(&runtime, Mode::Kernel);
     let worker = rig.fork().await;
     for reuse in [true, false] {
+        let host = own_host();
         let share = |first: &str| {
             format!(
                 "
             const options = {{ type: 'udp4', reuseAddr: {reuse} }};
             const [a, b] = [dgram.createSocket(options), dgram.createSocket(options)];
             try {{
-                const {{ port }} = await listen(a, {first}, '127.0.0.1');
-                return (await listen(b, port, '127.0.0.1')).port === port;
+                const {{ port }} = await listen(a, {first}, '{host}');
+                return (await listen(b, port, '{host}')).port === port;
             }} catch (error) {{
                 return error.code;
             }} finally {{
@@ -140,11 +144,7 @@ async fn two_sockets_in_a_worker_share_a_port_with_reuse_addr(runtime: Runtime) 
         assert_eq!(stock.js(twin, &share("0")).await, expected, "Node, reuseAddr {reuse}");
         assert_eq!(rig.js(worker, &share("0")).await, expected, "reuseAddr {reuse}");
         // Both by number. From 22 on, stock Node dies of an assertion here.
-        let free = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
-            .expect("a port")
-            .local_addr()
-            .expect("known")
-            .port();
+        let free = UdpSocket::bind((host, 0)).expect("a port").local_addr().expect("known").port();
         assert_eq!(
             rig.js(worker, &share(&free.to_string())).await,
             expected,
@@ -177,13 +177,10 @@ async fn a_socket_of_the_workers_own_never_asks_the_primary(runtime: Runtime) {
         .await;
     assert_eq!(sent, "answered");
     if runtime.major >= 24 {
-        let free = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
-            .expect("a port")
-            .local_addr()
-            .expect("known")
-            .port();
+        let host = own_host();
+        let free = UdpSocket::bind((host, 0)).expect("a port").local_addr().expect("known").port();
         for worker in [one, two] {
-            let own = bind("{ type: 'udp4', reusePort: true }", &format!("{free}, '127.0.0.1'"));
+            let own = bind("{ type: 'udp4', reusePort: true }", &format!("{free}, '{host}'"));
             assert_eq!(port_of(&rig.js(worker, &own).await), free);
         }
     }
@@ -202,7 +199,7 @@ async fn a_descriptor_that_the_primary_inherited_is_shared(runtime: Runtime) {
     for worker in [one, two] {
         assert_eq!(port_of(&primary.js(worker, &bind("'udp4'", "{ fd: 9 }")).await), port);
     }
-    assert!(["1", "2"].contains(&ask(port).await.as_str()));
+    assert!(["1", "2"].contains(&ask(LOCAL, port).await.as_str()));
     // A descriptor of the other kind is refused in both directions.
     let wrong =
         [bind("'udp4'", "{ fd: 10 }"), "return listen(net.createServer(), { fd: 9 })".to_owned()];

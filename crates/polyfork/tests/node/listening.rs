@@ -13,7 +13,7 @@ use polyfork::cluster::Carried;
 
 use super::client::{get_unix, greeting, reach};
 use super::remote::{Remote, socket_name};
-use super::support::{Mode, Rig, Runtime, Thrown};
+use super::support::{Mode, Rig, Runtime, Thrown, own_host};
 
 /// Waits until a worker has listened this often.
 async fn listened(rig: &Rig, worker: u64, times: usize) {
@@ -179,9 +179,9 @@ async fn ipv6_only_leaves_the_ipv4_port_free_and_its_absence_takes_both(runtime:
         let (one, two) = (rig.fork().await, rig.fork().await);
         let only =
             rig.js(one, &format!("{LISTEN}{{ port: 0, host: '::', ipv6Only: true }})")).await;
-        TcpListener::bind((Ipv4Addr::UNSPECIFIED, port_of(&only))).expect("the IPv4 port is free");
+        TcpListener::bind((own_host(), port_of(&only))).expect("the IPv4 port is free");
         let both = rig.js(two, &format!("{LISTEN}{{ port: 0 }})")).await;
-        let taken = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port_of(&both))).expect_err("taken");
+        let taken = TcpListener::bind((own_host(), port_of(&both))).expect_err("taken");
         assert_eq!(taken.kind(), std::io::ErrorKind::AddrInUse, "{mode:?}");
         rig.listening(two).await;
         assert_eq!(greeting(local(port_of(&both))).await.expect("dual stack"), "2", "{mode:?}");
@@ -231,16 +231,16 @@ async fn errors_are_those_of_nodes_own_primary(runtime: Runtime) {
 /// A worker cannot listen twice on one port; the first is not hurt; later either worker may have it again.
 async fn a_second_listen_on_the_same_port_fails_and_harms_nothing(runtime: Runtime) {
     for mode in Mode::ALL {
+        let host = own_host();
         let rig = Rig::actors(&runtime, mode);
         let (one, two) = (rig.fork().await, rig.fork().await);
-        let port = port_of(&rig.js(one, &format!("{LISTEN}0, '127.0.0.1')")).await);
-        let fixed = format!("{LISTEN}{port}, '127.0.0.1')");
-        let again =
-            format!("keep.t = net.createServer(); return listen(keep.t, {port}, '127.0.0.1')");
+        let port = port_of(&rig.js(one, &format!("{LISTEN}0, '{host}')")).await);
+        let fixed = format!("{LISTEN}{port}, '{host}')");
+        let again = format!("keep.t = net.createServer(); return listen(keep.t, {port}, '{host}')");
         // The port that 0 led to is held as "0": as under Node, the number is somebody else's.
         let error = rig.try_js(one, &again).await.expect_err("held already");
         assert_eq!(error.code.as_deref(), Some("EADDRINUSE"), "{mode:?}: {error:?}");
-        assert_eq!(greeting(local(port)).await.expect("the first is not hurt"), "1");
+        assert_eq!(greeting((host, port).into()).await.expect("the first is not hurt"), "1");
         rig.js(one, "return close(keep.s)").await;
 
         for worker in [one, two] {
@@ -253,12 +253,16 @@ async fn a_second_listen_on_the_same_port_fails_and_harms_nothing(runtime: Runti
         for worker in [one, two] {
             listened(&rig, worker, if worker == one { 2 } else { 1 }).await;
         }
-        let mut ids = greeted_by(local(port), 4).await;
+        let mut ids = greeted_by((host, port).into(), 4).await;
         ids.dedup();
         assert!(mode == Mode::Shared || ids == ["1", "2"], "{mode:?}: {ids:?}");
         for (leaves, stays) in [(one, two), (two, one)] {
             rig.js(leaves, "return close(keep.s)").await;
-            assert_eq!(greeted_by(local(port), 3).await, vec![stays.to_string(); 3], "{mode:?}");
+            assert_eq!(
+                greeted_by((host, port).into(), 3).await,
+                vec![stays.to_string(); 3],
+                "{mode:?}"
+            );
             rig.js(leaves, &fixed).await;
         }
         rig.end().await;
@@ -311,16 +315,16 @@ async fn a_server_bound_exclusively_or_with_reuse_port_is_the_workers_own(runtim
 
         if runtime.major >= 22 {
             let (three, four) = (rig.fork().await, rig.fork().await);
-            let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+            let host = own_host();
+            let probe = TcpListener::bind((host, 0)).expect("a port");
             let free = probe.local_addr().expect("its number").port();
             drop(probe);
             for worker in [three, four] {
-                let own =
-                    format!("{LISTEN}{{ port: {free}, host: '127.0.0.1', reusePort: true }})");
+                let own = format!("{LISTEN}{{ port: {free}, host: '{host}', reusePort: true }})");
                 assert_eq!(port_of(&rig.js(worker, &own).await), free);
                 assert_eq!(rig.listening(worker).await.1, Carried::OwnSocket, "{mode:?}");
             }
-            let ids = greeted_by(local(free), 12).await;
+            let ids = greeted_by((host, free).into(), 12).await;
             assert!(ids.iter().all(|id| ["3", "4"].contains(&id.as_str())), "{mode:?}: {ids:?}");
         }
         let bound = |e: &_| matches!(e, polyfork::cluster::Event::Bound { .. });

@@ -6,7 +6,7 @@ use polyfork::cluster::{Carried, Event, Settings};
 use serde_json::json;
 
 use super::client::{Load, get, reach};
-use super::support::{Mode, Rig, play};
+use super::support::{Mode, Rig, own_host, play};
 
 fn settings(settings: Settings) -> Settings {
     settings.env("HOST", "127.0.0.1").env("PORT", "0")
@@ -76,11 +76,12 @@ fn deno_workers_are_replaced_under_load() {
 fn bun_binds_for_itself_and_is_ready_when_it_listens() {
     play(module_path!(), "bun", async |runtime| {
         for program in ["apps/bun.ts", "apps/http.cjs"] {
-            let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+            let host = own_host();
+            let free = std::net::TcpListener::bind((host, 0)).expect("a port");
             let port = free.local_addr().expect("its number").port();
             drop(free);
             let rig = Rig::serving(&runtime, program, Mode::Kernel, 2, |s| {
-                settings(s).env("PORT", port.to_string())
+                s.env("HOST", host.to_string()).env("PORT", port.to_string())
             });
             rig.all_ready(2).await;
             for worker in [1, 2] {
@@ -96,7 +97,7 @@ fn bun_binds_for_itself_and_is_ready_when_it_listens() {
             let mut workers = BTreeSet::new();
             // The kernel spreads by a hash: not exact, but a worker without any would be no luck.
             while workers.len() < 2 {
-                let answer = get(([127, 0, 0, 1], port).into(), "/").await.expect("answered");
+                let answer = get((host, port).into(), "/").await.expect("answered");
                 workers.insert(answer.json()["worker"].as_u64());
             }
             rig.stop().await;

@@ -9,8 +9,9 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -136,6 +137,14 @@ pub(crate) fn find(name: &'static str) -> Result<Runtime, String> {
         }
         _ => Err(missing()),
     }
+}
+
+/// A loopback address that no other test uses, for ports that are free and then are bound by number.
+pub(crate) fn own_host() -> Ipv4Addr {
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    let process = 1 + u8::try_from(std::process::id() % 250).expect("less than 250");
+    Ipv4Addr::new(127, process, high, low)
 }
 
 /// What a piece of JavaScript threw.
