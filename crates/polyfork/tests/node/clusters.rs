@@ -109,7 +109,11 @@ async fn workers_end_with_their_primary(runtime: Runtime) {
         }
         all_ended(&pids);
         let port = port.as_u64().and_then(|p| u16::try_from(p).ok()).expect("a port");
-        let free = std::net::TcpListener::bind((host, port));
-        assert!(free.is_ok(), "{how}: port {port} {free:?}");
+        // The system may have lent the number to somebody else's connection for a moment.
+        let limit = std::time::Instant::now() + super::support::PATIENCE;
+        while let Err(error) = std::net::TcpListener::bind((host, port)) {
+            assert!(std::time::Instant::now() < limit, "{how}: port {port}: {error}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
     }
 }
