@@ -48,3 +48,5 @@ mod others;
 mod remote;
 #[path = "node/support.rs"]
 mod support;
+#[path = "node/unprivileged.rs"]
+mod unprivileged;

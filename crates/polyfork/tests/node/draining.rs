@@ -4,7 +4,7 @@
 
 use polyfork::cluster::{Event, Settings};
 
-use super::client::{Load, reach};
+use super::client::{Load, get, reach};
 use super::support::{Mode, Rig, Runtime};
 
 const CLIENTS: usize = 8;
@@ -25,6 +25,7 @@ fn settings(settings: Settings) -> Settings {
 
 on_every_node! {
     no_request_fails_while_workers_are_replaced_and_their_number_changes,
+    a_crash_keeps_every_socket_of_a_program,
     no_connection_is_lost_while_a_worker_closes_and_listens_again,
 }
 
@@ -75,5 +76,26 @@ async fn no_connection_is_lost_while_a_worker_closes_and_listens_again(runtime: 
         let counts = load.finish(&format!("{} {mode:?}", runtime.name)).await;
         assert_eq!(counts.failed(), 0, "{mode:?}: {counts:?}\n{}", rig.story());
         rig.end().await;
+    }
+}
+
+/// A program of two servers dies: what comes for either of them waits for its replacement, on the same ports,
+/// although that one is ready before it asks for the second.
+async fn a_crash_keeps_every_socket_of_a_program(runtime: Runtime) {
+    for mode in Mode::ALL {
+        let rig = Rig::serving(&runtime, "two-servers.cjs", mode, 1, |s| s);
+        let ports = rig.message(1, |m| m["ports"].is_array()).await;
+        for worker in [1, 2] {
+            rig.worker(worker).kill(9).await;
+            rig.ended(worker).await;
+            for port in ports["ports"].as_array().expect("two ports") {
+                let port = port.as_u64().and_then(|port| u16::try_from(port).ok()).expect("a port");
+                let answer = get(([127, 0, 0, 1], port).into(), "/").await;
+                let pid = rig.pid(worker + 1).await;
+                assert_eq!(answer.expect("it waits").text(), pid.to_string(), "{mode:?}");
+            }
+            assert_eq!(rig.message(worker + 1, |m| m["ports"].is_array()).await, ports, "{mode:?}");
+        }
+        rig.stop().await;
     }
 }

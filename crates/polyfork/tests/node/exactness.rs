@@ -62,7 +62,9 @@ async fn turns_are_exact_whatever_became_of_the_workers(runtime: Runtime) {
     for mode in Mode::TURNS {
         for workers in [2, 3, 5] {
             let settings = |s: Settings| s.env("HOST", "127.0.0.1").env("PORT", "0");
-            let rig = Rig::serving(&runtime, "apps/http.cjs", mode, workers, settings);
+            // The same server twice: CommonJS and an ES module.
+            let program = if workers == 2 { "apps/http.mjs" } else { "apps/http.cjs" };
+            let rig = Rig::serving(&runtime, program, mode, workers, settings);
             rig.all_ready(workers).await;
             let (address, carried) = rig.listening(1).await;
             assert!(mode.is(carried), "{carried:?}");
@@ -77,6 +79,13 @@ async fn turns_are_exact_whatever_became_of_the_workers(runtime: Runtime) {
             rig.eventually("the replacement", |rig| (all_ready(rig) > rounds).then_some(())).await;
             check(&what("after a replacement"), to, each, &mut total).await;
 
+            if workers == 2 {
+                let rounds = all_ready(&rig);
+                rig.worker(2).kill(9).await;
+                rig.eventually("the replacement", |rig| (all_ready(rig) > rounds).then_some(()))
+                    .await;
+                check(&what("after a crash"), to, each, &mut total).await;
+            }
             if workers == 3 {
                 rig.cluster.scale(workers + 1).await;
                 rig.all_ready(workers + 1).await;

@@ -22,6 +22,9 @@ use super::support::{Mode, PATIENCE, Rig, Runtime, Thrown, app, block_on, find};
 /// Says that this process is such a primary: the runtime and the mode, as `node20 Kernel`.
 const ROLE: &str = "POLYFORK_TEST_PRIMARY";
 
+/// The user who owns nothing, on every Linux.
+pub(crate) const NOBODY: u32 = 65534;
+
 /// The other process. Dropped, it is killed.
 pub(crate) struct Remote {
     child: Child,
@@ -47,13 +50,26 @@ impl Remote {
         mode: Mode,
         inherited: impl IntoIterator<Item = (i32, OwnedFd)>,
     ) -> Remote {
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["remote::plays_the_primary", "--exact", "--nocapture", "--test-threads=1"]);
-        command.env(ROLE, format!("{} {mode:?}", runtime.name));
+        let mut command = Remote::command(runtime, mode);
         for (number, fd) in inherited {
             command.fd(number, fd);
         }
         Remote::start(command)
+    }
+
+    /// A cluster of ours, run by a user who may do nothing special. `cache` is a folder of that user's.
+    pub(crate) fn unprivileged(runtime: &Runtime, mode: Mode, cache: &Path) -> Remote {
+        let mut command = Remote::command(runtime, mode);
+        command.uid(NOBODY).gid(NOBODY).groups(&[]).env("XDG_CACHE_HOME", cache);
+        command.env("NODE_OPTIONS", "--stack-trace-limit=33");
+        Remote::start(command)
+    }
+
+    fn command(runtime: &Runtime, mode: Mode) -> Command {
+        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        command.args(["remote::plays_the_primary", "--exact", "--nocapture", "--test-threads=1"]);
+        command.env(ROLE, format!("{} {mode:?}", runtime.name));
+        command
     }
 
     fn start(mut command: Command) -> Remote {
@@ -98,6 +114,11 @@ impl Remote {
         let input = self.input.as_mut().expect("its input is open");
         input.write_all(format!("{command}\n").as_bytes()).await.expect("it lives");
         id
+    }
+
+    /// How connections reach a worker's first listener, once it listens.
+    pub(crate) async fn carried(&mut self, worker: u64) -> Value {
+        self.ask(json!({ "do": "carried", "worker": worker })).await.expect("an answer")
     }
 
     async fn ask(&mut self, command: Value) -> Result<Value, Thrown> {
@@ -174,7 +195,9 @@ async fn primary(runtime: Runtime, mode: Mode) {
         let command: Value = serde_json::from_str(&line).expect("a command");
         let outcome = match command["do"].as_str() {
             Some("fork") => Ok(json!(rig.fork().await)),
-            Some("pid") => Ok(json!(rig.pid(worker_of(&command)).await)),
+            Some("carried") => {
+                Ok(json!(format!("{:?}", rig.listening(worker_of(&command)).await.1)))
+            }
             Some("js") => {
                 rig.try_js(worker_of(&command), command["code"].as_str().expect("code")).await
             }
