@@ -174,19 +174,22 @@ proptest! {
 
 #[test]
 fn groups_and_sessions_are_new_where_asked_for() {
-    let fields = |mut command: Command| -> Vec<i32> {
-        command.args(["-c", "read -r line < /proc/self/stat; echo $line"]);
-        let text = output(command);
-        let rest = text.rsplit(')').next().unwrap().split_ascii_whitespace();
-        let pid = text.split(' ').next().unwrap().parse().unwrap();
+    // pid, parent, process group, session; a group or session whose leader is outside this pid
+    // namespace reads as 0 (pid_namespaces(7)), which is no `Pid`: hence the file for both sides.
+    let numbers = |stat: &str| -> Vec<i32> {
+        let rest = stat.rsplit(')').next().unwrap().split_ascii_whitespace();
+        let pid = stat.split(' ').next().unwrap().parse().unwrap();
         let numbers = rest.skip(1).take(3).map(|field| field.parse().unwrap());
         std::iter::once(pid).chain(numbers).collect()
     };
-    // pid, parent, process group, session
-    let group = rustix::process::getpgrp().as_raw_nonzero().get();
-    let session = rustix::process::getsid(None).unwrap().as_raw_nonzero().get();
+    let fields = |mut command: Command| -> Vec<i32> {
+        command.args(["-c", "read -r line < /proc/self/stat; echo $line"]);
+        numbers(&output(command))
+    };
+    let own = numbers(&std::fs::read_to_string("/proc/self/stat").unwrap());
+    let (group, session) = (own[2], own[3]);
     let plain = fields(Command::new("sh"));
-    assert_eq!(plain[1], rustix::process::getpid().as_raw_nonzero().get());
+    assert_eq!(plain[1], own[0]);
     assert_eq!(plain[2..], [group, session]);
     let mut command = Command::new("sh");
     command.process_group(true);
