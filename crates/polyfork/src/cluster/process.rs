@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
@@ -43,6 +44,8 @@ const LINE_LIMIT: usize = 64 * 1024;
 
 /// Whose channel it is: like `LISTEN_PID`, so that a grandchild is not fooled by what it inherits.
 pub(crate) const POLYFORK_CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
+/// What an ended worker can have left in one pipe and in the task that reads it.
+const LAST_WORDS: usize = 64 * 1024 + LINE_LIMIT + READ_BYTES;
 /// Room made for each read from a worker's output.
 const READ_BYTES: usize = 8 * 1024;
 
@@ -340,7 +343,11 @@ async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: mpsc::Sender<
 
 /// The tasks that read what workers write. They outlive their worker until its pipes end.
 #[derive(Default)]
-pub(crate) struct OutputTasks(JoinSet<()>);
+pub(crate) struct OutputTasks {
+    tasks: JoinSet<()>,
+    /// Bytes of output that were taken by the reader of lines.
+    passed: Arc<AtomicU64>,
+}
 
 impl OutputTasks {
     fn read(
@@ -351,37 +358,64 @@ impl OutputTasks {
         stdio: Stdio,
         sink: mpsc::Sender<OutputLine>,
     ) -> io::Result<()> {
-        while self.0.try_join_next().is_some() {}
+        while self.tasks.try_join_next().is_some() {}
         polyfork_sys::channel::set_nonblocking(pipe.as_fd(), true)?;
         let pipe = pipe::Receiver::from_owned_fd(pipe)?;
-        self.0.spawn(pass_lines(pipe, slot, worker, stdio, sink));
+        let lines = Lines { slot, worker, stdio, sink, passed: Arc::clone(&self.passed) };
+        self.tasks.spawn(pass_lines(pipe, lines));
         Ok(())
     }
 
-    /// Waits for the last words of ended workers, but not for ever.
-    pub(crate) async fn finish(&mut self, limit: Duration) {
-        // Past the limit a grandchild holds the pipe: what it writes later is its own.
-        let _ = tokio::time::timeout(limit, async { while self.0.join_next().await.is_some() {} })
-            .await;
-        self.0.abort_all();
+    /// Waits for the last words of ended workers: as long as somebody takes them, `patience` between two
+    /// lines. A grandchild may hold a pipe for ever; what an ended worker left behind is at most a full pipe
+    /// and a line, so that is all that is waited for.
+    pub(crate) async fn finish(&mut self, patience: Duration) {
+        let start = self.passed.load(Ordering::Relaxed);
+        let bound = (self.tasks.len() * LAST_WORDS) as u64;
+        let mut before = start;
+        loop {
+            let ended = async { while self.tasks.join_next().await.is_some() {} };
+            if tokio::time::timeout(patience, ended).await.is_ok() {
+                return;
+            }
+            let now = self.passed.load(Ordering::Relaxed);
+            if now == before || now - start > bound {
+                break;
+            }
+            before = now;
+        }
+        self.tasks.abort_all();
     }
 }
 
-/// Cuts a stream into lines. Waits while the reader of lines is behind, which in time makes the worker wait.
-async fn pass_lines(
-    mut pipe: pipe::Receiver,
+/// Where the lines of one pipe come from and go to.
+struct Lines {
     slot: SlotId,
     worker: WorkerId,
     stdio: Stdio,
     sink: mpsc::Sender<OutputLine>,
-) {
-    let line = |line: Vec<u8>, complete| OutputLine {
-        slot: slot.0,
-        worker: worker.0,
-        stream: stdio.into(),
-        line,
-        complete,
-    };
+    passed: Arc<AtomicU64>,
+}
+
+impl Lines {
+    /// Waits until the line is taken; an error when nobody takes any more.
+    async fn pass(&self, line: Vec<u8>, complete: bool) -> Result<(), ()> {
+        let len = line.len() as u64 + u64::from(complete);
+        let line = OutputLine {
+            slot: self.slot.0,
+            worker: self.worker.0,
+            stream: self.stdio.into(),
+            line,
+            complete,
+        };
+        self.sink.send(line).await.map_err(|_| ())?;
+        self.passed.fetch_add(len, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// Cuts a stream into lines. Waits while the reader of lines is behind, which in time makes the worker wait.
+async fn pass_lines(mut pipe: pipe::Receiver, lines: Lines) {
     let mut pending = Vec::new();
     loop {
         let start = pending.len();
@@ -394,7 +428,7 @@ async fn pass_lines(
         let mut look = start;
         while let Some(at) = pending[look..].iter().position(|b| *b == b'\n') {
             let end = look + at;
-            if sink.send(line(pending[from..end].to_vec(), true)).await.is_err() {
+            if lines.pass(pending[from..end].to_vec(), true).await.is_err() {
                 return;
             }
             from = end + 1;
@@ -402,7 +436,7 @@ async fn pass_lines(
         }
         pending.drain(..from);
         if pending.len() >= LINE_LIMIT
-            && sink.send(line(std::mem::take(&mut pending), false)).await.is_err()
+            && lines.pass(std::mem::take(&mut pending), false).await.is_err()
         {
             return;
         }
@@ -412,7 +446,7 @@ async fn pass_lines(
     }
     if !pending.is_empty() {
         // The reader of lines may have gone.
-        let _ = sink.send(line(pending, false)).await;
+        let _ = lines.pass(pending, false).await;
     }
 }
 
@@ -449,6 +483,39 @@ mod tests {
         let lines = lines_of(b"one\n\ntwo").await;
         let expected = [("one", true), ("", true), ("two", false)];
         assert_eq!(lines, expected.map(|(l, c)| (l.to_owned(), c)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn last_words_are_waited_for_as_long_as_somebody_takes_them() {
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let (tx, mut rx) = mpsc::channel(1);
+        let mut tasks = OutputTasks::default();
+        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        rustix::io::write(&writer, &b"word\n".repeat(40)).expect("write");
+        drop(writer);
+        // Slower in all than the patience, never slower for one line.
+        let patience = Duration::from_millis(500);
+        let slow = tokio::spawn(async move {
+            let mut count = 0;
+            while rx.recv().await.is_some() {
+                count += 1;
+                tokio::time::sleep(patience / 2).await;
+            }
+            count
+        });
+        tasks.finish(patience).await;
+        drop(tasks);
+        assert_eq!(slow.await.expect("reader of lines"), 40);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pipe_that_somebody_keeps_open_is_not_waited_for() {
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        let (tx, _rx) = mpsc::channel(1);
+        let mut tasks = OutputTasks::default();
+        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        tasks.finish(Duration::from_millis(500)).await;
+        drop(writer);
     }
 
     #[tokio::test]
