@@ -1,6 +1,6 @@
 //! What runs between clone and exec, in a process that shares our memory.
 //!
-//! The whole list of what it does, in order: default dispositions, session or group, umask,
+//! The whole list of what it does, in order: default dispositions, control group, session or group, umask,
 //! descriptors, close-on-exec for the rest, working directory, groups, group, user, parent-death
 //! signal, pid into the environment, empty mask, exec. It makes raw system calls and touches only the
 //! [`Image`] laid out for it: no allocation, no lock, no libc function that keeps state (glibc's
@@ -10,6 +10,7 @@
 //! parent's other threads run on. What it writes to `report` is read by the parent afterwards.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_long, c_void};
+use std::os::fd::AsRawFd;
 use std::ptr;
 
 use super::Step;
@@ -90,6 +91,7 @@ pub(super) extern "C" fn main(argument: *mut c_void) -> c_int {
 
 fn run(image: &mut Image<'_>) -> Result<(), Failure> {
     default_dispositions();
+    enter_cgroup(image.plan)?;
     session(image.plan)?;
     if let Some(mask) = image.plan.umask {
         let _previous = call(libc::SYS_umask, [mask.into(), 0, 0, 0]);
@@ -116,7 +118,7 @@ fn call(number: c_long, arguments: [c_long; 4]) -> c_long {
 
 fn errno() -> c_int {
     // SAFETY: returns the address of the calling thread's errno, valid as long as the thread. The
-    // child runs with the spawner thread's thread-local memory, and that thread sleeps.
+    // child runs with the spawning thread's thread-local memory, and that thread sleeps.
     let place = unsafe { libc::__errno_location() };
     // SAFETY: as above; written by the system call wrapper just before.
     unsafe { *place }
@@ -140,6 +142,14 @@ fn default_dispositions() {
     for signal in 1..=SIGNALS {
         let _refused = call(libc::SYS_rt_sigaction, [signal, place, 0, SIGSET_BYTES as c_long]);
     }
+}
+
+/// Zero stands for whoever writes it, which is this process, not the thread whose memory it borrows.
+fn enter_cgroup(plan: &Plan) -> Result<(), Failure> {
+    let Some(door) = &plan.cgroup else { return Ok(()) };
+    let itself = c"0";
+    let arguments = [door.as_raw_fd().into(), address(itself), 1, 0];
+    check(call(libc::SYS_write, arguments), Step::Cgroup).map(drop)
 }
 
 fn session(plan: &Plan) -> Result<(), Failure> {

@@ -1,17 +1,17 @@
 //! Starts processes: fast whatever the parent's size, and with nothing in the child but what was asked for.
 //!
 //! A [`Command`] is plain data. [`Command::spawn`] turns it into a plan (in `plan`: every string, every
-//! descriptor move, every candidate path), hands the plan to one long-lived thread (`thread`), which
-//! clones a child that shares our memory until it execs (`child`). Supervision, time limits and
+//! descriptor move, every candidate path) and clones a child (`thread`) that shares our memory until it
+//! execs (`child`). Supervision, time limits and
 //! restarts are not decided here.
 //!
 //! What the child is promised: an empty signal mask, every signal at its default, only the descriptors
 //! given to it, and, when exec fails, an error here instead of a process that dies with 127.
 //!
-//! The one surprising rule: all children are started by the same thread. `PR_SET_PDEATHSIG` fires when
-//! the *thread* that forked ends, not the process; from a pool thread it would kill a healthy child.
-//! So what a child inherits from a thread (processor affinity, priority, namespaces) it has from whoever
-//! made the first spawn of the process.
+//! The one surprising rule: children with a parent-death signal are all started by one thread that never
+//! ends. `PR_SET_PDEATHSIG` fires when the *thread* that forked ends, not the process; from a pool thread it
+//! would kill a healthy child. What a child inherits from a thread (processor affinity, priority, namespaces)
+//! such a child has from whoever made the first spawn of that kind; any other has it from its caller.
 //!
 //! Behaviour follows: clone(2) (`CLONE_VM`, `CLONE_VFORK`, `CLONE_PIDFD`), prctl(2), close_range(2),
 //! execvp(3) for the path search, libuv's `uv_spawn` for the order of the steps.
@@ -29,9 +29,14 @@ use rustix::process::{Pid, Signal};
 use crate::errno;
 use crate::wait::{self, Target};
 
+mod cgroup;
 mod child;
 mod plan;
+mod signal;
 mod thread;
+
+pub use cgroup::Cgroup;
+pub use signal::{MAX_SIGNAL, send_group_signal, send_signal};
 
 /// Where a descriptor of the child comes from.
 #[derive(Debug)]
@@ -74,6 +79,7 @@ pub struct Command {
     gid: Option<u32>,
     groups: Option<Vec<u32>>,
     umask: Option<u32>,
+    cgroup: Option<OwnedFd>,
 }
 
 impl Command {
@@ -97,6 +103,7 @@ impl Command {
             gid: None,
             groups: None,
             umask: None,
+            cgroup: None,
         }
     }
 
@@ -241,6 +248,13 @@ impl Command {
         self
     }
 
+    /// Lets the child enter a control group before it does anything else of its own: `door` is the group's
+    /// `cgroup.procs`, open for writing ([`Cgroup::door`]).
+    pub fn enter_cgroup(&mut self, door: OwnedFd) -> &mut Self {
+        self.cgroup = Some(door);
+        self
+    }
+
     /// Starts the process. When this returns, the program has been executed (or killed by a signal).
     ///
     /// The descriptors given with [`fd`](Self::fd) are closed here in either case.
@@ -248,7 +262,8 @@ impl Command {
     /// # Blocking
     ///
     /// Blocks until the child has called exec: tens to hundreds of microseconds, independent of how much memory
-    /// this process uses. Calls from several threads are carried out one after the other.
+    /// this process uses. With a [parent-death signal](Self::parent_death_signal), calls from several threads are
+    /// carried out one after the other.
     ///
     /// # Errors
     ///
@@ -359,6 +374,8 @@ pub enum Step {
     Session,
     /// `setpgid(2)`.
     Group,
+    /// Entering the control group.
+    Cgroup,
     /// Putting a descriptor in place; the number it should have had.
     Fd(i32),
     /// `chdir(2)`.
@@ -437,6 +454,7 @@ impl fmt::Display for SpawnError {
             Step::Clone => write!(f, "clone: ")?,
             Step::Session => write!(f, "new session: ")?,
             Step::Group => write!(f, "new process group: ")?,
+            Step::Cgroup => write!(f, "enter control group: ")?,
             Step::Fd(number) => write!(f, "descriptor {number}: ")?,
             Step::Chdir => match &self.directory {
                 Some(path) => write!(f, "working directory \"{}\": ", path.display())?,

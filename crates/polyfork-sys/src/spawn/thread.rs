@@ -1,6 +1,7 @@
-//! The one thread that starts children, and the clone itself.
+//! The clone itself, and the one thread that starts children with a parent-death signal.
 //!
-//! Why one thread that never ends: see the header of `spawn`. Why our own clone: `fork(2)` copies page
+//! Why one thread that never ends: see the header of `spawn`. Other children are cloned where the call was
+//! made, which saves the way to that thread and back: a fifth of the time that starting `true` takes. Why our own clone: `fork(2)` copies page
 //! tables, 84 ms for a parent of 2 GB; with `CLONE_VM` the child borrows our memory until it execs.
 //! Why not `posix_spawn(3)`: it knows no pidfd, no parent-death signal, no user change and does not say
 //! which step failed.
@@ -41,8 +42,18 @@ static REQUESTS: Mutex<Option<mpsc::Sender<Request>>> = Mutex::new(None);
 /// this number but not the thread, and the lock above may be held by nobody who could free it.
 static OWNER: AtomicI32 = AtomicI32::new(0);
 
-/// Has `plan` carried out by the spawner thread and waits for the answer.
+/// Carries `plan` out, here or on the spawner thread.
 pub(super) fn spawn(plan: Box<Plan>) -> Reply {
+    if plan.death_signal == 0 {
+        return match Stack::take() {
+            Ok(stack) => {
+                let reply = carry_out(plan, &stack);
+                stack.put_back();
+                reply
+            }
+            Err(error) => Err(plan.error(Step::Clone, error)),
+        };
+    }
     let me = rustix::process::getpid().as_raw_nonzero().get();
     let owner = OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
     if owner.is_err_and(|owner| owner != me) {
@@ -141,6 +152,11 @@ fn clone(image: &mut Image<'_>, stack: &Stack) -> io::Result<Child> {
     Ok(Child { pid, pidfd })
 }
 
+/// Stacks that wait for their next child.
+static SPARE: Mutex<Vec<Stack>> = Mutex::new(Vec::new());
+/// More are unmapped: as many threads seldom start children at the same instant.
+const MAX_SPARE: usize = 4;
+
 /// Memory for the child's stack: one inaccessible page, then the stack.
 #[derive(Debug)]
 struct Stack {
@@ -170,6 +186,20 @@ impl Stack {
             return Err(io::Error::last_os_error());
         }
         Ok(stack)
+    }
+
+    /// One that was used before, or a new one.
+    fn take() -> io::Result<Self> {
+        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        spare.map_or_else(|| Self::new(CHILD_STACK_BYTES), Ok)
+    }
+
+    /// Keeps it for the next child, unless there are enough.
+    fn put_back(self) {
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < MAX_SPARE {
+            spare.push(self);
+        }
     }
 
     /// The end of the mapping: stacks grow down. Page-aligned, so aligned enough for any ABI.

@@ -44,6 +44,11 @@ pub(super) fn oom_kills(root: &Path) -> Option<u64> {
     [v2, v1].into_iter().flatten().find_map(|file| counter(&file, "oom_kill"))
 }
 
+/// Our own group's folder in the unified hierarchy.
+pub(crate) fn own_unified_folder(root: &Path) -> Option<PathBuf> {
+    Groups::read(root)?.folders(None).next()
+}
+
 /// `"150000 100000"` or `"max 100000"`.
 fn cpu_max(folder: &Path) -> Option<f64> {
     let text = fs::read_to_string(folder.join("cpu.max")).ok()?;

@@ -15,7 +15,7 @@ use rustix::process::Pid;
 
 use crate::wait::{self, Target};
 
-mod cgroup;
+pub(crate) mod cgroup;
 
 /// How many processors this process may really use.
 #[derive(Clone, Debug, PartialEq)]
