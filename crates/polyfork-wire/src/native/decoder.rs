@@ -104,7 +104,23 @@ impl<D> FrameDecoder<D> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        self.try_next().map_err(|error| self.fail(error))
+        self.try_next(decode).map_err(|error| self.fail(error))
+    }
+
+    /// As [`next`](Self::next), for frames whose payload is something else: `read` makes of it what it is. An
+    /// error of `read` is final too.
+    ///
+    /// # Errors
+    ///
+    /// As [`next`](Self::next), and those of `read`.
+    pub fn next_with<T>(
+        &mut self,
+        read: impl FnOnce(&[u8]) -> Result<T, ProtocolError>,
+    ) -> Result<Option<Frame<T, D>>, ProtocolError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.try_next(read).map_err(|error| self.fail(error))
     }
 
     /// The stream has ended: [`ProtocolError::Truncated`] when it did so inside a frame, which is dropped
@@ -121,7 +137,10 @@ impl<D> FrameDecoder<D> {
         !self.buffer.rest().is_empty()
     }
 
-    fn try_next<T: Payload>(&mut self) -> Result<Option<Frame<T, D>>, ProtocolError> {
+    fn try_next<T>(
+        &mut self,
+        decode: impl FnOnce(&[u8]) -> Result<T, ProtocolError>,
+    ) -> Result<Option<Frame<T, D>>, ProtocolError> {
         let rest = self.buffer.rest();
         let Some(header) = Header::read(rest, &self.limits)? else {
             // Inside a header there may be the descriptors of the frame that follows.

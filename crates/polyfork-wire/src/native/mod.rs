@@ -12,6 +12,7 @@
 
 pub mod decoder;
 pub mod outbox;
+pub mod port;
 
 use std::net::SocketAddr;
 
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::ProtocolError;
 
 pub use decoder::{Frame, FrameDecoder};
-pub use outbox::{NativeChunk, NativeOutbox};
+pub use outbox::{NativeChunk, NativeOutbox, NotPushed};
 
 /// The version of the protocol that this crate speaks.
 pub const PROTOCOL: u32 = 1;

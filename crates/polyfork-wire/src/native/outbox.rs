@@ -10,7 +10,7 @@
 
 use std::collections::VecDeque;
 
-use super::{MAX_DESCRIPTORS, Payload, encode};
+use super::{HEADER_BYTES, MAX_DESCRIPTORS, Payload, encode};
 use crate::ProtocolError;
 
 /// Frames without handles are joined into runs of at most about this size.
@@ -39,6 +39,56 @@ pub struct NativeOutbox<H> {
     /// The peer has read everything before this position: a frame that ends here was answered, or what was behind
     /// it was taken back.
     known_read: u64,
+    /// The memory of a run that has left, for the next one.
+    spare: Vec<u8>,
+}
+
+/// A frame that is being written to the end of a run; gone again unless it is [kept](Self::keep), also when
+/// the writer of its payload panics.
+struct Unfinished<'a> {
+    run: &'a mut Vec<u8>,
+    start: usize,
+    kept: bool,
+}
+
+impl Unfinished<'_> {
+    fn begin(run: &mut Vec<u8>) -> Unfinished<'_> {
+        let start = run.len();
+        run.extend_from_slice(&[0; HEADER_BYTES]);
+        Unfinished { run, start, kept: false }
+    }
+
+    fn payload(&self) -> usize {
+        self.run.len() - self.start - HEADER_BYTES
+    }
+
+    /// Completes the header; `None` for a payload that is empty or too long.
+    fn keep(mut self, descriptors: u8, most: usize) -> Option<usize> {
+        let payload = self.payload();
+        let length = u32::try_from(payload).ok().filter(|_| payload > 0 && payload <= most)?;
+        let header = &mut self.run[self.start..self.start + HEADER_BYTES];
+        header[..4].copy_from_slice(&length.to_le_bytes());
+        header[4] = descriptors;
+        self.kept = true;
+        Some(self.run.len() - self.start)
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.run.truncate(self.start);
+        }
+    }
+}
+
+/// Why [`NativeOutbox::push_with`] queued nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotPushed<E> {
+    /// The writer of the payload failed.
+    Writer(E),
+    /// The payload is empty or longer than allowed, or there are more than [`MAX_DESCRIPTORS`] handles.
+    Size,
 }
 
 /// Where a frame with handles stands in the stream: its first byte, and one past its last.
@@ -70,7 +120,46 @@ impl<H> NativeOutbox<H> {
             written: 0,
             sent: VecDeque::new(),
             known_read: 0,
+            spare: Vec::new(),
         }
+    }
+
+    /// Queues a frame whose payload, of at most `most` bytes, is written by `write` straight behind what is
+    /// queued. When that fails or panics nothing is queued.
+    ///
+    /// # Errors
+    ///
+    /// [`NotPushed`].
+    pub fn push_with<E>(
+        &mut self,
+        handles: Vec<H>,
+        most: usize,
+        write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<(), NotPushed<E>> {
+        let count = u8::try_from(handles.len()).map_err(|_| NotPushed::Size)?;
+        if handles.len() > MAX_DESCRIPTORS {
+            return Err(NotPushed::Size);
+        }
+        let plain = handles.is_empty();
+        let joins = |run: &Item<H>| plain && !run.closed && run.bytes.len() < RUN_BYTES;
+        let added = if let Some(run) = self.queue.back_mut().filter(|run| joins(run)) {
+            finish(&mut run.bytes, count, most, write)?
+        } else {
+            let mut bytes = std::mem::take(&mut self.spare);
+            let added = finish(&mut bytes, count, most, write)?;
+            self.queue.push_back(Item { bytes, handles, closed: !plain });
+            added
+        };
+        self.queued_bytes += added;
+        self.queued_handles += usize::from(count);
+        Ok(())
+    }
+
+    /// Forgets frames that were written: their handles are dropped and nothing can be taken back. For
+    /// channels on which nobody takes anything back.
+    pub fn forget_written(&mut self) {
+        self.known_read = self.written;
+        self.sent.clear();
     }
 
     /// Queues a message with its handles.
@@ -115,8 +204,13 @@ impl<H> NativeOutbox<H> {
         }
         self.front_sent += n;
         if self.front_sent == front.bytes.len() {
-            self.queue.pop_front();
             self.front_sent = 0;
+            if let Some(Item { mut bytes, .. }) = self.queue.pop_front()
+                && bytes.capacity() <= 2 * RUN_BYTES
+            {
+                bytes.clear();
+                self.spare = bytes;
+            }
         }
         self.written += n as u64;
         self.queued_bytes -= n;
@@ -236,6 +330,18 @@ impl<H> NativeOutbox<H> {
     }
 }
 
+/// Writes one frame to the end of `run`; gives its length.
+fn finish<E>(
+    run: &mut Vec<u8>,
+    descriptors: u8,
+    most: usize,
+    write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<usize, NotPushed<E>> {
+    let frame = Unfinished::begin(run);
+    write(frame.run).map_err(NotPushed::Writer)?;
+    frame.keep(descriptors, most).ok_or(NotPushed::Size)
+}
+
 /// A stretch of the stream that is cut into items again.
 struct Again<H> {
     stream: Vec<u8>,
@@ -315,6 +421,34 @@ mod tests {
         assert_eq!(outbox.peek().expect("the third").bytes, frame);
         outbox.wrote(frame.len());
         assert!(outbox.is_empty() && outbox.peek().is_none() && outbox.queued_bytes() == 0);
+    }
+
+    #[test]
+    fn payload_written_in_place_is_the_same_frame_and_a_failed_one_leaves_nothing() {
+        let mut outbox = NativeOutbox::<u32>::new();
+        let whole = |to: &mut Vec<u8>| {
+            to.extend_from_slice(b"abc");
+            Ok::<(), ()>(())
+        };
+        outbox.push_with(vec![], 3, whole).expect("it fits");
+        let failed = outbox.push_with(vec![], 3, |to| {
+            to.push(1);
+            Err("no")
+        });
+        assert_eq!(failed, Err(NotPushed::Writer("no")));
+        assert_eq!(outbox.push_with(vec![], 2, whole), Err(NotPushed::Size));
+        assert_eq!(outbox.push_with(vec![], 2, |_| Ok::<(), ()>(())), Err(NotPushed::Size));
+        assert_eq!(outbox.push_with(vec![0; 254], 3, whole), Err(NotPushed::Size));
+        outbox.push_with(vec![7], 3, whole).expect("it fits");
+        assert_eq!(outbox.peek().expect("queued").bytes, [3, 0, 0, 0, 0, 0, b'a', b'b', b'c']);
+        outbox.wrote(9);
+        let with_handle =
+            NativeChunk { bytes: &[3, 0, 0, 0, 1, 0, b'a', b'b', b'c'], handles: &[7] };
+        assert_eq!(outbox.peek(), Some(with_handle));
+        outbox.wrote(9);
+        outbox.forget_written();
+        assert!(outbox.is_empty() && outbox.drain().next().is_none());
+        assert_eq!((outbox.queued_bytes(), outbox.queued_handles()), (0, 0));
     }
 
     #[test]

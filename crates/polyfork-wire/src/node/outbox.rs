@@ -217,6 +217,12 @@ impl<H> Outbox<H> {
         self.queued_bytes
     }
 
+    /// Acknowledgements and other answers that are not written yet, in bytes.
+    #[must_use]
+    pub fn bypass_bytes(&self) -> usize {
+        self.bypass.len() - self.bypass_sent
+    }
+
     /// Handles of which nothing is written yet.
     #[must_use]
     pub fn queued_handles(&self) -> usize {
