@@ -11,4 +11,5 @@
 //! Linux only: pidfds, `SCM_RIGHTS`, and reuse-port programs are what it stands on.
 #![forbid(unsafe_code)]
 
+pub mod child_process;
 pub mod cluster;

@@ -33,7 +33,7 @@ mod ports;
 mod preload;
 mod primary;
 mod process;
-mod register;
+pub(crate) mod register;
 mod settings;
 mod signals;
 mod traffic;
