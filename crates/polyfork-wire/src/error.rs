@@ -65,6 +65,29 @@ pub enum ProtocolError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A frame of Node's `advanced` encoding that announces no payload, which stock Node refuses as well.
+    #[error("frame is empty")]
+    EmptyFrame,
+    /// A payload of Node's `advanced` encoding in a version of the format that is not read here.
+    #[error("value is serialized in format {version}, and only 13 to 16 are read here")]
+    UnknownFormat {
+        /// The version that the payload names; 0 when it names none.
+        version: u32,
+    },
+    /// A payload of Node's `advanced` encoding that is not a value.
+    #[error("value is malformed at byte {at}: {why}")]
+    BadValue {
+        /// Offset in the payload of what cannot be read.
+        at: usize,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A message has more values than [`Limits::max_values`](crate::Limits::max_values).
+    #[error("message has more values than the limit of {limit}")]
+    TooManyValues {
+        /// The limit that was passed.
+        limit: usize,
+    },
     /// The two ends of a native channel speak different versions.
     #[error(
         "channel protocol {theirs} is not spoken here, only {ours}: \
@@ -131,6 +154,10 @@ mod tests {
             ProtocolError::MissingDescriptor,
             ProtocolError::SurplusDescriptor,
             ProtocolError::VersionMismatch { ours: 1, theirs: 2 },
+            ProtocolError::EmptyFrame,
+            ProtocolError::UnknownFormat { version: 12 },
+            ProtocolError::BadValue { at: 1, why: "it ends too early" },
+            ProtocolError::TooManyValues { limit: 1 },
         ];
         for error in all {
             let text = error.to_string();

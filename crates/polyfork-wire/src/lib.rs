@@ -11,7 +11,7 @@
 //!
 //! | module | what it speaks |
 //! | --- | --- |
-//! | [`node`] | the JSON channel of `child_process.fork` and `cluster`, Node 16 to 26, Deno, Bun |
+//! | [`node`] | the channel of `child_process.fork` and `cluster`, `json` and `advanced`, Node 16 to 26, Deno, Bun |
 //! | [`native`] | frames between two Rust processes, with up to 253 descriptors each |
 //! | [`notify`] | the datagrams of `sd_notify` |
 //! | [`env`](mod@env) | the environment variables by which a child learns of its channel |

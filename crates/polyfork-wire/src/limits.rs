@@ -14,12 +14,16 @@ pub struct Limits {
     pub max_message: usize,
     /// Deepest nesting of arrays and objects in one message; `[[1]]` has two levels. Default 128.
     pub max_depth: usize,
+    /// Most values in one message of Node's `advanced` encoding, where a byte may stand for one: each
+    /// takes about 64 bytes here. Default 8,388,608, which a message of the default length can reach with
+    /// numbers only.
+    pub max_values: usize,
     /// Most descriptors received and not yet claimed by a message. Default 1024.
     pub max_fds_queued: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_message: 64 << 20, max_depth: 128, max_fds_queued: 1024 }
+        Self { max_message: 64 << 20, max_depth: 128, max_values: 8 << 20, max_fds_queued: 1024 }
     }
 }

@@ -380,13 +380,7 @@ pub fn handle_message(kind: HandleKind, json: &str, key: Option<&str>) -> Vec<u8
 #[must_use]
 pub fn dgram_handle_message(dgram_type: DgramType, json: &str) -> Vec<u8> {
     let mut line = envelope(&HandleKind::DgramSocket, json);
-    line.text(
-        "dgramType",
-        match dgram_type {
-            DgramType::Udp4 => "udp4",
-            DgramType::Udp6 => "udp6",
-        },
-    );
+    line.text("dgramType", dgram_type.as_str());
     line.finish()
 }
 

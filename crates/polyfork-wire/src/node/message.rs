@@ -21,18 +21,19 @@ use crate::{Limits, ProtocolError};
 
 /// How many envelopes may be wrapped into one another. Stock Node wraps once more for each of its three
 /// retransmissions, so four are seen.
-const MAX_NESTED_ENVELOPES: usize = 8;
+pub(super) const MAX_NESTED_ENVELOPES: usize = 8;
 
-/// What came on a channel.
+/// What came on a channel. `M` is what the channel's encoding makes of a user's message: a JSON text, or
+/// with `advanced` a [`Value`](super::advanced::Value).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
-pub enum Incoming {
+pub enum Incoming<M = UserMessage> {
     /// For the user: whatever `process.send` was given.
-    User(UserMessage),
+    User(M),
     /// A message that travels with one descriptor. It must be answered by exactly one
     /// [`HANDLE_ACK`](cluster::HANDLE_ACK), or [`HANDLE_NACK`](cluster::HANDLE_NACK) when the descriptor
     /// is missing, before it is acted on.
-    Handle(HandleEnvelope),
+    Handle(HandleEnvelope<M>),
     /// The oldest handle message we sent was received.
     HandleAck,
     /// The oldest handle message we sent came without its descriptor and was dropped.
@@ -71,7 +72,7 @@ pub enum Incoming {
 
 /// A message with a handle.
 #[derive(Clone, Debug, PartialEq)]
-pub struct HandleEnvelope {
+pub struct HandleEnvelope<M = UserMessage> {
     /// What to make of the descriptor.
     pub kind: HandleKind,
     /// `net.Socket` only: the server whose sockets are counted together.
@@ -82,7 +83,7 @@ pub struct HandleEnvelope {
     /// [`Handle`](Incoming::Handle), [`HandleAck`](Incoming::HandleAck) or
     /// [`HandleNack`](Incoming::HandleNack): envelopes within envelopes, which stock Node makes when
     /// it retransmits, are unwrapped, and the innermost one says the kind.
-    pub message: Box<Incoming>,
+    pub message: Box<Incoming<M>>,
 }
 
 /// The `type` of a handle envelope.
@@ -120,7 +121,7 @@ impl HandleKind {
         }
     }
 
-    fn from_name(name: &str) -> Self {
+    pub(super) fn from_name(name: &str) -> Self {
         match name {
             "net.Native" => Self::NetNative,
             "net.Server" => Self::NetServer,
@@ -146,6 +147,21 @@ pub enum DgramType {
     Udp4,
     /// `udp6`
     Udp6,
+}
+
+impl DgramType {
+    /// The name on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp4 => "udp4",
+            Self::Udp6 => "udp6",
+        }
+    }
+
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        [Self::Udp4, Self::Udp6].into_iter().find(|known| known.as_str() == name)
+    }
 }
 
 /// A message for the user: one JSON text that was validated.
@@ -263,7 +279,8 @@ fn envelope(mut outer: Fields<'_>) -> Result<HandleEnvelope, ProtocolError> {
     Err(ProtocolError::BadEnvelope { why: "more than eight are wrapped into one another" })
 }
 
-fn internal(cmd: &str, fields: &Fields<'_>) -> Incoming {
+/// The message of this `cmd`, which is internal but no envelope.
+pub(super) fn internal<M>(cmd: &str, fields: &Fields<'_>) -> Incoming<M> {
     let key = || text_of(fields.key);
     match cmd {
         "NODE_HANDLE_ACK" => Incoming::HandleAck,
@@ -281,11 +298,7 @@ fn internal(cmd: &str, fields: &Fields<'_>) -> Incoming {
 }
 
 fn dgram_type(value: Option<&str>) -> Option<DgramType> {
-    match value.and_then(json::string)?.as_ref() {
-        "udp4" => Some(DgramType::Udp4),
-        "udp6" => Some(DgramType::Udp6),
-        _ => None,
-    }
+    DgramType::from_name(&value.and_then(json::string)?)
 }
 
 /// A string member; empty when missing, the JSON text when it is of another kind.
@@ -321,7 +334,7 @@ pub(crate) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     /// Validates `text` and remembers the last of each known member.
-    fn read(text: &'a str, max_depth: usize) -> Result<Self, ProtocolError> {
+    pub(super) fn read(text: &'a str, max_depth: usize) -> Result<Self, ProtocolError> {
         let mut fields = Self::default();
         json::members(text, max_depth, |name, value| fields.set(&name.text(), value)).map_err(
             |fault| match fault {
@@ -361,9 +374,13 @@ impl<'a> Fields<'a> {
 
     /// The `cmd`, when it makes the message internal.
     fn internal_cmd(&self) -> Option<std::borrow::Cow<'a, str>> {
-        let cmd = json::string(self.cmd?)?;
-        (cmd.len() > 5 && cmd.starts_with("NODE_")).then_some(cmd)
+        json::string(self.cmd?).filter(|cmd| is_internal(cmd))
     }
+}
+
+/// Whether a `cmd` makes a message internal.
+pub(super) fn is_internal(cmd: &str) -> bool {
+    cmd.len() > 5 && cmd.starts_with("NODE_")
 }
 
 #[cfg(test)]

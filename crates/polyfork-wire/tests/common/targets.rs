@@ -35,7 +35,8 @@ pub(crate) const TARGETS: [(&str, Target); 6] = [
 ];
 
 /// Small enough that a fuzzer reaches them.
-const LIMITS: Limits = Limits { max_message: 2000, max_depth: 20, max_fds_queued: 4 };
+const LIMITS: Limits =
+    Limits { max_message: 2000, max_depth: 20, max_values: 500, max_fds_queued: 4 };
 
 /// A stream of lines: any cutting gives the same, and what is delivered is valid. The first byte is the
 /// length of the pieces.
