@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::*;
 use polyfork_sys::spawn::{Command, SpawnError, Step};
+use rustix::process::Signal;
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -212,17 +213,23 @@ fn failures_leave_no_descriptor_open() {
     assert_eq!(open_fds(me).len(), before);
 }
 
-/// The fault: a copy made by a bare fork has our memory but not the thread that starts children.
+/// The fault: a copy made by a bare fork has our memory but not the thread that starts some children.
 #[test]
 fn in_a_process_made_by_fork_it_is_an_error_and_not_a_hang() {
     let _alone = alone();
-    Command::new("true").spawn().unwrap().wait().unwrap();
-    let command = Command::new("true");
-    // SAFETY: the child calls spawn, which allocates (glibc keeps malloc usable after fork) and
-    // returns an error, and leaves by _exit without running anything else of this program.
+    let bound = || {
+        let mut command = Command::new("true");
+        command.parent_death_signal(Some(Signal::TERM));
+        command
+    };
+    bound().spawn().unwrap().wait().unwrap();
+    let (command, unbound) = (bound(), Command::new("true"));
+    // SAFETY: the child calls spawn, which allocates (glibc keeps malloc usable after fork), and leaves by
+    // _exit without running anything else of this program.
     match unsafe { libc::fork() } {
         0 => {
-            let told = command.spawn().is_err_and(|error| error.step == Step::Thread);
+            let told = command.spawn().is_err_and(|error| error.step == Step::Thread)
+                && unbound.spawn().is_ok_and(|child| child.wait().is_ok_and(|end| end.success()));
             // SAFETY: ends the process at once.
             unsafe { libc::_exit(if told { 42 } else { 1 }) }
         }

@@ -68,10 +68,14 @@ fn no_child_hangs_and_none_has_a_foreign_descriptor() {
         .map(|_| {
             let left = Arc::clone(&left);
             thread::spawn(move || {
-                while one(&left).is_ok() {
+                while let Ok(number) = one(&left) {
                     let (reader, writer) = pipe();
                     let writer_number = writer.as_raw_fd();
                     let mut command = stopping_shell();
+                    if number % 2 == 0 {
+                        // Cloned by this thread, not by the one that starts bound children.
+                        command.parent_death_signal(None);
+                    }
                     command.fd(3, writer);
                     let child = command.spawn().unwrap();
                     wait_until_stopped(&child);

@@ -152,7 +152,8 @@ fn clone(image: &mut Image<'_>, stack: &Stack) -> io::Result<Child> {
     Ok(Child { pid, pidfd })
 }
 
-/// Stacks that wait for their next child.
+/// Stacks that wait for their next child. Nobody waits for the lock: in a process made by a bare `fork(2)` it may
+/// be held by a thread that is not there.
 static SPARE: Mutex<Vec<Stack>> = Mutex::new(Vec::new());
 /// More are unmapped: as many threads seldom start children at the same instant.
 const MAX_SPARE: usize = 4;
@@ -190,14 +191,15 @@ impl Stack {
 
     /// One that was used before, or a new one.
     fn take() -> io::Result<Self> {
-        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = SPARE.try_lock().ok().and_then(|mut spare| spare.pop());
         spare.map_or_else(|| Self::new(CHILD_STACK_BYTES), Ok)
     }
 
     /// Keeps it for the next child, unless there are enough.
     fn put_back(self) {
-        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < MAX_SPARE {
+        if let Ok(mut spare) = SPARE.try_lock()
+            && spare.len() < MAX_SPARE
+        {
             spare.push(self);
         }
     }
