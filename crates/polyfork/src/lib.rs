@@ -11,5 +11,7 @@
 //! Linux only: pidfds, `SCM_RIGHTS`, and reuse-port programs are what it stands on.
 #![forbid(unsafe_code)]
 
+pub mod channel;
 pub mod child_process;
 pub mod cluster;
+pub mod process;

@@ -32,7 +32,7 @@ mod notify;
 mod ports;
 mod preload;
 mod primary;
-mod process;
+pub(crate) mod process;
 pub(crate) mod register;
 mod settings;
 mod signals;

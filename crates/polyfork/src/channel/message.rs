@@ -1,0 +1,176 @@
+//! A message that came: its value, its handles, and the way back for the answer.
+//!
+//! How it was cut out of the stream is in `codec`, what becomes of answers in `engine`.
+
+use std::fmt;
+use std::sync::Weak;
+
+use polyfork_wire::node::message::UserMessage;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::count::Counted;
+use super::engine::{Kind, Shared};
+use super::{DecodeError, Handle, SendError};
+
+/// What a message counts for beyond its bytes, when it waits to be received.
+const WEIGHT_BYTES: usize = 128;
+/// What a handle counts for: the system has few of them.
+const HANDLE_WEIGHT_BYTES: usize = 4096;
+
+/// A value as it travelled.
+#[derive(Clone)]
+pub(super) enum Body {
+    Json(UserMessage),
+    Native(Box<[u8]>),
+}
+
+impl Body {
+    pub(super) fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
+        match self {
+            Body::Json(json) => json.parse().map_err(|e| DecodeError(e.to_string())),
+            Body::Native(bytes) => match postcard::take_from_bytes(bytes) {
+                Ok((value, [])) => Ok(value),
+                Ok(_) => Err(DecodeError("bytes follow its value".into())),
+                Err(error) => Err(DecodeError(error.to_string())),
+            },
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Body::Json(json) => json.as_str().len(),
+            Body::Native(bytes) => bytes.len(),
+        }
+    }
+}
+
+/// A message that was received.
+pub struct Message {
+    pub(super) body: Body,
+    pub(super) handles: Vec<Handle>,
+    pub(super) counted: Option<Counted>,
+    pub(super) answer: Option<Answer>,
+}
+
+impl Message {
+    /// Reads the message as a value of type `T`.
+    ///
+    /// # Errors
+    /// When it does not have that shape.
+    pub fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
+        self.body.to()
+    }
+
+    /// The JSON text, when the channel speaks JSON.
+    pub fn json(&self) -> Option<&str> {
+        match &self.body {
+            Body::Json(json) => Some(json.as_str()),
+            Body::Native(_) => None,
+        }
+    }
+
+    /// Takes the handle that came with it; with several, the next one. Handles that are not taken are closed
+    /// with the message.
+    pub fn take_handle(&mut self) -> Option<Handle> {
+        (!self.handles.is_empty()).then(|| self.handles.remove(0))
+    }
+
+    /// The handles that came with it and were not taken.
+    pub fn handles(&self) -> &[Handle] {
+        &self.handles
+    }
+
+    /// Takes all handles.
+    pub fn take_handles(&mut self) -> Vec<Handle> {
+        std::mem::take(&mut self.handles)
+    }
+
+    /// For a connection that a Node server accepted: keep this beside the connection and drop it when the
+    /// connection is closed. The server's `getConnections` counts it until then, and its `close` waits.
+    /// `None` for everything else.
+    pub fn take_counted(&mut self) -> Option<Counted> {
+        self.counted.take()
+    }
+
+    /// Whether the other end waits for an answer.
+    pub fn wants_reply(&self) -> bool {
+        self.answer.is_some()
+    }
+
+    /// Answers a request. A request that is dropped without is answered as refused.
+    ///
+    /// An answer to a message that was no request goes nowhere, and so does one that comes after the asker's
+    /// deadline.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn reply<T: Serialize + ?Sized>(mut self, value: &T) -> Result<(), SendError> {
+        match self.answer.take() {
+            Some(answer) => answer.give(value).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Splits the way back off, to answer after the message was taken apart.
+    pub fn take_answer(&mut self) -> Option<Answer> {
+        self.answer.take()
+    }
+
+    pub(super) fn weight(&self) -> usize {
+        WEIGHT_BYTES + self.body.len() + self.handles.len() * HANDLE_WEIGHT_BYTES
+    }
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.body {
+            Body::Json(json) => write!(f, "Message({}", json.as_str())?,
+            Body::Native(bytes) => write!(f, "Message({} bytes", bytes.len())?,
+        }
+        for handle in &self.handles {
+            write!(f, ", {handle:?}")?;
+        }
+        f.write_str(if self.answer.is_some() { ", wants a reply)" } else { ")" })
+    }
+}
+
+/// The way back for the answer to one request. Dropped, it tells the asker that there is none.
+pub struct Answer {
+    id: u64,
+    channel: Weak<Shared>,
+    given: bool,
+}
+
+impl Answer {
+    pub(super) fn new(id: u64, channel: Weak<Shared>) -> Answer {
+        Answer { id, channel, given: false }
+    }
+
+    /// Sends the answer. Waits while the channel is full.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn give<T: Serialize + ?Sized>(mut self, value: &T) -> Result<(), SendError> {
+        let channel = self.channel.upgrade().ok_or(SendError::Disconnected)?;
+        let sent = channel.send(Kind::Reply(self.id), value, Vec::new()).await;
+        self.given = sent.is_ok();
+        sent
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if !self.given
+            && let Some(channel) = self.channel.upgrade()
+        {
+            channel.refuse(self.id);
+        }
+    }
+}
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Answer({})", self.id)
+    }
+}
