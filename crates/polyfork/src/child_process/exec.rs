@@ -203,7 +203,10 @@ impl Exec {
     }
 
     /// Everything else a [`Command`] can be told.
-    pub fn configure(mut self, change: impl FnOnce(&mut Command)) -> Self {
+    pub fn configure(
+        mut self,
+        change: impl for<'a> FnOnce(&'a mut Command) -> &'a mut Command,
+    ) -> Self {
         change(&mut self.command);
         self
     }
