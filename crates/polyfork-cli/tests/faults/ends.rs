@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::cluster::{APP, Cluster, children, eventually, is_alive, signal};
-use super::load::{Class, attempt};
+use super::load::{Class, Load, attempt, count};
 use super::support::{Events, PATIENCE, Place, command};
 
 /// On a port that is known beforehand, so that a second primary can want the same.
@@ -47,6 +47,34 @@ fn primary_killed(mechanism: &str) {
     }
     next.running.signal(Signal::TERM);
     assert_eq!(next.end().0, 0);
+}
+
+/// Whoever was in the queue is served, whoever comes later is refused; nobody waits for an answer in vain.
+#[test]
+fn a_stop_under_load_serves_who_waits_and_refuses_the_rest() {
+    for options in [
+        ["--mechanism", "kernel", "-w", "2"],
+        ["--mechanism", "handoff", "-w", "2"],
+        ["--policy", "shared", "-w", "2"],
+    ] {
+        let mut cluster = Cluster::start(&options, APP);
+        let address = cluster.address;
+        let slow = std::thread::spawn(move || attempt(address, "/slow?ms=1500").0);
+        eventually("the slow request is in hand", || established(address.port()), |now| *now >= 1);
+        let load = Load::start(address, 16, "/");
+        load.wait_for_ok(100);
+        cluster.events.running.signal(Signal::TERM);
+        cluster.wait_for("draining");
+        // The primary still waits for the slow one, and new clients know at once that nobody is there.
+        eventually("refused", || attempt(address, "/").0, |class| *class == Class::Refused);
+        let counts = load.stop();
+        println!("stopped under load, {options:?}: {counts:?}");
+        assert_eq!(slow.join().expect("a client"), Class::Ok);
+        for class in [Class::Reset, Class::Empty, Class::Hang] {
+            assert_eq!(count(&counts, class), 0, "{options:?}: {counts:?}");
+        }
+        assert_eq!(cluster.events.end().0, 0);
+    }
 }
 
 /// Workers need a moment to see that their primary is gone; a supervisor of the primary would try again as well.

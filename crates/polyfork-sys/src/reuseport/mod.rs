@@ -40,6 +40,7 @@ use crate::errno;
 mod assembler;
 mod bind;
 mod classic;
+mod closing;
 mod ebpf;
 
 pub use bind::{
@@ -47,6 +48,7 @@ pub use bind::{
     ensure_free, is_wildcard, local_addr,
 };
 use classic::Positions;
+pub use closing::refuse_new;
 
 /// How the sockets of a port are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,6 +224,15 @@ impl Group {
     /// The slot's listening socket (non-blocking, close-on-exec).
     pub fn listener(&self, slot: u32) -> Option<BorrowedFd<'_>> {
         self.members.get(&slot).map(|member| member.socket.as_fd())
+    }
+
+    /// No slot takes a new handshake any more: see [`refuse_new`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`refuse_new`].
+    pub fn refuse_new(&self) -> io::Result<()> {
+        self.members.values().try_for_each(|member| refuse_new(member.socket.as_fd()))
     }
 
     /// Adds a slot: a socket that joins the group and listens. It is not live yet.
@@ -511,8 +522,12 @@ fn choose(address: SocketAddr, want: Want) -> Result<(Mechanism, Option<LoadErro
     }
 }
 
-/// Connections that have finished their handshake and wait for accept.
-fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<u32> {
+/// Connections that have finished their handshake on a listening TCP socket and wait for accept.
+///
+/// # Errors
+///
+/// Those of getsockopt(2): not a TCP socket.
+pub fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<u32> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
     let (fd, place) = (listener.as_raw_fd(), info.as_mut_ptr().cast());

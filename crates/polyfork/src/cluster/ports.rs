@@ -118,7 +118,7 @@ enum Kind {
 struct Turns {
     socket: Arc<AsyncFd<OwnedFd>>,
     /// Removes the file of a Unix socket when it is dropped.
-    _file: Option<UnixSocket>,
+    file: Option<UnixSocket>,
     handoff: Handoff<Arc<OwnedFd>>,
     /// The task that waits for the socket; told to wait again after the queue was found empty.
     again: Arc<Notify>,
@@ -356,6 +356,52 @@ impl Ports {
     pub(crate) fn close(&mut self, id: ListenerId) -> Option<Address> {
         self.book.remove(id);
         self.open.remove(&id).map(|port| port.address)
+    }
+
+    // ---- the end ----
+
+    /// The cluster stops: nothing new comes, what waits is still served. Gives what went wrong.
+    pub(crate) fn refuse_new(&mut self) -> Vec<String> {
+        let mut failures = Vec::new();
+        for port in self.open.values_mut() {
+            let refused = match (&mut port.kind, &port.address) {
+                (Kind::Slots { group, .. }, _) => group.refuse_new(),
+                (Kind::Shared(fd), Address::Tcp(_)) => reuseport::refuse_new(fd.as_fd()),
+                (Kind::Turns(turns), Address::Tcp(_)) => {
+                    turns.more = true;
+                    reuseport::refuse_new(turns.socket.get_ref().as_fd())
+                }
+                // Who looks for the file does not find it; who did find it is served.
+                (Kind::Turns(turns), _) => {
+                    turns.more = true;
+                    turns.file.as_mut().map_or(Ok(false), UnixSocket::unlink).map(drop)
+                }
+                (Kind::SharedUnix(socket), _) => socket.unlink().map(drop),
+                (Kind::Shared(_), _) => Ok(()),
+            };
+            if let Err(error) = refused {
+                failures
+                    .push(format!("cannot refuse new connections on {}: {error}", port.address));
+            }
+        }
+        failures
+    }
+
+    /// Whether nothing waits on sockets that all workers share or that the primary accepts from.
+    pub(crate) fn is_dry(&self) -> bool {
+        self.open.values().all(|port| match (&port.kind, &port.address) {
+            (Kind::Turns(turns), _) => !turns.more && turns.handoff.counters().queued == 0,
+            (Kind::Shared(fd), Address::Tcp(_)) => {
+                reuseport::queue_depth(fd.as_fd()).unwrap_or(0) == 0
+            }
+            _ => true,
+        })
+    }
+
+    /// Every worker has been told to stop: the primary lets go of its sockets, so that new clients are refused
+    /// at once. Who listens on what is still known.
+    pub(crate) fn close_all(&mut self) {
+        self.open.clear();
     }
 
     /// Closes what no worker uses any more, and says what that was.
@@ -716,7 +762,7 @@ impl Turns {
             tokio::spawn(wait_acceptable(id, Arc::clone(&socket), Arc::clone(&again), io.clone()));
         Ok(Turns {
             socket,
-            _file: file,
+            file,
             handoff: Handoff::new(config.clone()),
             again,
             task: task.abort_handle(),

@@ -31,6 +31,8 @@ use super::{SendError, StartError, WorkerStatus};
 
 /// How often a queue that should run dry is looked at.
 const DRAIN_CHECK: Duration = Duration::from_millis(4);
+/// How long, at most and within the grace period, a stop waits for sockets that workers share to run dry.
+const DOORS_LIMIT: Duration = Duration::from_secs(5);
 /// How often a Node worker that said nothing is looked at for a socket of its own.
 const OWN_SOCKET_CHECK: Duration = Duration::from_millis(150);
 /// A socket that no worker has asked for by then, after the last of them got ready, is a leftover of an
@@ -93,6 +95,7 @@ enum Timer {
     StillThere(WorkerId),
     Unused,
     Goodbye(WorkerId, u64),
+    Doors,
 }
 
 /// A worker that has been started and is not gone yet.
@@ -159,6 +162,8 @@ pub(crate) struct Primary {
     told: BTreeMap<&'static str, Instant>,
     forced: bool,
     stopping: bool,
+    /// Since when the sockets take nothing new, while what waits on them is still given out.
+    closing_doors: Option<Instant>,
 }
 
 /// What a [`super::Cluster`] handle needs of its loop.
@@ -232,6 +237,7 @@ impl Primary {
             bind_failure: None,
             forced: false,
             stopping: false,
+            closing_doors: None,
             outcome: None,
             told: BTreeMap::new(),
             settings,
@@ -351,6 +357,7 @@ impl Primary {
                 Timer::StillThere(worker) => self.still_there(worker),
                 Timer::Unused => self.close_unused(),
                 Timer::Goodbye(worker, seq) => self.answer_goodbye(worker, seq),
+                Timer::Doors => self.check_doors(),
             }
         }
     }
@@ -439,11 +446,20 @@ impl Primary {
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Stop => {
-                self.forced |= std::mem::replace(&mut self.stopping, true);
-                self.feed(Input::Stop);
+                if std::mem::replace(&mut self.stopping, true) {
+                    self.forced = true;
+                    if self.closing_doors.take().is_some() {
+                        self.feed(Input::Stop);
+                    }
+                    self.feed(Input::Stop);
+                } else {
+                    self.close_doors();
+                }
             }
             Command::StopNow => {
                 self.forced = true;
+                self.stopping = true;
+                self.closing_doors = None;
                 self.feed(Input::StopNow);
             }
             Command::Scale(workers) => self.feed(Input::Scale { workers }),
@@ -678,6 +694,29 @@ impl Primary {
         self.check_drained(worker);
     }
 
+    /// The cluster stops. Who is in the queue by now is served; who comes later meets a closed port, not a queue
+    /// that nobody empties.
+    fn close_doors(&mut self) {
+        self.closing_doors = Some(Instant::now());
+        for failure in self.ports.refuse_new() {
+            self.notice("stopping", None, failure);
+        }
+        self.check_doors();
+    }
+
+    /// As long as workers are admitted, they take what waits on sockets that are not one slot's own.
+    fn check_doors(&mut self) {
+        let Some(since) = self.closing_doors else { return };
+        let limit = self.settings.grace.min(DOORS_LIMIT);
+        let nobody = self.workers.values().all(|w| !w.admitted);
+        if nobody || self.ports.is_dry() || since.elapsed() >= limit {
+            self.closing_doors = None;
+            self.feed(Input::Stop);
+        } else {
+            self.after(DRAIN_CHECK, Timer::Doors);
+        }
+    }
+
     /// What waited for a suspended worker has been taken by it: it can be asked to stop without loss.
     fn check_drained(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get(&worker) else { return };
@@ -700,6 +739,9 @@ impl Primary {
             Dialect::Node if !w.channel_ended && !w.prefixed => self.tell_node_stop(worker),
             Dialect::Native if !w.channel_ended => self.tell_native_stop(worker, grace),
             _ => self.signal(worker, libc::SIGTERM),
+        }
+        if self.stopping && self.workers.values().all(|w| w.leaving) {
+            self.ports.close_all();
         }
     }
 
