@@ -1,6 +1,6 @@
 //! The channel in its `advanced` form: V8's structured clone, behind a length.
 //!
-//! [`frame`] cuts the stream, [`read`] and [`write`](write()) turn a payload into a [`Value`] and back,
+//! [`FrameDecoder`] cuts the stream, [`read`](read()) and [`write`](write()) turn a payload into a [`Value`] and back,
 //! [`to_frame`] and [`from_value`] do the same for types of serde, and [`parse_value`] says what a value
 //! is, in the words of [`message`](super::message). What our side says to Node is made as a JSON line by
 //! [`cluster`](super::cluster) and becomes a frame by [`transcode_line`]; a user's message with a handle is made

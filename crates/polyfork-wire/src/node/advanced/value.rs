@@ -340,6 +340,22 @@ pub struct View {
 }
 
 impl View {
+    /// A view on so many bytes of a buffer; `None` when the value is no buffer of its own, or the bytes are not within it
+    /// or no whole elements, or for a `Buffer`, which is no kind of V8.
+    #[must_use]
+    pub fn new(buffer: Value, kind: BytesKind, bytes: std::ops::Range<u32>) -> Option<Self> {
+        let flags = match buffer {
+            Value::ArrayBuffer(_) => 0,
+            Value::Resizable(_) => super::tag::VIEW_RESIZABLE,
+            _ => return None,
+        };
+        let length = bytes.end.checked_sub(bytes.start)?;
+        let whole = |number: u32| (number as usize).is_multiple_of(kind.element_bytes());
+        let view = Self { buffer, kind, offset: bytes.start, length, flags };
+        let fits = whole(length) && whole(bytes.start) && kind != BytesKind::Buffer;
+        (fits && view.bytes_in(Some(&view.buffer)).is_some()).then_some(view)
+    }
+
     /// The [`ArrayBuffer`](Value::ArrayBuffer) or [`Resizable`](Value::Resizable), or a reference to it.
     #[must_use]
     pub fn buffer(&self) -> &Value {
