@@ -169,10 +169,12 @@ fn duration(text: &str) -> Option<Duration> {
 pub enum Decision {
     /// Start another one after this wait.
     Restart(Duration),
-    /// The limit is reached; `restarts` of them would be in the window already.
+    /// The limit is reached; `restarts` of them would be in the window already, or never got ready in a row.
     GiveUp {
         /// Restarts in the window.
         restarts: u32,
+        /// How long a time they took: the policy's window, or since the first of those that never got ready.
+        within: Duration,
     },
 }
 
@@ -181,6 +183,9 @@ pub enum Decision {
 pub struct RestartHistory {
     starts: VecDeque<Time>,
     young_deaths: u32,
+    /// Workers in a row that were replaced because they did not get ready in time, and since when.
+    never_ready: u32,
+    never_ready_since: Option<Time>,
     total: u32,
 }
 
@@ -202,22 +207,53 @@ impl RestartHistory {
         smooth: bool,
         jitter: &mut Jitter,
     ) -> Decision {
+        self.never_ready = 0;
+        self.never_ready_since = None;
         let stable = served.is_some_and(|served| served >= policy.stable_after);
         if stable {
             self.young_deaths = 0;
         }
-        let wait = if stable && smooth {
-            Duration::ZERO
-        } else {
-            let wait = policy.delay(self.young_deaths, jitter);
-            self.young_deaths = self.young_deaths.saturating_add(1);
-            wait
-        };
+        if stable && smooth {
+            return self.within_limit(policy, now, Duration::ZERO);
+        }
+        self.ended_young(policy, now, jitter)
+    }
+
+    fn ended_young(&mut self, policy: &RestartPolicy, now: Time, jitter: &mut Jitter) -> Decision {
+        let wait = policy.delay(self.young_deaths, jitter);
+        self.young_deaths = self.young_deaths.saturating_add(1);
+        self.within_limit(policy, now, wait)
+    }
+
+    /// Whether a restart after `wait` is one too many.
+    fn within_limit(&self, policy: &RestartPolicy, now: Time, wait: Duration) -> Decision {
         let restarts = self.in_window(policy, now + wait);
         if restarts >= policy.limit_used() {
-            return Decision::GiveUp { restarts: u32::try_from(restarts).unwrap_or(u32::MAX) };
+            let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
+            return Decision::GiveUp { restarts, within: policy.window };
         }
         Decision::Restart(wait)
+    }
+
+    /// As [`ended`](Self::ended), for a worker that did not get ready in time since `started`.
+    ///
+    /// Waiting for it took so long that the window alone would never be full: more such workers in a row than the limit
+    /// allows restarts are enough, however long that takes.
+    pub fn never_got_ready(
+        &mut self,
+        policy: &RestartPolicy,
+        now: Time,
+        started: Time,
+        jitter: &mut Jitter,
+    ) -> Decision {
+        let since = *self.never_ready_since.get_or_insert(started);
+        self.never_ready = self.never_ready.saturating_add(1);
+        match self.ended_young(policy, now, jitter) {
+            Decision::Restart(_) if self.never_ready as usize > policy.limit_used() => {
+                Decision::GiveUp { restarts: self.never_ready - 1, within: now.since(since) }
+            }
+            decision => decision,
+        }
     }
 
     /// A restart happens now.
@@ -233,6 +269,8 @@ impl RestartHistory {
     pub fn forgive(&mut self) {
         self.starts.clear();
         self.young_deaths = 0;
+        self.never_ready = 0;
+        self.never_ready_since = None;
     }
 
     /// Restarts since the slot exists.
@@ -388,7 +426,7 @@ mod tests {
         assert!(wait < policy.min_delay * 2, "{wait:?}");
         history.restarted(&policy, Time::ZERO);
         let decision = ended(&mut history, &policy, Time::ZERO, stable);
-        assert_eq!(decision, Decision::GiveUp { restarts: 5 });
+        assert_eq!(decision, Decision::GiveUp { restarts: 5, within: policy.window });
     }
 
     #[test]
@@ -401,7 +439,10 @@ mod tests {
             decision
         };
         assert_eq!(smooth(Some(policy.stable_after)), Decision::Restart(Duration::ZERO));
-        assert_eq!(smooth(Some(policy.stable_after)), Decision::GiveUp { restarts: 1 });
+        assert_eq!(
+            smooth(Some(policy.stable_after)),
+            Decision::GiveUp { restarts: 1, within: policy.window }
+        );
     }
 
     #[test]
@@ -467,7 +508,7 @@ mod tests {
                 now = now + life;
                 match history.ended(&policy, now, Some(life), smooth, &mut jitter) {
                     Decision::Restart(wait) => now = now + wait + Duration::from_millis(late),
-                    Decision::GiveUp { restarts } => {
+                    Decision::GiveUp { restarts, .. } => {
                         prop_assert!(restarts >= limit);
                         // An hour later somebody else's trouble is over.
                         now = now + Duration::from_secs(3600);

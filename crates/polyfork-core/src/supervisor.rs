@@ -317,6 +317,7 @@ impl Supervisor {
         &mut self,
         id: SlotId,
         reason: Reason,
+        started: Time,
         served: Option<Duration>,
     ) -> Option<Decision> {
         let running = self.phase == Phase::Running;
@@ -331,7 +332,12 @@ impl Supervisor {
         }
         let smooth = matches!(reason, Reason::Voluntary | Reason::Asked);
         let policy = &self.plan.restart;
-        let decision = slot.history.ended(policy, self.now, served, smooth, &mut self.jitter);
+        let (history, jitter) = (&mut slot.history, &mut self.jitter);
+        let decision = if reason == Reason::NeverReady {
+            history.never_got_ready(policy, self.now, started, jitter)
+        } else {
+            history.ended(policy, self.now, served, smooth, jitter)
+        };
         match decision {
             Decision::Restart(wait) => {
                 slot.waiting = Some(Wait { until: self.now + wait, counts: true });
@@ -344,26 +350,29 @@ impl Supervisor {
     /// A current worker that still runs becomes a leaving one, and its successor is arranged for.
     fn replace(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
         let Some(worker) = self.workers.get(&id) else { return };
-        let (slot_id, served) = (worker.view.slot, worker.served(self.now));
+        let (slot_id, started) = (worker.view.slot, worker.view.started);
+        let served = worker.served(self.now);
         let Some(slot) = self.slots.get_mut(&slot_id) else { return };
         if slot.current != Some(id) {
             return;
         }
         slot.current = None;
         slot.leaving.push(id);
-        match self.succession(slot_id, reason, served) {
+        match self.succession(slot_id, reason, started, served) {
             Some(Decision::Restart(after)) => {
                 let report = Report::Replacing { slot: slot_id, worker: id, reason, after };
                 out.push(Action::Report(report));
             }
-            Some(Decision::GiveUp { restarts }) => self.report_failed(slot_id, restarts, out),
+            Some(Decision::GiveUp { restarts, within }) => {
+                self.report_failed(slot_id, restarts, within, out);
+            }
             None => {}
         }
         self.hurry_the_oldest(slot_id, out);
     }
 
-    fn report_failed(&self, slot: SlotId, restarts: u32, out: &mut Vec<Action>) {
-        out.push(Action::SlotFailed { slot, restarts, window: self.plan.restart.window });
+    fn report_failed(&self, slot: SlotId, restarts: u32, window: Duration, out: &mut Vec<Action>) {
+        out.push(Action::SlotFailed { slot, restarts, window });
     }
 
     /// Bounds the workers that leave a slot at their leisure.
@@ -573,7 +582,7 @@ impl Supervisor {
         self.last_reason = Some(reason);
         let was_current = self.forget(slot_id, id);
         let decision = if was_current {
-            self.succession(slot_id, reason, worker.served(self.now))
+            self.succession(slot_id, reason, worker.view.started, worker.served(self.now))
         } else {
             None
         };
@@ -585,8 +594,8 @@ impl Supervisor {
             lived: self.now.since(worker.view.started),
             will_restart: self.restart_in(slot_id),
         });
-        if let Some(Decision::GiveUp { restarts }) = decision {
-            self.report_failed(slot_id, restarts, out);
+        if let Some(Decision::GiveUp { restarts, within }) = decision {
+            self.report_failed(slot_id, restarts, within, out);
         }
     }
 

@@ -210,6 +210,34 @@ fn slot_past_its_limit_rests_while_the_others_serve() {
 }
 
 #[test]
+fn workers_that_never_get_ready_reach_the_limit_however_long_each_is_waited_for() {
+    let ready_timeout = Some(Duration::from_secs(30));
+    let mut cluster =
+        Cluster::new(Plan { restart: RestartPolicy::default(), ready_timeout, ..plan(1) });
+    cluster.feed(Input::Start);
+    let mut n = 1;
+    let failed = loop {
+        cluster.feed(Input::Spawned { worker: w(n) });
+        let started = cluster.now;
+        let out = cluster.wait();
+        assert_eq!(cluster.now.since(started), Duration::from_secs(30));
+        assert!(out.contains(&Action::Terminate { worker: w(n) }), "{out:?}");
+        let failed = out.iter().find(|action| matches!(action, Action::SlotFailed { .. })).cloned();
+        cluster.exit(n, Exit::Signal(15));
+        if failed.is_some() {
+            break failed;
+        }
+        n = spawned(&cluster.wait())[0].1.0;
+        assert!(n < 20, "restarted for ever");
+    };
+    assert_eq!(n, 6, "a first start and five more");
+    let Some(Action::SlotFailed { restarts, window, .. }) = failed else { unreachable!() };
+    assert_eq!(restarts, 5);
+    assert!(window >= Duration::from_secs(180), "{window:?}");
+    assert!(cluster.supervisor.is_finished());
+}
+
+#[test]
 fn cluster_whose_slots_all_failed_ends_and_says_the_first_reason() {
     let restart = RestartPolicy::intensity(1, Duration::from_secs(30));
     let mut cluster = Cluster::new(Plan { restart, ..plan(1) });
