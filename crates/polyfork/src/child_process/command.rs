@@ -22,16 +22,9 @@ use tokio_util::sync::CancellationToken;
 use super::child::Child;
 use super::{Signal, SpawnError, Stdio};
 
-/// Our own channel is not our children's: these are taken out of the environment they inherit.
-const NOT_INHERITED: [&str; 7] = [
-    names::NODE_CHANNEL_FD,
-    names::NODE_CHANNEL_SERIALIZATION_MODE,
-    names::NODE_UNIQUE_ID,
-    names::POLYFORK_CHANNEL_FD,
-    "POLYFORK_CHANNEL_PID",
-    names::POLYFORK_WORKER_ID,
-    names::POLYFORK_SLOT,
-];
+/// What the cluster tells a worker is not for the worker's own children either.
+const NOT_INHERITED: [&str; 3] =
+    [names::POLYFORK_CHANNEL_FD, names::POLYFORK_WORKER_ID, names::POLYFORK_SLOT];
 /// The number that means "leave it" to the kernel's calls.
 const NOBODY: u32 = u32::MAX;
 
@@ -202,7 +195,6 @@ impl Command {
     }
 
     /// The child's own process id in a variable.
-    #[allow(dead_code, reason = "for channels, which tell their owner by it")]
     pub(crate) fn pid_env(&mut self, key: impl AsRef<OsStr>) -> &mut Self {
         self.pid_env = Some(key.as_ref().to_owned());
         self
@@ -362,6 +354,17 @@ impl Command {
         self.session || self.group
     }
 
+    /// For commands whose program is worked out when they are started.
+    pub(super) fn set_program(&mut self, program: OsString, args: Vec<OsString>) {
+        self.program = program;
+        self.args = args;
+    }
+
+    /// The child's working directory, if it is not ours.
+    pub(super) fn directory(&self) -> Option<&Path> {
+        self.directory.as_deref()
+    }
+
     /// Fills a slot nobody has said anything about.
     pub(super) fn default_stdio(&mut self, slot: u32, what: Stdio) {
         self.slots.entry(slot).or_insert(Slot::Given(what));
@@ -493,7 +496,7 @@ impl Command {
         if self.clear {
             sys.env_clear();
         }
-        for name in NOT_INHERITED {
+        for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
             sys.env_remove(name);
         }
         for (key, value) in &self.env {

@@ -7,6 +7,9 @@
 //! | `execFile(file, args, options)` | [`exec_file`] |
 //! | `spawnSync`, `execSync`, `execFileSync` | [`spawn_sync`], [`exec_sync`], [`exec_file_sync`]; no runtime needed |
 //! | `subprocess.kill(signal)` | [`Child::kill`], and [`Child::kill_tree`] for all it has started |
+//! | `fork(script, args, options)` | [`fork_node`], [`ForkNode`]; [`fork_program`] for any program |
+//! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
+//! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
 //! | events | [`Child::next_event`] |
 //!
 //! What differs from Node, on purpose:
@@ -18,9 +21,9 @@
 //!   command then exits with 0.
 //! - Output is bytes; text is made on request.
 //!
-//! Nothing here calls fork(2): a child is cloned with our memory borrowed until it calls exec, by the one thread that
-//! starts all children (`polyfork_sys::spawn`), so the time it takes does not grow with this process. It has an empty
-//! signal mask, every signal at its default, and no descriptor that was not given to it.
+//! Nothing here calls fork(2): a child is cloned with our memory borrowed until it calls exec (`polyfork_sys::spawn`),
+//! so the time it takes does not grow with this process. It has an empty signal mask, every signal at its default, and
+//! no descriptor that was not given to it.
 //!
 //! The rule that surprises: a child is collected by a task of the runtime it was started in, whether anybody waits or
 //! not. So none becomes a zombie when its handle is dropped, and signals go through a pidfd, which cannot hit a stranger.
@@ -29,16 +32,23 @@
 
 mod child;
 mod command;
+mod entry;
 mod error;
 mod exec;
+mod fork;
 mod signal;
 mod stdio;
 mod sync;
 
 pub use child::{Child, ChildError, Event, Exit};
 pub use command::{Command, Shell};
+pub use entry::{
+    AnyEntry, Entry, EntryResult, ForkedEntry, Port, PortError, fork_entry, fork_entry_with,
+    run_entries,
+};
 pub use error::{ExecError, ExecErrorKind, OutputStream, SpawnError};
 pub use exec::{DEFAULT_MAX_BUFFER, Exec, Executing, Output, exec, exec_file};
+pub use fork::{ForkError, ForkNode, Forked, fork_node, fork_program};
 pub use signal::{Signal, UnknownSignal};
 pub use stdio::{ChildSocket, ChildStderr, ChildStdin, ChildStdout, Stdio};
 pub use sync::{SyncFault, SyncOutput, exec_file_sync, exec_sync, spawn_sync};
