@@ -683,6 +683,10 @@ impl Supervisor {
             WorkerState::Spawning | WorkerState::Ready => {}
             WorkerState::Starting => self.unfit(id, Reason::NeverReady, out),
             WorkerState::Suspended => self.tell_stop(id, out),
+            // It never served anybody, so nothing is cut: it was only too busy starting to listen to us.
+            WorkerState::Stopping if worker.view.ready.is_none() => {
+                self.terminate(id, Reason::Asked, out);
+            }
             WorkerState::Stopping => {
                 out.push(Action::Report(Report::GraceExpired { worker: id }));
                 self.terminate(id, Reason::GraceExpired, out);

@@ -210,6 +210,18 @@ fn slot_past_its_limit_rests_while_the_others_serve() {
 }
 
 #[test]
+fn a_worker_that_is_asked_to_leave_while_it_starts_does_not_overstay() {
+    let mut cluster = Cluster::ready(plan(2));
+    cluster.feed(Input::AddOne);
+    cluster.feed(Input::Spawned { worker: w(3) });
+    assert!(cluster.feed(Input::RemoveOne).iter().any(|a| matches!(a, Action::TellStop { .. })));
+    // It is still loading its program and hears nothing.
+    let out = cluster.wait();
+    assert_eq!(out, [Action::Terminate { worker: w(3) }]);
+    assert_eq!(reason(&cluster.exit(3, Exit::Signal(15))), Reason::Asked);
+}
+
+#[test]
 fn workers_that_never_get_ready_reach_the_limit_however_long_each_is_waited_for() {
     let ready_timeout = Some(Duration::from_secs(30));
     let mut cluster =
