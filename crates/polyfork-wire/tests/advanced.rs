@@ -274,7 +274,10 @@ fn depth_takes_no_stack() {
         Some(&Value::Null)
     );
     assert_eq!(write(&value), payload);
+    assert!(serde_json::to_string(&value).is_err());
     assert!(from_value::<serde_json::Value>(value).is_err());
+    let value = read(&payload, &limits).expect("there is no limit");
+    assert!(from_value::<Value>(value).is_err());
     // What is cut off in the middle is dropped as well.
     assert!(read(&payload[..payload.len() / 2], &limits).is_err());
 }

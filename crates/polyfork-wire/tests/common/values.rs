@@ -208,7 +208,9 @@ fn set(values: Vec<Value>) -> Value {
 }
 
 fn error(inner: impl Strategy<Value = Value>, stock: bool) -> impl Strategy<Value = Value> {
-    let part = move || prop::option::weighted(if stock { 1.0 } else { 0.6 }, text());
+    let part = move || {
+        (text(), any::<bool>()).prop_map(move |(text, given)| (stock || given).then_some(text))
+    };
     let kind = prop::sample::select(&ERRORS[..]);
     (kind, part(), part(), prop::option::of(inner)).prop_map(|(kind, message, stack, cause)| {
         Value::from(ErrorValue { kind, message, stack, cause })

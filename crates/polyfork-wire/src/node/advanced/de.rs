@@ -20,7 +20,7 @@ use serde::de::{
 
 use super::bigint::BigInt;
 use super::error::ConvertError;
-use super::refs::{Follow, MOST_LEVELS, detach};
+use super::refs::{Follow, MOST_LEVELS, cloned, detach};
 use super::ser::WHOLE_VALUE;
 use super::text::Key;
 use super::value::{Boxed, BytesKind, ErrorValue, Map, Object, Value};
@@ -152,7 +152,8 @@ impl<'v> Reader<'v> {
     /// Hands a copy of the value itself to the `Deserialize` of [`Value`].
     fn whole<V: Visitor<'v>>(self, visitor: V) -> Result_<V::Value> {
         let reader = if self.levels == MOST_LEVELS { self } else { self.resolved()? };
-        let mut value = reader.value.clone();
+        let deep = || ConvertError::new("message is nested too deep to be cloned");
+        let mut value = cloned(reader.value).ok_or_else(deep)?;
         if reader.levels < MOST_LEVELS && may_refer(reader.value) {
             let start = reader.follow.objects().first_id_of(reader.value).unwrap_or(0);
             if !detach(&mut value, start) {

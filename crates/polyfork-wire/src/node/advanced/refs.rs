@@ -14,6 +14,9 @@ use super::value::Value;
 /// Most bytes that may be copied by following references from one message.
 const MOST_COPIED_BYTES: usize = 256 << 20;
 
+/// Deepest tree that is cloned, which recurses as well, but takes less stack for a level.
+const MOST_CLONED_LEVELS: usize = 1000;
+
 /// Deepest nesting that is followed by code that recurses.
 pub(super) const MOST_LEVELS: usize = 128;
 
@@ -104,6 +107,20 @@ pub(super) fn detach(part: &mut Value, start: usize) -> bool {
         }
     }
     true
+}
+
+/// A clone, unless that would take too much stack.
+pub(super) fn cloned(value: &Value) -> Option<Value> {
+    let mut level = vec![value];
+    for _ in 0..MOST_CLONED_LEVELS {
+        let mut below = Vec::new();
+        level.iter().for_each(|value| value.children(&mut below));
+        if below.is_empty() {
+            return Some(value.clone());
+        }
+        level = below;
+    }
+    None
 }
 
 /// Follows references within bounds.

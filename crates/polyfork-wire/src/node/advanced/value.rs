@@ -55,7 +55,7 @@ pub enum Value {
     Error(Box<ErrorValue>),
     /// `ArrayBuffer`
     ArrayBuffer(Vec<u8>),
-    /// `ArrayBuffer` with a `maxByteLength`.
+    /// `ArrayBuffer` with a `maxByteLength`. Node 18 and older refuse the message.
     Resizable(Box<Resizable>),
     /// A `Buffer`, a typed array or a `DataView`, as Node sends them: with bytes of its own.
     Bytes(Bytes),
