@@ -54,9 +54,12 @@ fn missing(place: &str) -> Option<String> {
 /// Whether a source has a test of this name: marked as one, or listed as one for every Node version.
 fn is_run(source: &str, name: &str) -> bool {
     let marked = format!("#[test]\nfn {name}(");
+    let marked_async = format!("#[tokio::test]\nasync fn {name}(");
     let listed = |line: &str| line.trim().trim_end_matches(',') == name;
     let scenario = source.contains(&format!("\nasync fn {name}("));
-    source.contains(&marked) || (scenario && source.lines().any(listed))
+    source.contains(&marked)
+        || source.contains(&marked_async)
+        || (scenario && source.lines().any(listed))
 }
 
 #[test]
