@@ -21,7 +21,7 @@ use std::path::Path;
 use targets::{TARGETS, Target, same_json};
 
 /// Pieces that mean something to one of the formats.
-const WORDS: [&[u8]; 30] = [
+const WORDS: [&[u8]; 46] = [
     b"\n",
     b"\r\n",
     b"\x02",
@@ -52,6 +52,22 @@ const WORDS: [&[u8]; 30] = [
     b"\xff\xff\xff\xff",
     b"\x00\x00\x00\x80",
     b" \"",
+    b"\xff\x0d",
+    b"o{\x00",
+    b"A\x010$\x00\x01",
+    b"a\x05@\x00\x05",
+    b"A\x01-$\x00\x01",
+    b";\x3a\x00",
+    b"'^\x00,\x01",
+    b"^\x01",
+    b"c\x02\xac\x20",
+    b"Z\x10\x05\x00\x00\x00\x00\x00\x00\x00",
+    b"B\x01xVB\x00\x01\x00",
+    b"~\x01\x02xVB\x00\x01\x03",
+    b"\\\x01o{\x00",
+    b"\\\x00\x0a\x01x",
+    b"rTm\"\x01x.",
+    b"\"\x03cmd\"\x0bNODE_HANDLE",
 ];
 
 /// Longest input that is made.
@@ -65,6 +81,16 @@ fn lines_keep_their_promises() {
 #[test]
 fn cluster_messages_keep_their_promises() {
     fuzz("cluster", 20_000);
+}
+
+#[test]
+fn advanced_values_keep_their_promises() {
+    fuzz("advanced", 20_000);
+}
+
+#[test]
+fn advanced_frames_keep_their_promises() {
+    fuzz("advanced-frames", 20_000);
 }
 
 #[test]

@@ -10,6 +10,10 @@ use polyfork_wire::env::{
     node_channel, split_node_options,
 };
 use polyfork_wire::native::{FrameDecoder, Payload, ToPrimary, ToWorker, encode};
+use polyfork_wire::node::advanced::{
+    FrameDecoder as AdvancedDecoder, Objects, Value as AdvancedValue, from_value, handle_message,
+    parse_value, read, to_payload, transcode_line, write,
+};
 use polyfork_wire::node::cluster::{self, FromWorker, Query, Sockname};
 use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::{Line, LineDecoder};
@@ -25,9 +29,11 @@ use super::outbox_model::{Step, play};
 pub(crate) type Target = fn(&[u8]);
 
 /// Every target by the name of its corpus.
-pub(crate) const TARGETS: [(&str, Target); 6] = [
+pub(crate) const TARGETS: [(&str, Target); 8] = [
     ("line", line),
     ("cluster", cluster),
+    ("advanced", advanced),
+    ("advanced-frames", advanced_frames),
     ("native", native),
     ("notify", notify),
     ("env", env),
@@ -171,6 +177,90 @@ fn check_written(line: &[u8], envelope: bool) {
         Incoming::Cluster(_) => assert!(!envelope),
         other => panic!("{other:?}"),
     }
+}
+
+/// A payload of the advanced encoding: what is read can be written, and is then read as the same; it has no more
+/// values than allowed, and can be used in every way.
+pub(crate) fn advanced(data: &[u8]) {
+    let Ok(value) = read(data, &LIMITS) else { return };
+    // Unlike the value, its text is the same where numbers are NaN.
+    let text = format!("{value:?}");
+    let payload = write(&value);
+    // Written, Latin-1 is shorter and most else is as long; only replaced UTF-8 and padding take more.
+    assert!(payload.len() <= 4 * data.len() + 8, "{} from {}", payload.len(), data.len());
+    let wide = Limits { max_message: usize::MAX, ..LIMITS };
+    let again = read(&payload, &wide).expect("we write what we read");
+    assert_eq!(write(&again), payload);
+    assert_eq!(to_payload(&value).as_ref(), Ok(&payload));
+    // Names of properties are numbers of one kind here, and may be of two on the wire.
+    assert_eq!(format!("{again:?}"), text);
+    let _ = Objects::of(&value);
+    if let Ok(json) = serde_json::to_string(&value) {
+        assert!(serde_json::from_str::<AdvancedValue>(&json).is_ok(), "{json}");
+    }
+    let _ = from_value::<Value>(value.clone());
+    let whole = from_value::<AdvancedValue>(value.clone()).expect("it is what it is");
+    assert_eq!(format!("{whole:?}"), text);
+    check_envelope(&value);
+    if let Ok(Incoming::Handle(envelope)) = parse_value(value, &wide) {
+        assert!(!matches!(
+            *envelope.message,
+            Incoming::Handle(_) | Incoming::HandleAck | Incoming::HandleNack
+        ));
+    }
+}
+
+/// What is put into an envelope comes out of it.
+fn check_envelope(value: &AdvancedValue) {
+    let wide = Limits {
+        max_message: usize::MAX,
+        max_values: LIMITS.max_values + 10,
+        max_depth: LIMITS.max_depth + 1,
+        ..LIMITS
+    };
+    let frame =
+        handle_message(&HandleKind::NetSocket, value, Some("k"), None).expect("it is short");
+    let envelope = read(&frame[4..], &wide).expect("we write what we read");
+    let inner = parse_value(value.clone(), &wide);
+    match parse_value(envelope, &wide) {
+        Ok(Incoming::Handle(envelope)) => {
+            if let (Incoming::User(message), Ok(Incoming::User(inner))) = (*envelope.message, inner)
+            {
+                assert_eq!(format!("{message:?}"), format!("{inner:?}"));
+            }
+        }
+        other => assert!(inner.is_err(), "{other:?}"),
+    }
+}
+
+/// A stream of frames of the advanced encoding: any cutting gives the same. The first byte is the length of
+/// the pieces. The rest as a line gives a frame if it is JSON.
+pub(crate) fn advanced_frames(data: &[u8]) {
+    let Some((first, stream)) = data.split_first() else { return };
+    let piece = usize::from(*first).max(1);
+    assert_eq!(payloads(stream.chunks(piece)), payloads([stream]));
+    if let Ok(frame) = transcode_line(stream) {
+        let wide = Limits { max_message: usize::MAX, max_depth: usize::MAX, ..Limits::default() };
+        let value = read(&frame[4..], &wide).expect("we write what we read");
+        assert_eq!(parse_value(value, &wide).is_ok(), parse_line(stream, &wide).is_ok());
+    }
+}
+
+fn payloads<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Result<Vec<u8>, ProtocolError>> {
+    let mut decoder = AdvancedDecoder::new(LIMITS);
+    let mut seen = Vec::new();
+    for bytes in pieces {
+        decoder.feed(bytes);
+        while let Some(payload) = decoder.next().transpose() {
+            let last = matches!(payload, Err(ProtocolError::TooLong { .. }));
+            seen.push(payload);
+            if last {
+                return seen;
+            }
+        }
+    }
+    seen.extend(decoder.end().map(Err));
+    seen
 }
 
 /// A stream of frames: any cutting gives the same messages, no descriptor leaks, and what is read is
