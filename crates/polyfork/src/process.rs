@@ -62,9 +62,6 @@ pub enum ProcessError {
     /// Not called inside a tokio runtime.
     #[error("a channel needs a tokio runtime: call this inside one")]
     NoRuntime,
-    /// The parent speaks an encoding that is not spoken here.
-    #[error("the parent speaks the encoding \"{0}\", which is not spoken here")]
-    Encoding(&'static str),
 }
 
 /// The channel to this process's parent (Node: `process.send`, `process.on('message')`).
@@ -132,7 +129,7 @@ impl Place {
         let Some(channel) = names::node_channel(given)? else { return Ok(None) };
         let encoding = match channel.mode {
             SerializationMode::Json => Encoding::Json,
-            SerializationMode::Advanced => return Err(ProcessError::Encoding("advanced")),
+            SerializationMode::Advanced => Encoding::Advanced,
         };
         Ok(Some(Place { fd: channel.fd, encoding }))
     }

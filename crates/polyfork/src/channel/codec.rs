@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use polyfork_wire::native::port::PortFrame;
 use polyfork_wire::native::{FrameDecoder, MAX_DESCRIPTORS, NativeOutbox, NotPushed};
+use polyfork_wire::node::advanced::{self, Value};
 use polyfork_wire::node::cluster;
 use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::LineDecoder;
@@ -79,6 +80,7 @@ pub(super) enum Event {
 /// Makes events of what is read.
 pub(super) enum Decoder {
     Json { lines: LineDecoder, inbox: Inbox<Option<OwnedFd>>, limits: Limits },
+    Advanced { frames: advanced::FrameDecoder, inbox: Inbox<Option<OwnedFd>>, limits: Limits },
     Native { frames: FrameDecoder<OwnedFd>, greeted: bool },
 }
 
@@ -88,6 +90,11 @@ impl Decoder {
             Encoding::Json => {
                 Decoder::Json { lines: LineDecoder::new(limits), inbox: Inbox::new(limits), limits }
             }
+            Encoding::Advanced => Decoder::Advanced {
+                frames: advanced::FrameDecoder::new(limits),
+                inbox: Inbox::new(limits),
+                limits,
+            },
             Encoding::Native => {
                 Decoder::Native { frames: FrameDecoder::new(limits), greeted: false }
             }
@@ -103,14 +110,12 @@ impl Decoder {
     ) -> Result<(), ProtocolError> {
         match self {
             Decoder::Json { lines, inbox, .. } => {
-                for fd in fds.drain(..) {
-                    inbox.push(Some(fd))?;
-                }
-                if lost {
-                    // Its place is kept, so that the next one is not taken for it.
-                    inbox.push(None)?;
-                }
+                queue(inbox, fds, lost)?;
                 lines.feed(bytes);
+            }
+            Decoder::Advanced { frames, inbox, .. } => {
+                queue(inbox, fds, lost)?;
+                frames.feed(bytes);
             }
             Decoder::Native { frames, .. } => {
                 for fd in fds.drain(..) {
@@ -134,7 +139,19 @@ impl Decoder {
                     drop(inbox.settle(lines.has_partial()));
                     return Ok(None);
                 };
-                Ok(Some(json_event(message::parse(line, limits)?, inbox)))
+                Ok(Some(node_event(message::parse(line, limits)?, inbox)))
+            }
+            Decoder::Advanced { frames, inbox, limits } => {
+                let Some(frame) = frames.next()? else {
+                    drop(inbox.settle(frames.has_partial()));
+                    return Ok(None);
+                };
+                let value = advanced::read(&frame, limits)?;
+                let mut event = node_event(advanced::parse_value(value, limits)?, inbox);
+                if let Event::Message { body: Body::Advanced { bytes, .. }, .. } = &mut event {
+                    *bytes = frame.len();
+                }
+                Ok(Some(event))
             }
             Decoder::Native { frames, greeted } => {
                 let Some(frame) = frames.next_with(|payload| native_event(payload, greeted))?
@@ -179,7 +196,70 @@ fn native_event(payload: &[u8], greeted: &mut bool) -> Result<Event, ProtocolErr
     })
 }
 
-fn json_event(incoming: Incoming, inbox: &mut Inbox<Option<OwnedFd>>) -> Event {
+/// Keeps what came for the envelopes. One that was lost keeps its place, so that the next is not taken for it.
+fn queue(
+    inbox: &mut Inbox<Option<OwnedFd>>,
+    fds: &mut VecDeque<OwnedFd>,
+    lost: bool,
+) -> Result<(), ProtocolError> {
+    for fd in fds.drain(..) {
+        inbox.push(Some(fd))?;
+    }
+    if lost { inbox.push(None) } else { Ok(()) }
+}
+
+/// A user's message in one of Node's encodings.
+trait UserValue: Sized {
+    /// The message, with the word and number of an envelope of ours if it is one.
+    fn open(self) -> (Body, Option<(Word, u64)>);
+}
+
+/// What an envelope of ours is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Request,
+    Reply,
+    Refused,
+}
+
+impl Word {
+    fn of(text: &str) -> Option<Word> {
+        match text {
+            "request" => Some(Word::Request),
+            "reply" => Some(Word::Reply),
+            "refused" => Some(Word::Refused),
+            _ => None,
+        }
+    }
+}
+
+impl UserValue for UserMessage {
+    fn open(self) -> (Body, Option<(Word, u64)>) {
+        match numbered(&self) {
+            Some((word, id, body)) => (Body::Json(body), Some((word, id))),
+            None => (Body::Json(self), None),
+        }
+    }
+}
+
+impl UserValue for Value {
+    fn open(self) -> (Body, Option<(Word, u64)>) {
+        let word = self.get("polyfork").and_then(|word| Word::of(word.as_str()?));
+        let id = self.get("id").and_then(Value::as_f64).and_then(whole);
+        let numbered = word.zip(id);
+        // The body stays where it is: what is in it may refer to objects by their place.
+        (Body::Advanced { value: self, wrapped: numbered.is_some(), bytes: 0 }, numbered)
+    }
+}
+
+/// A number that JavaScript writes without a fraction, as long as it is exact.
+fn whole(number: f64) -> Option<u64> {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked")]
+    (number.fract() == 0.0 && (0.0..=EXACT).contains(&number)).then_some(number as u64)
+}
+
+fn node_event<M: UserValue>(incoming: Incoming<M>, inbox: &mut Inbox<Option<OwnedFd>>) -> Event {
     match incoming {
         Incoming::User(message) => user_event(message, Vec::new(), None, false),
         // The n-th descriptor belongs to the n-th envelope.
@@ -196,7 +276,7 @@ fn json_event(incoming: Incoming, inbox: &mut Inbox<Option<OwnedFd>>) -> Event {
     }
 }
 
-fn envelope_event(envelope: HandleEnvelope, fd: OwnedFd) -> Event {
+fn envelope_event<M: UserValue>(envelope: HandleEnvelope<M>, fd: OwnedFd) -> Event {
     let handle = Handle::from_node(fd, &envelope.kind);
     match *envelope.message {
         Incoming::User(message) => {
@@ -209,6 +289,22 @@ fn envelope_event(envelope: HandleEnvelope, fd: OwnedFd) -> Event {
     }
 }
 
+fn user_event<M: UserValue>(
+    message: M,
+    handles: Vec<Handle>,
+    key: Option<String>,
+    acknowledge: bool,
+) -> Event {
+    let (body, numbered) = message.open();
+    let request = match numbered {
+        Some((Word::Request, id)) => Some(id),
+        Some((Word::Reply, id)) if handles.is_empty() => return Event::Reply { id, body },
+        Some((Word::Refused, id)) if handles.is_empty() => return Event::Refused { id },
+        _ => None,
+    };
+    Event::Message { body, request, handles, key, acknowledge }
+}
+
 /// The shape of requests and answers between a Rust program and a script.
 #[derive(Deserialize)]
 struct Envelope<'a> {
@@ -218,40 +314,14 @@ struct Envelope<'a> {
     body: Option<&'a RawValue>,
 }
 
-fn user_event(
-    message: UserMessage,
-    handles: Vec<Handle>,
-    key: Option<String>,
-    acknowledge: bool,
-) -> Event {
-    let (message, request) = match numbered(&message) {
-        Some(("request", id, Some(body))) => (body, Some(id)),
-        Some(("reply", id, body)) if handles.is_empty() => {
-            let body = body.unwrap_or_else(null);
-            return Event::Reply { id, body: Body::Json(body) };
-        }
-        Some(("refused", id, _)) if handles.is_empty() => return Event::Refused { id },
-        _ => (message, None),
-    };
-    Event::Message { body: Body::Json(message), request, handles, key, acknowledge }
-}
-
-fn null() -> UserMessage {
-    RawJson::from_value(&()).expect("null is JSON").into()
-}
-
-fn numbered(message: &UserMessage) -> Option<(&'static str, u64, Option<UserMessage>)> {
+fn numbered(message: &UserMessage) -> Option<(Word, u64, UserMessage)> {
     let text = message.as_str();
     if !text.starts_with('{') || !text.contains("\"polyfork\"") {
         return None;
     }
     let envelope: Envelope<'_> = serde_json::from_str(text).ok()?;
-    let word = ["request", "reply", "refused"].into_iter().find(|w| *w == envelope.polyfork)?;
-    let body = match envelope.body {
-        Some(body) => Some(RawJson::new(body.get()).ok()?.into()),
-        None => None,
-    };
-    Some((word, envelope.id, body))
+    let body = RawJson::new(envelope.body.map_or("null", RawValue::get)).ok()?;
+    Some((Word::of(envelope.polyfork)?, envelope.id, body.into()))
 }
 
 /// A handle that is being sent. Our copy lives until the other end has it.
@@ -271,14 +341,19 @@ impl AsFd for Passed {
 /// What is queued, in the order it leaves.
 #[derive(Debug)]
 pub(super) enum Outgoing {
-    Node(Outbox<Passed>),
+    Node {
+        queue: Outbox<Passed>,
+        /// Frames instead of lines.
+        advanced: bool,
+    },
     Native(NativeOutbox<Passed>),
 }
 
 impl Outgoing {
     pub(super) fn new(encoding: Encoding) -> Outgoing {
         match encoding {
-            Encoding::Json => Outgoing::Node(Outbox::new(WINDOW)),
+            Encoding::Json => Outgoing::node(false),
+            Encoding::Advanced => Outgoing::node(true),
             Encoding::Native => {
                 let mut queue = NativeOutbox::new();
                 let hello = |to: &mut Vec<u8>| {
@@ -291,6 +366,10 @@ impl Outgoing {
         }
     }
 
+    fn node(advanced: bool) -> Outgoing {
+        Outgoing::Node { queue: Outbox::new(WINDOW), advanced }
+    }
+
     /// Encodes a value to the end of the queue. On an error nothing is queued.
     pub(super) fn push<T: Serialize + ?Sized>(
         &mut self,
@@ -301,9 +380,12 @@ impl Outgoing {
     ) -> Result<(), SendError> {
         match self {
             Outgoing::Native(queue) => push_native(queue, kind, value, handles, most),
-            Outgoing::Node(queue) => {
+            Outgoing::Node { queue, advanced: false } => {
                 let json = json_text(kind, value, most)?;
                 push_json(queue, json, handles)
+            }
+            Outgoing::Node { queue, advanced: true } => {
+                push_advanced(queue, kind, value, handles, most)
             }
         }
     }
@@ -318,22 +400,23 @@ impl Outgoing {
                 };
                 queue.push_with(Vec::new(), usize::MAX, refused).expect("nine bytes fit");
             }
-            Outgoing::Node(queue) => {
-                queue.push(format!("{{\"polyfork\":\"refused\",\"id\":{id}}}\n").into_bytes());
+            Outgoing::Node { queue, advanced } => {
+                let line = format!("{{\"polyfork\":\"refused\",\"id\":{id}}}\n");
+                queue.push(as_spoken(line.into_bytes(), *advanced));
             }
         }
     }
 
     /// Queues a line of Node's own before everything else.
     pub(super) fn answer(&mut self, line: impl Into<Vec<u8>>) {
-        if let Outgoing::Node(queue) = self {
-            queue.push_bypass(line);
+        if let Outgoing::Node { queue, advanced } = self {
+            queue.push_bypass(as_spoken(line.into(), *advanced));
         }
     }
 
     /// The other end received our oldest handle, or did not and it is sent again.
     pub(super) fn acknowledged(&mut self, nack: bool) -> Result<(), ProtocolError> {
-        let Outgoing::Node(queue) = self else { return Ok(()) };
+        let Outgoing::Node { queue, .. } = self else { return Ok(()) };
         let Passed { fd, again } = queue.acknowledged(nack)?;
         if let Some((line, left)) = again.filter(|(_, left)| nack && *left > 0) {
             queue.push_handle(line.clone(), Passed { fd, again: Some((line, left - 1)) });
@@ -344,7 +427,7 @@ impl Outgoing {
     /// What to write now.
     pub(super) fn peek(&self) -> Option<(&[u8], Vec<BorrowedFd<'_>>)> {
         match self {
-            Outgoing::Node(queue) => queue
+            Outgoing::Node { queue, .. } => queue
                 .peek()
                 .map(|chunk| (chunk.bytes, chunk.handle.map(AsFd::as_fd).into_iter().collect())),
             Outgoing::Native(queue) => queue
@@ -355,7 +438,7 @@ impl Outgoing {
 
     pub(super) fn wrote(&mut self, n: usize) {
         match self {
-            Outgoing::Node(queue) => queue.wrote(n),
+            Outgoing::Node { queue, .. } => queue.wrote(n),
             Outgoing::Native(queue) => {
                 queue.wrote(n);
                 // Between two Rust programs the kernel keeps what is under way.
@@ -366,14 +449,14 @@ impl Outgoing {
 
     pub(super) fn queued_bytes(&self) -> usize {
         match self {
-            Outgoing::Node(queue) => queue.queued_bytes(),
+            Outgoing::Node { queue, .. } => queue.queued_bytes(),
             Outgoing::Native(queue) => queue.queued_bytes(),
         }
     }
 
     pub(super) fn queued_handles(&self) -> usize {
         match self {
-            Outgoing::Node(queue) => queue.queued_handles() + queue.in_flight(),
+            Outgoing::Node { queue, .. } => queue.queued_handles() + queue.in_flight(),
             Outgoing::Native(queue) => queue.queued_handles(),
         }
     }
@@ -381,14 +464,14 @@ impl Outgoing {
     /// Bytes of answers that the other end does not take.
     pub(super) fn answer_bytes(&self) -> usize {
         match self {
-            Outgoing::Node(queue) => queue.bypass_bytes(),
+            Outgoing::Node { queue, .. } => queue.bypass_bytes(),
             Outgoing::Native(_) => 0,
         }
     }
 
     pub(super) fn written_total(&self) -> u64 {
         match self {
-            Outgoing::Node(queue) => queue.written_total(),
+            Outgoing::Node { queue, .. } => queue.written_total(),
             Outgoing::Native(queue) => queue.written_total(),
         }
     }
@@ -396,7 +479,7 @@ impl Outgoing {
     /// Whether everything has left, and every handle was received.
     pub(super) fn is_empty(&self) -> bool {
         match self {
-            Outgoing::Node(queue) => queue.is_empty(),
+            Outgoing::Node { queue, .. } => queue.is_empty(),
             Outgoing::Native(queue) => queue.is_empty(),
         }
     }
@@ -455,18 +538,20 @@ impl postcard::ser_flavors::Flavor for InPlace<'_> {
     }
 }
 
+/// The shape in which a script gets requests and answers.
+#[derive(Serialize)]
+struct Numbered<'a, T: ?Sized> {
+    polyfork: &'static str,
+    id: u64,
+    body: &'a T,
+}
+
 /// One JSON text, without its newline.
 fn json_text<T: Serialize + ?Sized>(
     kind: Kind,
     value: &T,
     most: usize,
 ) -> Result<String, SendError> {
-    #[derive(Serialize)]
-    struct Numbered<'a, T: ?Sized> {
-        polyfork: &'static str,
-        id: u64,
-        body: &'a T,
-    }
     let text = match kind {
         Kind::Message => serde_json::to_string(value),
         Kind::Request(id) => {
@@ -495,27 +580,87 @@ fn push_json(
     json: String,
     handles: Vec<Handle>,
 ) -> Result<(), SendError> {
-    let mut handles = handles.into_iter();
-    let Some(handle) = handles.next() else {
-        queue.push(line(json));
-        return Ok(());
+    match at_most_one(handles)? {
+        None => queue.push(line(json)),
+        Some((handle, kind, family)) => {
+            let line = match family {
+                Some(family) => cluster::dgram_handle_message(family, &json),
+                None => cluster::handle_message(kind.clone(), &json, None),
+            };
+            push_handle(queue, line, handle, &kind);
+        }
+    }
+    Ok(())
+}
+
+fn push_advanced<T: Serialize + ?Sized>(
+    queue: &mut Outbox<Passed>,
+    kind: Kind,
+    value: &T,
+    handles: Vec<Handle>,
+    most: usize,
+) -> Result<(), SendError> {
+    let encode = |frame: Result<Vec<u8>, advanced::ConvertError>| {
+        let frame = frame.map_err(|error| SendError::Encode(error.to_string()))?;
+        let fits = frame.len().saturating_sub(LENGTH_BYTES) <= most;
+        if fits { Ok(frame) } else { Err(SendError::TooLong { limit: most }) }
     };
+    let numbered = |polyfork, id| advanced::to_frame(&Numbered { polyfork, id, body: value });
+    let frame = encode(match kind {
+        Kind::Message => advanced::to_frame(value),
+        Kind::Request(id) => numbered("request", id),
+        Kind::Reply(id) => numbered("reply", id),
+    })?;
+    if memchr::memmem::find(&frame, b"NODE_").is_some() && is_reserved_frame(&frame) {
+        return Err(SendError::Reserved);
+    }
+    match at_most_one(handles)? {
+        None => queue.push(frame),
+        Some((handle, kind, family)) => {
+            let frame = encode(advanced::handle_message(&kind, value, None, family))?;
+            push_handle(queue, frame, handle, &kind);
+        }
+    }
+    Ok(())
+}
+
+/// What comes before every frame of the advanced encoding.
+const LENGTH_BYTES: usize = 4;
+
+fn is_reserved_frame(frame: &[u8]) -> bool {
+    let limits = Limits {
+        max_message: usize::MAX,
+        max_depth: usize::MAX,
+        max_values: usize::MAX,
+        ..Limits::default()
+    };
+    let value = frame.get(LENGTH_BYTES..).map(|payload| advanced::read(payload, &limits));
+    let Some(Ok(value)) = value else { return false };
+    !matches!(advanced::parse_value(value, &limits), Ok(Incoming::User(_)))
+}
+
+type ForNode = (Handle, HandleKind, Option<DgramType>);
+
+/// The handle of a message to Node, which carries at most one, fit for sending.
+fn at_most_one(handles: Vec<Handle>) -> Result<Option<ForNode>, SendError> {
+    let mut handles = handles.into_iter();
+    let Some(handle) = handles.next() else { return Ok(None) };
     if handles.next().is_some() {
         return Err(SendError::Handle("a message to Node carries at most one"));
     }
     let (kind, family) = handle.node_kind()?;
     handle.prepare()?;
-    let line = match family {
-        Some(family) => dgram_line(family, &json),
-        None => cluster::handle_message(kind.clone(), &json, None),
-    };
-    let again = (kind == HandleKind::NetSocket).then(|| (line.clone(), RETRANSMISSIONS));
-    queue.push_handle(line, Passed { fd: handle.into(), again });
-    Ok(())
+    Ok(Some((handle, kind, family)))
 }
 
-fn dgram_line(family: DgramType, json: &str) -> Vec<u8> {
-    cluster::dgram_handle_message(family, json)
+fn push_handle(queue: &mut Outbox<Passed>, bytes: Vec<u8>, handle: Handle, kind: &HandleKind) {
+    let again = (*kind == HandleKind::NetSocket).then(|| (bytes.clone(), RETRANSMISSIONS));
+    queue.push_handle(bytes, Passed { fd: handle.into(), again });
+}
+
+/// A line of our own in the encoding of the channel.
+fn as_spoken(line: Vec<u8>, advanced: bool) -> Vec<u8> {
+    if advanced { advanced::transcode_line(&line).expect("our own line is JSON") } else { line }
 }
 
 /// The text as one line. Line breaks can only stand between its tokens.

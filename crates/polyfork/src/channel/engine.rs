@@ -333,6 +333,10 @@ impl Shared {
         let _ = self.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
+    pub(super) fn ending(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
     /// The process at the other end has ended: what is in the socket is read, then the channel ends even if
     /// somebody else has inherited that end.
     pub(super) fn process_ended(&self) {
@@ -396,7 +400,7 @@ impl Shared {
     fn close_out(&self, out: &mut Out) {
         if out.state != State::Closed {
             out.state = State::Closed;
-            out.queue = Outgoing::Node(polyfork_wire::node::outbox::Outbox::new(1));
+            out.queue = Outgoing::new(Encoding::Json);
             self.socket.shutdown(Shutdown::Write);
             out.wake();
             self.dirty.notify_one();

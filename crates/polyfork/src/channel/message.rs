@@ -5,9 +5,10 @@
 use std::fmt;
 use std::sync::Weak;
 
+use polyfork_wire::node::advanced::{self, Value};
 use polyfork_wire::node::message::UserMessage;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::count::Counted;
 use super::engine::{Kind, Shared};
@@ -22,6 +23,13 @@ const HANDLE_WEIGHT_BYTES: usize = 4096;
 #[derive(Clone)]
 pub(super) enum Body {
     Json(UserMessage),
+    Advanced {
+        value: Value,
+        /// The message is the `body` of this object.
+        wrapped: bool,
+        /// As it travelled.
+        bytes: usize,
+    },
     Native(Box<[u8]>),
 }
 
@@ -29,6 +37,19 @@ impl Body {
     pub(super) fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         match self {
             Body::Json(json) => json.parse().map_err(|e| DecodeError(e.to_string())),
+            Body::Advanced { value, wrapped, .. } => {
+                #[derive(Deserialize)]
+                struct Wrapped<T> {
+                    body: T,
+                }
+                let value = value.clone();
+                let read = if *wrapped {
+                    advanced::from_value(value).map(|Wrapped { body }| body)
+                } else {
+                    advanced::from_value(value)
+                };
+                read.map_err(|error| DecodeError(error.to_string()))
+            }
             Body::Native(bytes) => match postcard::take_from_bytes(bytes) {
                 Ok((value, [])) => Ok(value),
                 Ok(_) => Err(DecodeError("bytes follow its value".into())),
@@ -40,6 +61,7 @@ impl Body {
     pub(super) fn len(&self) -> usize {
         match self {
             Body::Json(json) => json.as_str().len(),
+            Body::Advanced { bytes, .. } => *bytes,
             Body::Native(bytes) => bytes.len(),
         }
     }
@@ -66,7 +88,16 @@ impl Message {
     pub fn json(&self) -> Option<&str> {
         match &self.body {
             Body::Json(json) => Some(json.as_str()),
-            Body::Native(_) => None,
+            Body::Advanced { .. } | Body::Native(_) => None,
+        }
+    }
+
+    /// The value as it was sent, when the channel speaks Node's advanced encoding: with maps, sets, dates, big
+    /// integers, buffers and cycles. A request is the member `body` of it.
+    pub fn value(&self) -> Option<&Value> {
+        match &self.body {
+            Body::Advanced { value, .. } => Some(value),
+            Body::Json(_) | Body::Native(_) => None,
         }
     }
 
@@ -126,6 +157,7 @@ impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.body {
             Body::Json(json) => write!(f, "Message({}", json.as_str())?,
+            Body::Advanced { value, .. } => write!(f, "Message({value:?}")?,
             Body::Native(bytes) => write!(f, "Message({} bytes", bytes.len())?,
         }
         for handle in &self.handles {

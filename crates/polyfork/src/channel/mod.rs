@@ -50,6 +50,7 @@ pub use error::{
 };
 pub use handle::Handle;
 pub use message::{Answer, Message};
+pub use polyfork_wire::node::advanced;
 pub use polyfork_wire::{Limits, ProtocolError};
 
 /// How messages are written. Both ends must agree; whoever starts a process tells it.
@@ -58,6 +59,9 @@ pub use polyfork_wire::{Limits, ProtocolError};
 pub enum Encoding {
     /// Node's default: a line of JSON each.
     Json,
+    /// Node's `serialization: 'advanced'`: V8's structured clone, so that maps, sets, dates, big integers,
+    /// buffers and cycles arrive as what they are ([`Message::value`]).
+    Advanced,
     /// Between two programs built on this crate: postcard, many messages in one system call, up to 253 handles
     /// with each. Both programs must agree on the types: a value does not tell what it is.
     Native,
@@ -165,6 +169,16 @@ impl Channel {
     /// Both halves.
     pub fn split(self) -> (Sender, Receiver) {
         (self.sender, self.receiver)
+    }
+
+    /// Resolves when the channel has ended, without keeping it.
+    pub(crate) fn closed_by_itself(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let ended = self.sender.0.0.ending();
+        async move {
+            let mut ended = ended;
+            // An error means that nobody has the channel any more.
+            let _ended = ended.wait_for(|ended| *ended).await;
+        }
     }
 
     /// The process at the other end has ended; see `engine`.

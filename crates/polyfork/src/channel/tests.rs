@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::*;
 
 const LONG: Duration = Duration::from_secs(60);
-const BOTH: [Encoding; 2] = [Encoding::Json, Encoding::Native];
+const ALL: [Encoding; 3] = [Encoding::Json, Encoding::Advanced, Encoding::Native];
 
 fn pair(encoding: Encoding) -> (Channel, Channel) {
     let (one, other) = polyfork_sys::channel::pair().unwrap();
@@ -40,7 +40,7 @@ fn frame(port: &PortFrame<'_>) -> Vec<u8> {
 
 #[tokio::test]
 async fn messages_arrive_once_and_in_order() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let writing = tokio::spawn(async move {
             for number in 0..20_000_u32 {
@@ -60,7 +60,7 @@ async fn messages_arrive_once_and_in_order() {
 
 #[tokio::test]
 async fn disconnect_loses_nothing_and_works_once() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let sender = here.sender();
         let leaving = tokio::spawn(async move {
@@ -84,7 +84,7 @@ async fn disconnect_loses_nothing_and_works_once() {
 
 #[tokio::test]
 async fn dropped_channel_writes_what_is_queued_and_ends() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         for number in 0..1000 {
             here.send(&number).await.unwrap();
@@ -99,7 +99,7 @@ async fn dropped_channel_writes_what_is_queued_and_ends() {
 
 #[tokio::test]
 async fn try_send_gives_the_message_back_when_full_and_when_closed() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (channel, mut peer) = with_peer(encoding);
         let message = "x".repeat(10_000);
         let mut sent = 0_usize;
@@ -125,7 +125,7 @@ async fn try_send_gives_the_message_back_when_full_and_when_closed() {
 
 #[tokio::test]
 async fn sender_waits_for_a_receiver_that_is_behind() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let sent = Arc::new(std::sync::atomic::AtomicUsize::new(0));
         let counter = Arc::clone(&sent);
@@ -151,7 +151,7 @@ async fn sender_waits_for_a_receiver_that_is_behind() {
 
 #[tokio::test]
 async fn requests_are_answered_by_number_in_any_order() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let serving = tokio::spawn(async move {
             let mut waiting = Vec::new();
@@ -185,7 +185,7 @@ async fn requests_are_answered_by_number_in_any_order() {
 
 #[tokio::test]
 async fn late_reply_reaches_nobody() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let late = here.request(&"slow", Duration::ZERO).await.unwrap_err();
         assert_eq!(late, RequestError::Deadline(Duration::ZERO));
@@ -207,7 +207,7 @@ async fn late_reply_reaches_nobody() {
 
 #[tokio::test]
 async fn request_that_is_dropped_is_refused() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         let serving = tokio::spawn(async move {
             drop(next(&mut there).await);
@@ -220,7 +220,7 @@ async fn request_that_is_dropped_is_refused() {
 
 #[tokio::test]
 async fn replies_come_while_messages_pile_up() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, there) = pair(encoding);
         let (to_here, mut from_here) = there.split();
         let flood = to_here.clone();
@@ -261,8 +261,14 @@ async fn handles_arrive_with_their_message() {
 }
 
 #[tokio::test]
-async fn json_handles_are_acknowledged_and_more_than_the_window_arrive() {
-    let (here, mut there) = pair(Encoding::Json);
+async fn node_handles_are_acknowledged_and_more_than_the_window_arrive() {
+    for encoding in [Encoding::Json, Encoding::Advanced] {
+        send_a_hundred_connections(encoding).await;
+    }
+}
+
+async fn send_a_hundred_connections(encoding: Encoding) {
+    let (here, mut there) = pair(encoding);
     let sending = tokio::spawn(async move {
         for number in 0..100 {
             let (one, other) = UnixStream::pair().unwrap();
@@ -285,7 +291,13 @@ async fn json_handles_are_acknowledged_and_more_than_the_window_arrive() {
 
 #[tokio::test]
 async fn what_node_cannot_take_is_refused_before_anything_is_sent() {
-    let (here, mut there) = pair(Encoding::Json);
+    for encoding in [Encoding::Json, Encoding::Advanced] {
+        refuse_what_node_cannot_take(encoding).await;
+    }
+}
+
+async fn refuse_what_node_cannot_take(encoding: Encoding) {
+    let (here, mut there) = pair(encoding);
     let refused = |result| matches!(result, Err(SendError::Handle(_)));
     assert!(refused(here.send_with(&1, tempfile::tempfile().unwrap()).await));
     let null = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
@@ -443,7 +455,7 @@ async fn cut_off_last_message_is_dropped_without_an_error() {
 
 #[tokio::test]
 async fn longer_message_than_allowed_is_refused_by_both_ends() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let limits = Limits { max_message: 1000, ..Limits::default() };
         let (one, other) = polyfork_sys::channel::pair().unwrap();
         let here = Channel::new(one, encoding).unwrap();
@@ -469,7 +481,7 @@ async fn value_that_cannot_be_written_leaves_the_channel_whole() {
             Err(S::Error::custom("no"))
         }
     }
-    for encoding in BOTH {
+    for encoding in ALL {
         let (here, mut there) = pair(encoding);
         here.send(&1).await.unwrap();
         assert!(matches!(here.send(&Bad(false)).await, Err(SendError::Encode(_))));
@@ -505,7 +517,7 @@ async fn peer_that_reads_no_acknowledgements_makes_us_stop_reading() {
 
 #[tokio::test]
 async fn dropped_send_has_sent_nothing() {
-    for encoding in BOTH {
+    for encoding in ALL {
         let (channel, mut peer) = with_peer(encoding);
         let soon = Duration::from_millis(20);
         while tokio::time::timeout(soon, channel.send(&"x".repeat(1000))).await.is_ok() {}
@@ -527,10 +539,11 @@ proptest::proptest! {
     #[test]
     fn any_bytes_end_in_messages_or_an_error(
         bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300),
-        native in proptest::prelude::any::<bool>(),
+        encoding in 0..3_usize,
         greeted in proptest::prelude::any::<bool>(),
     ) {
-        let encoding = if native { Encoding::Native } else { Encoding::Json };
+        let encoding = ALL[encoding];
+        let native = encoding == Encoding::Native;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let (mut channel, mut peer) = with_peer(encoding);

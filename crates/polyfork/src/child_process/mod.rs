@@ -10,6 +10,9 @@
 //! | `fork(script, args, options)` | [`fork_node`], [`ForkNode`]; [`fork_program`] for any program |
 //! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
 //! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
+//! | `fork(script, args, options)` | [`fork_node`], [`ForkNode`]; [`fork_program`] for any program |
+//! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
+//! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
 //! | events | [`Child::next_event`] |
 //!
 //! What differs from Node, on purpose:
@@ -32,16 +35,23 @@
 
 mod child;
 mod command;
+mod entry;
 mod error;
 mod exec;
+mod fork;
 mod signal;
 mod stdio;
 mod sync;
 
 pub use child::{Child, ChildError, Event, Exit};
 pub use command::{Command, Shell};
+pub use entry::{
+    AnyEntry, Entry, EntryResult, ForkedEntry, Port, PortError, fork_entry, fork_entry_with,
+    run_entries,
+};
 pub use error::{ExecError, ExecErrorKind, OutputStream, SpawnError};
 pub use exec::{DEFAULT_MAX_BUFFER, Exec, Executing, Output, exec, exec_file};
+pub use fork::{ForkError, ForkNode, Forked, fork_node, fork_program};
 pub use signal::{Signal, UnknownSignal};
 pub use stdio::{ChildSocket, ChildStderr, ChildStdin, ChildStdout, Stdio};
 pub use sync::{SyncFault, SyncOutput, exec_file_sync, exec_sync, spawn_sync};
