@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
+use clap::builder::Resettable;
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
@@ -50,7 +50,7 @@ Signals:
   TERM, INT, HUP  stop: workers get nothing new, finish what they serve, then polyfork ends
   a second one    end now: workers are killed
   QUIT            end now
-  TTIN, TTOU      one worker more, one worker less";
+  TTIN, TTOU      one worker more, one worker less; of many at once some may count as one";
 
 /// The whole command line.
 #[derive(Debug, Parser)]
@@ -173,20 +173,20 @@ pub(crate) struct RunArgs {
 
     /// An address that workers inherit as descriptor 3, 4, ...; repeatable
     ///
-    /// HOST:PORT (IPv6 in brackets), :PORT (all addresses), unix:PATH or unix:@ABSTRACT. Bound before the first worker
-    /// starts and told by LISTEN_FDS. For workers of the sockets dialect; Node and native workers say themselves
+    /// HOST:PORT (an IP address, IPv6 in brackets, or localhost, which is 127.0.0.1), :PORT or PORT (all addresses),
+    /// unix:PATH or unix:@ABSTRACT. Bound before the first worker starts and told by LISTEN_FDS. For workers of the sockets dialect; Node and native workers say themselves
     /// where they listen. POLYFORK_LISTEN takes several, separated by spaces.
-    #[arg(long, value_name = "ADDRESS", value_parser = address, help_heading = "Connections")]
+    #[arg(long, value_name = "ADDRESS", value_parser = values::address, help_heading = "Connections")]
     pub(crate) listen: Vec<Address>,
 
     /// Hand-off: unacknowledged connections per worker, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=64),
-          env = "POLYFORK_WINDOW", hide_env_values = true, help_heading = "Connections")]
+          env = "POLYFORK_WINDOW", allow_hyphen_values = true, hide_env_values = true, help_heading = "Connections")]
     pub(crate) window: u16,
 
     /// Hand-off: give a connection to another worker when it was not taken for this long
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = values::duration,
-          env = "POLYFORK_ACK_LIMIT", hide_env_values = true, help_heading = "Connections")]
+          env = "POLYFORK_ACK_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Connections")]
     pub(crate) ack_limit: Duration,
 
     /// When a worker counts as ready and gets connections
@@ -194,45 +194,47 @@ pub(crate) struct RunArgs {
     /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
     /// notify: when it writes READY=1 to NOTIFY_SOCKET. delay=1s: when it has lived that long.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
-          hide_env_values = true, help_heading = "Life of a worker")]
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready: Ready,
 
     /// Replace a worker that is not ready after this long; none for no limit
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = limit,
-          env = "POLYFORK_READY_TIMEOUT", hide_env_values = true, help_heading = "Life of a worker")]
+          env = "POLYFORK_READY_TIMEOUT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready_timeout: Limit,
 
     /// Replace a worker of the sockets dialect that goes this long without WATCHDOG=1
     ///
     /// It is told as WATCHDOG_USEC, as systemd does. none: no watchdog.
     #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
-          env = "POLYFORK_WATCHDOG", hide_env_values = true, help_heading = "Life of a worker")]
+          env = "POLYFORK_WATCHDOG", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) watchdog: Limit,
 
     /// How long a worker may finish what it serves when it is asked to stop
+    ///
+    /// Then it gets TERM, and two seconds later KILL.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration,
-          env = "POLYFORK_GRACE", hide_env_values = true, help_heading = "Life of a worker")]
+          env = "POLYFORK_GRACE", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) grace: Duration,
 
     /// Give a slot up after N restarts within a time; the others go on serving
     #[arg(long, value_name = "N/DURATION", default_value = "5/30s", value_parser = restart_policy,
-          env = "POLYFORK_RESTART_LIMIT", hide_env_values = true, help_heading = "Life of a worker")]
+          env = "POLYFORK_RESTART_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) restart_limit: RestartPolicy,
 
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
-    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_NO_DRAIN_PRELOAD",
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
           hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) no_drain_preload: bool,
 
     /// Longest message that a worker may send, in bytes; a worker that sends a longer one is replaced
     #[arg(long, value_name = "SIZE", default_value = "64MiB", value_parser = values::size,
-          env = "POLYFORK_MAX_MESSAGE", hide_env_values = true, help_heading = "Limits")]
+          env = "POLYFORK_MAX_MESSAGE", allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
     pub(crate) max_message: usize,
 
     /// Deepest nesting of a message that a worker may send
     #[arg(long, value_name = "N", default_value_t = 128,
           value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_MAX_DEPTH",
-          hide_env_values = true, help_heading = "Limits")]
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
     pub(crate) max_depth: u32,
 
     #[command(flatten)]
@@ -244,8 +246,9 @@ pub(crate) struct RunArgs {
 pub(crate) struct ShowArgs {
     /// What becomes of what workers write
     ///
-    /// prefix: passed on, each line with its slot in front. inherit: workers write for themselves, without a
-    /// prefix. none: discarded.
+    /// prefix: passed on, each line with its slot in front; lines longer than 64 KiB come in pieces, and text without
+    /// a newline when its line is complete or the worker ends. inherit: workers write for themselves, at once and
+    /// without a prefix. none: discarded.
     #[arg(
         long,
         value_enum,
@@ -257,7 +260,7 @@ pub(crate) struct ShowArgs {
     pub(crate) output: OutputArg,
 
     /// Events and output as JSON lines on standard output, see docs/events.md
-    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_JSON", hide_env_values = true,
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_JSON", hide_env_values = true,
           help_heading = "Output")]
     pub(crate) json: bool,
 }
@@ -271,7 +274,7 @@ pub(crate) struct DemoArgs {
     pub(crate) workers: Option<Workers>,
 
     /// Where to listen; port 0 lets the system choose
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = address,
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0", value_parser = values::address,
           env = "POLYFORK_LISTEN", hide_env_values = true)]
     pub(crate) listen: Address,
 
@@ -296,7 +299,7 @@ pub(crate) struct DemoArgs {
     pub(crate) mechanism: MechanismArg,
 
     /// Events as JSON lines on standard output, see docs/events.md
-    #[arg(long, value_parser = FalseyValueParser::new(), env = "POLYFORK_JSON", hide_env_values = true)]
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_JSON", hide_env_values = true)]
     pub(crate) json: bool,
 }
 
@@ -379,10 +382,6 @@ impl DialectArg {
     }
 }
 
-fn address(text: &str) -> Result<Address, String> {
-    text.parse().map_err(|error: polyfork::cluster::AddressError| error.to_string())
-}
-
 fn limit(text: &str) -> Result<Limit, String> {
     values::limit(text).map(Limit)
 }
@@ -421,8 +420,39 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Not
     };
     let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
     let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
-    let matches = command.try_get_matches_from(args).map_err(|error| not_run(&error, &help))?;
+    let matches = command.try_get_matches_from(&args).map_err(|error| {
+        variable_of(&error, &args)
+            .map_or_else(|| not_run(&error, &help), |name| NotRun::Wrong(blamed(&error, &name)))
+    })?;
     Cli::from_arg_matches(&matches).map_err(|error| not_run(&error, &help))
+}
+
+/// The variable that a wrong value comes from; `None` when the command line itself is wrong.
+///
+/// Clap does not tell where a value came from, so the same words are read again without the environment: what is
+/// wrong with the words alone is still wrong then.
+fn variable_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
+    let option = error.get(ContextKind::InvalidArg)?.to_string();
+    let alone = ["run", "demo"].iter().fold(Cli::command(), |command, verb| {
+        command.mut_subcommand(verb, |verb| verb.mut_args(|arg| arg.env(Resettable::Reset)))
+    });
+    if let Err(again) = alone.try_get_matches_from(args)
+        && again.get(ContextKind::InvalidArg) == error.get(ContextKind::InvalidArg)
+        && again.get(ContextKind::InvalidValue) == error.get(ContextKind::InvalidValue)
+    {
+        return None;
+    }
+    let name = option.strip_prefix("--")?.split(' ').next()?;
+    Some(format!("POLYFORK_{}", name.replace('-', "_").to_uppercase()))
+}
+
+/// The error of an option, told of the variable that stands for it.
+fn blamed(error: &clap::Error, variable: &str) -> String {
+    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
+    let (option, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+    let theirs = format!("'{value}' for '{option}'");
+    let ours = format!("{value:?} of the environment variable {variable}");
+    one_line(&error.render().to_string()).replacen(&theirs, &ours, 1)
 }
 
 fn not_run(error: &clap::Error, help: &str) -> NotRun {
@@ -438,6 +468,10 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
         ErrorKind::InvalidSubcommand if error.get(ContextKind::SuggestedSubcommand).is_none() => {
             let word = text(ContextKind::InvalidSubcommand);
             format!("no such verb: {word}; to run a program: polyfork run {word}")
+        }
+        ErrorKind::UnknownArgument if !text(ContextKind::InvalidArg).starts_with('-') => {
+            let word = text(ContextKind::InvalidArg);
+            format!("unexpected argument {word}: nothing follows the options here (see {help})")
         }
         ErrorKind::UnknownArgument => {
             let option = text(ContextKind::InvalidArg);
@@ -544,12 +578,25 @@ mod tests {
             ["--window", "65"],
             ["--max-message", "0"],
             ["--max-depth", "0"],
+            ["--max-depth", "-1"],
+            ["--grace", "-1"],
+            ["--window", "-1"],
+            ["--max-message", "-1"],
             ["--output", "paper"],
         ] {
             let line = wrong(&["run", words[0], words[1], "server.js"]);
             assert!(line.contains(words[0]) && line.contains(words[1]), "{line}");
             assert!(!line.contains('\n') && line.len() < 250, "{line}");
         }
+    }
+
+    #[test]
+    fn a_word_too_many_is_not_called_an_option() {
+        let line = wrong(&["demo", "extra"]);
+        assert!(
+            line.contains("unexpected argument extra") && !line.contains("option extra"),
+            "{line}"
+        );
     }
 
     #[test]

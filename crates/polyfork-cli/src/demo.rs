@@ -21,7 +21,7 @@ use crate::args::{DemoArgs, OutputArg};
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::report::Start;
-use crate::run::{self, Prepared, Show};
+use crate::run::{self, HowMany, Prepared, Show};
 use crate::words;
 
 mod http;
@@ -77,7 +77,7 @@ pub(crate) fn run(args: DemoArgs) -> Code {
 
 fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
     let unexpected = |text: String| Verdict { code: Code::Unexpected, text };
-    let (workers, workers_why) = run::workers(args.workers);
+    let HowMany { workers, why: workers_why, notice } = run::workers(args.workers);
     let program = std::env::current_exe()
         .map_err(|error| unexpected(format!("cannot find this program's own file: {error}")))?;
     let detected =
@@ -94,7 +94,7 @@ fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
         workers,
         workers_why,
         detected: Detected { why: "this very program serves".into(), ..detected },
-        warnings: Vec::new(),
+        warnings: notice.into_iter().collect(),
         page: true,
     };
     let show = Show { json: args.json, output: OutputArg::Prefix };

@@ -31,8 +31,18 @@ fn main() -> ExitCode {
             Verb::Demo(args) => demo::run(args),
         },
         Err(NotRun::Asked(text)) => {
-            say(io::stdout(), &text);
-            Code::Stopped
+            match write(io::stdout(), &text) {
+                // A reader that is gone, as in `polyfork --help | head -1`, has read enough.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                    let what = words::plain(&error.to_string());
+                    say(
+                        io::stderr(),
+                        &format!("polyfork: cannot write to standard output: {what}\n"),
+                    );
+                    Code::Unexpected
+                }
+                _ => Code::Stopped,
+            }
         }
         Err(NotRun::Wrong(line)) => {
             say(io::stderr(), &format!("polyfork: {line}\n"));
@@ -42,8 +52,11 @@ fn main() -> ExitCode {
     code.into()
 }
 
-/// Writes what is said before or instead of running anything.
-fn say(mut stream: impl Write, text: &str) {
-    // A reader that is gone, as in `polyfork --help | head -1`, is no error.
-    let _gone = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
+/// Writes what is said before or instead of running anything; the exit code tells it as well.
+fn say(stream: impl Write, text: &str) {
+    let _gone = write(stream, text);
+}
+
+fn write(mut stream: impl Write, text: &str) -> io::Result<()> {
+    stream.write_all(text.as_bytes()).and_then(|()| stream.flush())
 }

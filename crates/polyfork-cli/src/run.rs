@@ -6,6 +6,7 @@
 //! (never waiting), worker output becomes lines (waiting for the reader), signals are obeyed.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
@@ -13,7 +14,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use polyfork::cluster::{
-    Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
+    Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
     StartError, default_workers, detect_with, usable_cpus,
 };
 use tokio::sync::mpsc;
@@ -82,8 +83,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         let text = "--json and --output inherit exclude each other: workers would write between the JSON lines";
         return Err(usage(text));
     }
-    if let Some(directory) = args.cwd.as_deref().filter(|directory| !directory.is_dir()) {
-        return Err(usage(format!("--cwd {}: no such directory", directory.display())));
+    if let Some(directory) = args.cwd.as_deref() {
+        enterable(directory)
+            .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
     }
     let mut words = args.command.iter();
     let program = words.next().cloned().unwrap_or_default();
@@ -96,7 +98,7 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
     if let Some(dialect) = args.dialect.dialect() {
         detected.dialect = dialect;
     }
-    let (workers, workers_why) = workers(args.workers);
+    let HowMany { workers, why: workers_why, notice } = workers(args.workers);
     let mut settings = Settings::new(&program)
         .args(&arguments)
         .workers(workers)
@@ -121,7 +123,7 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
     }
     let name = args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()));
     settings = settings.name(&name);
-    let warnings = warnings(&detected, &args);
+    let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
     Ok(Prepared { settings, start, show })
 }
@@ -142,30 +144,87 @@ fn pairs(texts: &[OsString]) -> Result<Vec<(OsString, OsString)>, Refused> {
     texts.iter().map(one).collect()
 }
 
-/// The addresses of `--listen`, or those of `POLYFORK_LISTEN`.
-fn listen(args: &RunArgs) -> Result<Vec<polyfork::cluster::Address>, Refused> {
-    if !args.listen.is_empty() {
-        return Ok(args.listen.clone());
+/// Why a directory cannot be that of workers.
+fn enterable(directory: &Path) -> Result<(), String> {
+    let told = |error: &io::Error| match error.kind() {
+        io::ErrorKind::NotFound => "no such directory".to_owned(),
+        io::ErrorKind::NotADirectory => "not a directory".to_owned(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied; run as a user who may enter it".into()
+        }
+        _ => words::plain(&error.to_string()),
+    };
+    let meta = std::fs::metadata(directory).map_err(|error| told(&error))?;
+    if !meta.is_dir() {
+        return Err("not a directory".into());
     }
-    let named = std::env::var("POLYFORK_LISTEN").unwrap_or_default();
-    let read =
-        |text: &str| text.parse().map_err(|error| usage(format!("POLYFORK_LISTEN: {error}")));
-    named.split_whitespace().map(read).collect()
+    // Looking at the directory itself needs no permission on it; looking at what is in it does.
+    std::fs::metadata(directory.join(".")).map(drop).map_err(|error| told(&error))
+}
+
+/// The addresses of `--listen`, or those of `POLYFORK_LISTEN`.
+fn listen(args: &RunArgs) -> Result<Vec<Address>, Refused> {
+    let (source, addresses) = if args.listen.is_empty() {
+        let named = std::env::var("POLYFORK_LISTEN").unwrap_or_default();
+        let read = |text: &str| {
+            values::address(text)
+                .map_err(|error| usage(format!("POLYFORK_LISTEN: {text:?}: {error}")))
+        };
+        ("POLYFORK_LISTEN", named.split_whitespace().map(read).collect::<Result<Vec<_>, _>>()?)
+    } else {
+        ("--listen", args.listen.clone())
+    };
+    // Port 0 is another port each time.
+    let fixed = |address: &&Address| words::port(address) != Some(0);
+    let mut seen = BTreeSet::new();
+    match addresses.iter().filter(fixed).find(|address| !seen.insert(*address)) {
+        Some(twice) => Err(usage(format!("{source}: {twice} is named twice; once is enough"))),
+        None => Ok(addresses),
+    }
 }
 
 /// How many workers, and why that many.
-pub(crate) fn workers(wanted: Option<Workers>) -> (u32, String) {
+pub(crate) struct HowMany {
+    pub(crate) workers: u32,
+    pub(crate) why: String,
+    /// A wish that was not followed.
+    pub(crate) notice: Option<String>,
+}
+
+/// How many workers are wanted.
+pub(crate) fn workers(wanted: Option<Workers>) -> HowMany {
     match wanted {
-        Some(Workers::Exactly(workers)) => (workers, "as asked".to_owned()),
+        Some(Workers::Exactly(workers)) => {
+            HowMany { workers, why: "as asked".to_owned(), notice: None }
+        }
         Some(Workers::Max) => {
             let cpus = usable_cpus();
-            (cpus.workers, cpus.explanation)
+            HowMany { workers: cpus.workers, why: cpus.explanation, notice: None }
         }
         None => {
             let found = default_workers();
-            (found.workers.min(values::MOST_WORKERS), found.explanation)
+            let workers = found.workers.min(values::MOST_WORKERS);
+            let set = std::env::var_os("WEB_CONCURRENCY").filter(|value| !value.is_empty());
+            let notice = set.and_then(|set| not_followed(&set, workers));
+            HowMany { workers, why: found.explanation, notice }
         }
     }
+}
+
+/// Tells that `WEB_CONCURRENCY` is not what was started.
+fn not_followed(set: &OsStr, workers: u32) -> Option<String> {
+    let most = values::MOST_WORKERS;
+    let text = set.to_string_lossy();
+    let number = text.trim();
+    if number.parse() == Ok(workers) {
+        return None;
+    }
+    let is_number = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let why = match is_number && number.bytes().any(|byte| byte != b'0') {
+        true => format!("more than {most}"),
+        false => format!("not a number from 1 to {most}"),
+    };
+    Some(format!("WEB_CONCURRENCY={} is {why}: {workers} used instead", words::harmless(&text)))
 }
 
 /// `server` for `server.js`, the directory's name for `.`.
@@ -191,7 +250,7 @@ fn warnings(detected: &Detected, args: &RunArgs) -> Vec<String> {
 
 fn not_run(error: &DetectError) -> Refused {
     let code = if error.is_about_the_runtime() { Code::NoRuntime } else { Code::NoProgram };
-    Verdict { code, text: words::harmless(&error.to_string()) }
+    Verdict { code, text: words::harmless(&words::plain(&error.to_string())) }
 }
 
 fn not_started(error: &StartError) -> Refused {
@@ -201,7 +260,7 @@ fn not_started(error: &StartError) -> Refused {
             Verdict { code: words::bind_code(error), text: words::bind_failed(address, error) }
         }
         StartError::Settings(text) => usage(text.clone()),
-        other => Verdict { code: Code::Unexpected, text: other.to_string() },
+        other => Verdict { code: Code::Unexpected, text: words::plain(&other.to_string()) },
     }
 }
 
@@ -217,7 +276,7 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Verdict {
         code: Code::Unexpected,
-        text: format!("cannot make a runtime: {error}"),
+        text: words::plain(&format!("cannot make a runtime: {error}; are too many files open?")),
     })?;
     let code = runtime.block_on(async {
         let Prepared { settings, start, show } = prepared;
@@ -381,5 +440,19 @@ impl Watch {
             }
             self.passed_on.set(self.passed_on.get() + 1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_for_more_workers_than_there_can_be_is_answered() {
+        let told = |set: &str, workers| not_followed(OsStr::new(set), workers);
+        assert_eq!(told(" 3 ", 3), None);
+        assert!(told("100000", 4096).unwrap().contains("more than 4096: 4096 used instead"));
+        assert!(told("99999999999", 2).unwrap().contains("more than 4096: 2 used instead"));
+        assert!(told("a\x1b", 2).unwrap().contains("\\u{1b} is not a number"));
     }
 }

@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::time::Duration;
 
+use polyfork::cluster::{Address, AddressError};
+
 /// How many workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Workers {
@@ -31,9 +33,38 @@ pub(crate) fn workers(text: &str) -> Result<Workers, String> {
     }
 }
 
-/// Reads `500ms`, `30s`, `1.5s`, `2m`, `1h`, `1m30s`, and `0`.
+/// Longer waits are typing errors, and far from what clocks can count.
+const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 3600);
+
+/// Reads the value of a variable that stands for an option without a value. Empty counts as not set.
+pub(crate) fn switch(text: &str) -> Result<bool, String> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" => Ok(true),
+        "" | "0" | "false" | "no" | "off" => Ok(false),
+        _ => Err("give 1, true, yes or on; or 0, false, no or off".into()),
+    }
+}
+
+/// Reads what can be listened on.
+pub(crate) fn address(text: &str) -> Result<Address, String> {
+    if text.starts_with(['/', '.', '@']) {
+        return Err(format!("that looks like a path: unix:{text} listens there"));
+    }
+    let is_word = !text.is_empty() && !text.contains(':') && text.parse::<u64>().is_err();
+    if is_word {
+        return Err(format!(
+            "the port is missing: give HOST:PORT, as in {text}:8000, or unix:PATH"
+        ));
+    }
+    text.parse().map_err(|error: AddressError| error.to_string())
+}
+
+/// Reads `500ms`, `30s`, `1.5s`, `2m`, `1h`, `7d`, `1m30s`, and `0`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
+    if text.starts_with('-') {
+        return Err(format!("less than nothing; {}", expected()));
+    }
     if text == "0" {
         return Ok(Duration::ZERO);
     }
@@ -41,7 +72,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let mut total = Duration::ZERO;
     while !rest.is_empty() {
         let (part, after) = one_part(rest)?;
-        total = total.checked_add(part).ok_or("the duration is too long")?;
+        total = total.checked_add(part).filter(|sum| *sum <= LONGEST).ok_or_else(too_long)?;
         rest = after;
     }
     if text.is_empty() { Err(expected()) } else { Ok(total) }
@@ -66,6 +97,7 @@ fn one_part(text: &str) -> Result<(Duration, &str), String> {
         "s" => Duration::from_secs(1),
         "m" | "min" => Duration::from_secs(60),
         "h" => Duration::from_secs(3600),
+        "d" => Duration::from_secs(24 * 3600),
         "" if !number.is_empty() => {
             return Err(format!("the unit is missing: {number}s or {number}ms?"));
         }
@@ -81,13 +113,16 @@ fn times(number: &str, unit: Duration) -> Result<Duration, String> {
     if !digits(whole) || !digits(part) || part.len() > 3 {
         return Err(expected());
     }
-    let too_long = || "the duration is too long".to_owned();
     let whole: u32 = whole.parse().map_err(|_| too_long())?;
     let thousandths: u32 = format!("{part:0<3}").parse().map_err(|_| expected())?;
     unit.checked_mul(whole)
         .zip((unit / 1000).checked_mul(thousandths))
         .and_then(|(whole, part)| whole.checked_add(part))
         .ok_or_else(too_long)
+}
+
+fn too_long() -> String {
+    format!("too long: at most {}d (a hundred years)", LONGEST.as_secs() / (24 * 3600))
 }
 
 fn expected() -> String {
@@ -105,10 +140,15 @@ pub(crate) fn size(text: &str) -> Result<usize, String> {
         "g" | "gb" | "gib" => 1 << 30,
         _ => return Err(expected_size()),
     };
-    let number: usize = digits.trim().parse().map_err(|_| expected_size())?;
-    match number.checked_mul(factor) {
-        Some(0) | None => Err(expected_size()),
-        Some(bytes) => Ok(bytes),
+    let digits = digits.trim();
+    if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(expected_size());
+    }
+    // All digits: what is left to go wrong is that there are too many.
+    match digits.parse::<usize>().ok().and_then(|number| number.checked_mul(factor)) {
+        Some(0) => Err("at least 1 byte, as in 64KiB".into()),
+        Some(bytes) if isize::try_from(bytes).is_ok() => Ok(bytes),
+        _ => Err(format!("too large: at most {} bytes; as in 64KiB", isize::MAX)),
     }
 }
 
@@ -132,7 +172,7 @@ pub(crate) fn pair(text: OsString) -> Result<(OsString, OsString), String> {
 pub(crate) fn spoken(duration: Duration) -> String {
     let ms = duration.as_millis();
     match ms {
-        0 => "0 s".into(),
+        0 => "<1 ms".into(),
         1..1000 => format!("{ms} ms"),
         1000..60_000 => match (ms / 1000, ms % 1000 / 100) {
             (seconds, 0) => format!("{seconds} s"),
@@ -198,6 +238,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_too_much_is_told_with_the_limit() {
+        for text in ["99999999999d", "36501d", "36500d1s", "5000000000s"] {
+            assert!(duration(text).expect_err(text).contains("at most 36500d"), "{text}");
+        }
+        assert_eq!(duration("36500d"), Ok(LONGEST));
+        assert!(duration("-1").expect_err("negative").contains("less than nothing"));
+        assert!(size("0").expect_err("none").contains("at least 1 byte"));
+        assert!(size("99999999999999999999").expect_err("huge").contains("at most"));
+    }
+
+    #[test]
+    fn a_switch_is_on_or_off_and_nothing_else() {
+        for (text, on) in [("1", true), ("YES", true), ("on", true), ("false", false), ("", false)]
+        {
+            assert_eq!(switch(text), Ok(on), "{text}");
+        }
+        for text in ["zzz", "2", "ja", "-1"] {
+            assert!(switch(text).expect_err(text).contains("true"), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_almost_an_address_is_told_how_to_be_one() {
+        assert!(address("localhost").expect_err("no port").contains("localhost:8000"));
+        assert!(address("/tmp/x.sock").expect_err("a path").contains("unix:/tmp/x.sock"));
+        assert_eq!(address("localhost:80"), address("127.0.0.1:80"));
+        assert_eq!(address("80"), address(":80"));
+    }
+
+    #[test]
     fn zero_workers_are_refused_with_what_to_do() {
         assert_eq!(workers("3"), Ok(Workers::Exactly(3)));
         assert_eq!(workers("max"), Ok(Workers::Max));
@@ -228,7 +298,7 @@ mod tests {
     #[test]
     fn durations_are_written_as_people_say_them() {
         for (ms, text) in [
-            (0, "0 s"),
+            (0, "<1 ms"),
             (83, "83 ms"),
             (1_000, "1 s"),
             (1_540, "1.5 s"),

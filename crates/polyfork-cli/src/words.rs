@@ -146,7 +146,7 @@ pub(crate) fn bind_failed(address: &Address, error: &io::Error) -> String {
         _ if error.raw_os_error() == Some(EAFNOSUPPORT) => {
             ("this machine has no such kind of address", "IPv6 may be off: use an IPv4 one".into())
         }
-        _ => return format!("cannot listen on {address}: {error}"),
+        _ => return format!("cannot listen on {address}: {}", plain(&error.to_string())),
     };
     format!("cannot listen on {address}: {what}; {next}")
 }
@@ -167,6 +167,22 @@ fn how_to_be_permitted(address: &Address) -> String {
         Some(_) => "a security module may forbid it".to_owned(),
         None => "the directory of the socket must be writable".to_owned(),
     }
+}
+
+/// A text without the `(os error 13)` that the standard library adds to the system's words.
+pub(crate) fn plain(text: &str) -> String {
+    const TAIL: &str = " (os error ";
+    let mut parts = text.split(TAIL);
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.split_once(')') {
+            Some((number, rest)) if number.bytes().all(|byte| byte.is_ascii_digit()) => {
+                plain.push_str(rest);
+            }
+            _ => plain.extend([TAIL, part]),
+        }
+    }
+    plain
 }
 
 /// Text of a worker for one line of a terminal: control characters are shown, not obeyed.
@@ -216,6 +232,13 @@ mod tests {
                 "{text}"
             );
         }
+    }
+
+    #[test]
+    fn numbers_of_system_errors_are_left_out() {
+        assert_eq!(plain("a: denied (os error 13)"), "a: denied");
+        assert_eq!(plain("a (os error 2); b (os error 13) c"), "a; b c");
+        assert_eq!(plain("a (os error x) (os error "), "a (os error x) (os error ");
     }
 
     #[test]

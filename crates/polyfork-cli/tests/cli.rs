@@ -75,6 +75,18 @@ fn help_into_a_closed_pipe_is_no_error() {
 }
 
 #[test]
+fn help_that_could_not_be_written_is_an_error() {
+    for args in [&["--help"][..], &["--version"], &["run", "--help"]] {
+        let mut command = Place::new().polyfork(args);
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let output = command.current_dir("/").stdout(full).stderr(Stdio::piped()).output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(told.contains("standard output") && !told.contains("os error"), "{told}");
+    }
+}
+
+#[test]
 fn an_unknown_option_is_answered_with_the_near_one() {
     let place = Place::new();
     refused(
@@ -103,6 +115,12 @@ fn wrong_values_name_option_value_and_what_is_right() {
         (["--window", "65"], ["65", "64"]),
         (["--env", "=x"], ["KEY=VALUE", "=x"]),
         (["--cwd", "/no/such/place"], ["/no/such/place", "no such directory"]),
+        (["--cwd", "/etc/passwd"], ["/etc/passwd", "not a directory"]),
+        (["--grace", "-1"], ["-1", "less than nothing"]),
+        (["--grace", "99999999999d"], ["99999999999d", "at most 36500d"]),
+        (["--max-message", "0"], ["0", "at least 1 byte"]),
+        (["--listen", "localhost"], ["port is missing", "localhost:8000"]),
+        (["--listen", "/tmp/x.sock"], ["path", "unix:/tmp/x.sock"]),
     ] {
         let ended = place.ends(["run", args[0], args[1], "server.js"]);
         refused(&ended, 2, &parts);
@@ -120,6 +138,39 @@ fn wrong_values_in_the_environment_are_refused_too() {
         command.env(key, value);
         refused(&ended(command), 2, &[part]);
     }
+}
+
+#[test]
+fn a_wrong_value_is_blamed_on_where_it_comes_from() {
+    let place = Place::with_server();
+    for (variable, option, right) in [
+        ("POLYFORK_WORKERS", "--workers", "max"),
+        ("POLYFORK_GRACE", "--grace", "500ms"),
+        ("POLYFORK_POLICY", "--policy", "shared"),
+        ("POLYFORK_MAX_DEPTH", "--max-depth", "1"),
+        ("POLYFORK_JSON", "--json", "true"),
+        ("POLYFORK_NO_DRAIN_PRELOAD", "--no-drain-preload", "off"),
+    ] {
+        let mut command = place.polyfork(["run", "server.js"]);
+        command.env(variable, "zzz");
+        let ended = ended(command);
+        refused(&ended, 2, &[variable, "zzz"]);
+        assert!(!ended.err.contains(option), "{ended:?}");
+        assert!(ended.err.contains(right) || variable == "POLYFORK_MAX_DEPTH", "{ended:?}");
+    }
+    let mut both = place.polyfork(["run", "--grace", "soon", "server.js"]);
+    both.env("POLYFORK_GRACE", "zzz").env("POLYFORK_WORKERS", "zzz");
+    refused(&ended(both), 2, &["--grace", "soon"]);
+}
+
+#[test]
+fn an_address_named_twice_is_refused() {
+    let place = Place::with_server();
+    let twice = ["run", "--listen", "127.0.0.1:1", "--listen", "localhost:1", "server.js"];
+    refused(&place.ends(twice), 2, &["127.0.0.1:1", "twice", "--listen"]);
+    let mut command = place.polyfork(["run", "server.js"]);
+    command.env("POLYFORK_LISTEN", "unix:/x unix:/x");
+    refused(&ended(command), 2, &["POLYFORK_LISTEN", "unix:/x", "twice"]);
 }
 
 #[test]

@@ -127,6 +127,22 @@ fn web_concurrency_counts_unless_a_number_is_given() {
 }
 
 #[test]
+fn a_web_concurrency_that_is_not_followed_is_told() {
+    let place = Place::with_server();
+    for value in ["garbage", "0", "-1", "1.5"] {
+        let mut command = place.polyfork(["run", "--json", "server.js"]);
+        command.env("WEB_CONCURRENCY", value);
+        let mut cluster = Events::of(command);
+        let workers = cluster.wait_for("setup")["workers"].clone();
+        let notice = cluster.wait_for("notice");
+        let text = notice["text"].as_str().unwrap();
+        for part in [format!("WEB_CONCURRENCY={value}"), format!("{workers} used instead")] {
+            assert!(text.contains(&part), "lacks {part}: {text}");
+        }
+    }
+}
+
+#[test]
 fn every_line_has_its_slot_in_front_and_no_line_is_cut() {
     const LINES: usize = 2_000;
     let place = Place::new();

@@ -105,7 +105,7 @@ impl Human {
                 vec![self.own(None, &format!("slot {}: {}", who.slot, words::harmless(text)))]
             }
             Event::Notice(notice) => {
-                let text = words::harmless(&notice.text);
+                let text = words::harmless(&words::plain(&notice.text));
                 vec![self.own(Some(Ink::Warn), &about(notice.who.as_ref(), &text))]
             }
             Event::Lagged(missed) => {
