@@ -14,9 +14,9 @@ pub struct Limits {
     pub max_message: usize,
     /// Deepest nesting of arrays and objects in one message; `[[1]]` has two levels. Default 128.
     pub max_depth: usize,
-    /// Most values in one message of Node's `advanced` encoding, where a byte may stand for one: each
-    /// takes about 64 bytes here. Default 8,388,608, which a message of the default length can reach with
-    /// numbers only.
+    /// Most values in one message of Node's `advanced` encoding, where a byte may stand for one. Each takes up
+    /// to 100 bytes here while the message is read. Default 4,194,304; numbers by the million are better
+    /// sent as a typed array, which is one value.
     pub max_values: usize,
     /// Most descriptors received and not yet claimed by a message. Default 1024.
     pub max_fds_queued: usize,
@@ -24,6 +24,6 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_message: 64 << 20, max_depth: 128, max_values: 8 << 20, max_fds_queued: 1024 }
+        Self { max_message: 64 << 20, max_depth: 128, max_values: 4 << 20, max_fds_queued: 1024 }
     }
 }

@@ -161,6 +161,8 @@ fn forms_that_nobody_writes_are_read() {
     same("ff0d 49 02 trailing bytes: ff ff", int(1));
     same("ff0d 6f 63 02 ac20 00 49 02 00 7b 01", Value::object([("€", 1)]));
     same("ff0d 41 83 80 80 80 00 49 02 49 02 49 02 24 00 03", array([int(1), int(1), int(1)]));
+    let capped = Resizable { bytes: vec![], max_length: u32::MAX };
+    same("ff10 7e 00 8080808020", Value::Resizable(Box::new(capped)));
     same("ff0d 5a 02 05", Value::BigInt(BigInt::from(5_i64)));
     // An error of Node 20, with its cause before its stack.
     let mut error = ErrorValue::new(ErrorKind::Error, "m");
@@ -294,7 +296,7 @@ fn reference_to_nothing_is_not_sent() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn values_survive_both_ways(value in values::value(false)) {

@@ -5,6 +5,7 @@
 
 use std::fs;
 
+use polyfork_wire::node::advanced::{self, FrameDecoder, Value};
 use polyfork_wire::node::line::LineDecoder;
 use polyfork_wire::node::message::{Incoming, parse};
 use polyfork_wire::{Limits, ProtocolError};
@@ -50,6 +51,36 @@ fn one_message(byte: u8, length: usize) {
     assert!(matches!(parse(line, &limits), Ok(Incoming::User(_))));
 }
 
+/// A frame with a payload of so many bytes, fed in reads of the usual size.
+fn one_frame(payload: &[u8]) -> Result<Value, ProtocolError> {
+    let limits = Limits { max_message: MESSAGE_BYTES, ..Limits::default() };
+    let mut decoder = FrameDecoder::new(limits);
+    let length = u32::try_from(payload.len()).expect("it is short");
+    decoder.feed(&length.to_be_bytes());
+    for read in payload.chunks(READ_BYTES) {
+        assert_eq!(decoder.next(), Ok(None));
+        decoder.feed(read);
+    }
+    let payload = decoder.next().expect("it is within the limit").expect("it is complete");
+    advanced::read(&payload, &limits)
+}
+
+/// A payload that is a buffer of so many bytes.
+fn buffer(length: usize) -> Vec<u8> {
+    advanced::write(&Value::buffer(vec![1; length]))
+}
+
+/// A set of as many small values as the limit allows.
+fn most_values(one: &[u8]) -> Vec<u8> {
+    let count = Limits::default().max_values - 1;
+    let mut payload = vec![0xFF, 13, b'\''];
+    payload.extend(one.iter().cycle().take(count * one.len()));
+    payload.push(b',');
+    let seven = |shift: u32| u8::try_from(count >> shift & 0x7F).expect("seven bits");
+    payload.extend([seven(0) | 0x80, seven(7) | 0x80, seven(14) | 0x80, seven(21)]);
+    payload
+}
+
 #[test]
 fn peak_is_at_most_twice_the_limit() {
     let most = 2 * MESSAGE_BYTES + SLACK_BYTES;
@@ -71,4 +102,33 @@ fn peak_is_at_most_twice_the_limit() {
     });
     println!("1 GiB without a newline: {} MiB of {} MiB", endless >> 20, most >> 20);
     assert!(endless <= most, "{endless}");
+
+    let payload = buffer(MESSAGE_BYTES - 100);
+    let framed = peak(|| drop(one_frame(&payload).expect("it is a value")));
+    println!("largest frame: {} MiB of {} MiB", framed >> 20, most >> 20);
+    assert!(framed <= most, "{framed}");
+    drop(payload);
+
+    let announced = peak(|| {
+        let limits = Limits { max_message: MESSAGE_BYTES, ..Limits::default() };
+        let mut decoder = FrameDecoder::new(limits);
+        decoder.feed(&u32::try_from(MESSAGE_BYTES).expect("it is short").to_be_bytes());
+        decoder.feed(&[0xFF, 13]);
+        assert_eq!(decoder.next(), Ok(None));
+        for lengths in [[b'A', 0xFF, 0xFF, 0xFF, 0x0F], [b'"', 0xFF, 0xFF, 0xFF, 0x0F]] {
+            let payload = [&[0xFF, 13], &lengths[..]].concat();
+            assert!(advanced::read(&payload, &limits).is_err());
+        }
+    });
+    println!("lengths without content: {} KiB", announced >> 10);
+    assert!(announced <= SLACK_BYTES, "{announced}");
+
+    // Small values are larger here than on the wire, so these are bounded by their number.
+    for one in [&b"_"[..], b"o{\0", b"\"\x01x"] {
+        let payload = most_values(one);
+        let most = 120 * Limits::default().max_values + 2 * payload.len() + SLACK_BYTES;
+        let small = peak(|| drop(one_frame(&payload).expect("it is a value")));
+        println!("{}...: {} MiB of {} MiB", one.escape_ascii(), small >> 20, most >> 20);
+        assert!(small <= most, "{small}");
+    }
 }

@@ -109,8 +109,8 @@ fn binary(stock: bool) -> BoxedStrategy<Value> {
         bytes.truncate(bytes.len() / kind.element_bytes() * kind.element_bytes());
         Value::Bytes(Bytes::new(kind, bytes).expect("whole elements"))
     });
-    let resizable = (content(), 0..20_u64).prop_map(|(bytes, more)| {
-        let max_length = bytes.len() as u64 + more;
+    let resizable = (content(), 0..20_u32).prop_map(|(bytes, more)| {
+        let max_length = u32::try_from(bytes.len()).expect("it is short") + more;
         Value::Resizable(Box::new(Resizable { bytes, max_length }))
     });
     let buffer = prop_oneof![content().prop_map(Value::ArrayBuffer), resizable].boxed();

@@ -410,6 +410,7 @@ impl Reader<'_> {
         let bytes = self.take(length)?.to_vec();
         self.buffers.push(Buffer { id, length: bytes.len(), resizable });
         Ok(if resizable {
+            let max_length = u32::try_from(max_length).unwrap_or(u32::MAX);
             Value::Resizable(Box::new(Resizable { bytes, max_length }))
         } else {
             Value::ArrayBuffer(bytes)

@@ -211,8 +211,9 @@ impl ErrorKind {
 pub struct Resizable {
     /// What is in it now.
     pub bytes: Vec<u8>,
-    /// `maxByteLength`. Beyond 4 GiB it is sent as 4 GiB less a byte.
-    pub max_length: u64,
+    /// `maxByteLength`. One beyond 4 GiB is read as 4 GiB less a byte, because most peers know no larger
+    /// numbers here; one below the length is sent as the length.
+    pub max_length: u32,
 }
 
 /// A buffer, typed array or data view with its bytes, which are in little-endian order.

@@ -234,8 +234,7 @@ impl Writer {
             }
             Value::Resizable(buffer) => {
                 self.counted(tag::RESIZABLE, buffer.bytes.len());
-                let most = buffer.max_length.max(buffer.bytes.len() as u64);
-                self.varint(most.min(u32::MAX.into()));
+                self.varint(u64::from(buffer.max_length).max(buffer.bytes.len() as u64));
                 self.bytes.extend_from_slice(&buffer.bytes);
             }
             Value::Bytes(bytes) => self.host_bytes(bytes.kind().host_number(), bytes.as_slice()),
