@@ -147,6 +147,25 @@ pub fn unread_checked(
     Ok(unread)
 }
 
+/// Does something while a process stands still, so that it cannot be in the middle of a system call. `pid` must be the
+/// process of `pidfd`; it goes on afterwards unless it was stopped before.
+///
+/// # Blocking
+///
+/// As [`unread`], and for as long as `act` takes.
+///
+/// # Errors
+///
+/// Those of [`StealError`] that concern stopping. `act` was not called then.
+pub fn while_stopped<T>(
+    pidfd: BorrowedFd<'_>,
+    pid: Pid,
+    act: impl FnOnce() -> T,
+) -> Result<T, StealError> {
+    let _stopped = Stopped::ensure(Victim { pidfd, pid })?;
+    Ok(act())
+}
+
 /// The process id a pidfd stands for, in our pid namespace.
 ///
 /// # Errors

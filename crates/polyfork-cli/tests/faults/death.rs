@@ -157,6 +157,48 @@ fn fault_05_and_06_stopped_worker_gives_back_what_it_has_not_read() {
     cluster.stop();
 }
 
+/// The same where nobody asks the primary: its queue goes to others, it loses its turns, and gets them back.
+#[test]
+fn fault_05_and_06_stopped_worker_loses_its_turns_and_its_queue() {
+    let mut cluster =
+        Cluster::start(&[&options("kernel", "3")[..], &["--ack-limit", "200ms"]].concat(), APP);
+    let load = Load::start(cluster.address, 8, "/");
+    load.wait_for_ok(100);
+    let stopped = cluster.workers[&1];
+    signal(stopped, Signal::STOP);
+    let notice = cluster.wait(|e| e["event"] == "notice" && e["code"] == "stuck");
+    println!("{}", notice["text"]);
+    assert_eq!(notice["slot"], 1, "{notice}");
+    load.wait_for_ok(300);
+    signal(stopped, Signal::CONT);
+    cluster.wait(|e| e["event"] == "notice" && e["code"] == "stuck");
+    load.wait_for_ok(300);
+    let counts = load.stop();
+    // What it had accepted when it was stopped waited for it; nobody was cut.
+    nothing_failed("a worker stopped and continued, kernel", &counts);
+    assert_eq!(cluster.workers[&1], stopped, "it was not replaced");
+    eventually("who serves", || serve_count(&cluster), |pids| pids.contains(&stopped));
+    cluster.stop();
+}
+
+#[test]
+fn fault_07_stuck_event_loop_loses_its_turns_and_its_queue() {
+    let mut cluster =
+        Cluster::start(&[&options("kernel", "2")[..], &["--ack-limit", "200ms"]].concat(), APP);
+    let (class, _) = attempt(cluster.address, "/spin");
+    assert_eq!(class, Class::Ok);
+    let load = Load::start(cluster.address, 4, "/");
+    cluster.wait(|e| e["event"] == "notice" && e["code"] == "stuck");
+    load.wait_for_ok(200);
+    let counts = load.stop();
+    report("one event loop blocked for good, kernel", &counts);
+    nothing_failed("one event loop blocked for good, kernel", &counts);
+    cluster.events.running.signal(Signal::TERM);
+    cluster.wait(|e| e["event"] == "draining");
+    cluster.events.running.signal_again(Signal::TERM);
+    assert_eq!(cluster.events.end().0, 9);
+}
+
 /// A blocked event loop is as good as a stopped process: what it has not read goes to others.
 #[test]
 fn fault_07_stuck_event_loop_does_not_hold_connections() {

@@ -167,6 +167,33 @@ pub enum DetectError {
         /// The file.
         path: PathBuf,
     },
+    /// It may be executed, and the kernel would refuse it for good.
+    #[error("{path:?} is marked executable, but the kernel cannot execute it: {what}")]
+    NotAProgram {
+        /// The file.
+        path: PathBuf,
+        /// Why, and what to do.
+        what: &'static str,
+    },
+    /// A symbolic link on the way to it leads nowhere.
+    #[error("{link:?} is a symbolic link {}; correct the link", leads(target.as_deref()))]
+    BadLink {
+        /// The link.
+        link: PathBuf,
+        /// The missing file it points to; `None` when links lead in a circle.
+        target: Option<PathBuf>,
+    },
+    /// A directory on the way to it may not be searched.
+    #[error(
+        "permission denied on {folder:?}, which is on the way to {program:?}: run as a user who may search it, or \
+         chmod +x it"
+    )]
+    NotPermitted {
+        /// As it was given.
+        program: OsString,
+        /// The directory.
+        folder: PathBuf,
+    },
     /// It is a directory that is no program.
     #[error("{path:?} is a directory without package.json or index.js: name the file to run")]
     Directory {
@@ -174,7 +201,7 @@ pub enum DetectError {
         path: PathBuf,
     },
     /// It cannot be read.
-    #[error("cannot read {path:?}: {error}")]
+    #[error("cannot read {path:?}: {}", unreadable(error))]
     Unreadable {
         /// The file.
         path: PathBuf,
@@ -205,7 +232,7 @@ pub enum DetectError {
         needs: &'static str,
     },
     /// A runtime does not answer.
-    #[error("{exec:?} does not tell its version: {error}; does it run by hand?")]
+    #[error("{exec:?} does not tell its version: {}; does it run by hand?", plain(error))]
     NoAnswer {
         /// The runtime.
         exec: PathBuf,
@@ -225,6 +252,39 @@ impl DetectError {
 
 fn suggestion(near: Option<&str>) -> String {
     near.map(|name| format!("; did you mean {name:?}?")).unwrap_or_default()
+}
+
+fn leads(target: Option<&Path>) -> String {
+    match target {
+        Some(target) => format!("to {}, which does not exist", target.display()),
+        None => "in a circle of links".to_owned(),
+    }
+}
+
+fn unreadable(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "permission denied; chmod +r it, or run as a user who may read it".to_owned()
+        }
+        _ => format!("{}; can it be read by hand?", plain(error)),
+    }
+}
+
+/// The system's words without the number that the standard library adds.
+fn plain(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error ").next().unwrap_or_default().to_owned()
+}
+
+/// What to do when the runtime for modules is not there.
+fn how_to_get(runtime: Option<&OsStr>) -> &'static str {
+    let Some(named) = runtime else { return INSTALL_NODE };
+    match Path::new(named).file_name().and_then(OsStr::to_str) {
+        Some("node" | "nodejs") => "install Node 18 or later, or give its path to --runtime",
+        Some("deno") => "install Deno (deno.com), or give its path to --runtime",
+        Some("bun") => "install Bun (bun.com), or give its path to --runtime",
+        _ => "--runtime takes node, deno or bun, or the path of one",
+    }
 }
 
 const INSTALL_NODE: &str = "install Node 18 or later, or name another runtime with --runtime";
@@ -318,6 +378,9 @@ impl Question<'_> {
             let found = self.what_is(&behind, DEEPEST)?;
             return Ok(detected(found, path.to_owned(), Vec::new()));
         }
+        if let Some(what) = find::refused_by_the_kernel(path) {
+            return Err(DetectError::NotAProgram { path: path.to_owned(), what });
+        }
         let found = self.what_is(path, DEEPEST)?;
         Ok(detected(found, path.to_owned(), Vec::new()))
     }
@@ -386,13 +449,21 @@ impl Question<'_> {
     /// The runtime for modules: the one that was named, or Node.
     fn module_runtime(&self) -> Result<(PathBuf, Found), DetectError> {
         let name = self.runtime.unwrap_or(OsStr::new("node"));
-        let exec = self.search.program(name).map_err(|error| DetectError::NoRuntime {
-            program: self.program.to_owned(),
-            tried: error.to_string(),
-            next: INSTALL_NODE,
-        })?;
-        let detected =
-            Question { program: name, args: &[], runtime: None, ..*self }.about(&exec)?;
+        let unfit = |error: DetectError| match error {
+            error if error.is_about_the_runtime() => error,
+            error => DetectError::NoRuntime {
+                program: self.program.to_owned(),
+                tried: match error {
+                    DetectError::NotExecutable { path } => format!("{path:?} cannot be executed"),
+                    DetectError::Directory { path } => format!("{path:?} is a directory"),
+                    other => other.to_string(),
+                },
+                next: how_to_get(self.runtime),
+            },
+        };
+        let exec = self.search.program(name).map_err(unfit)?;
+        let about = Question { program: name, args: &[], runtime: None, ..*self };
+        let detected = about.about(&exec).map_err(unfit)?;
         if self.runtime.is_none() && !matches!(detected.runtime, Runtime::Node { .. }) {
             return Err(DetectError::NoRuntime {
                 program: self.program.to_owned(),
@@ -465,6 +536,9 @@ impl Question<'_> {
         let named = self.search.resolve(&shebang.interpreter);
         if !named.is_file() {
             return Err(missing(format!("{}, which does not exist", named.display())));
+        }
+        if !find::is_executable_file(&named) {
+            return Err(missing(format!("{}, which may not be executed", named.display())));
         }
         let interpreter = match shebang.behind_env() {
             None => named,

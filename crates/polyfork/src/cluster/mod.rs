@@ -36,6 +36,7 @@ pub(crate) mod process;
 pub(crate) mod register;
 mod settings;
 mod signals;
+mod stuck;
 mod traffic;
 mod worker;
 

@@ -136,6 +136,14 @@ pub(crate) struct Delivery {
     pub(crate) connection: Arc<OwnedFd>,
 }
 
+/// The queues of one port's live slots at one moment.
+pub(crate) struct Depths {
+    /// Turns taken so far.
+    pub(crate) turns: u64,
+    /// Connections that wait, by live slot.
+    pub(crate) queued: BTreeMap<u32, u32>,
+}
+
 /// Something that went wrong while accepting.
 pub(crate) struct AcceptTrouble {
     pub(crate) port: ListenerId,
@@ -153,6 +161,8 @@ pub(crate) struct Ports {
     /// Slot of every worker that is a member of something.
     slot_of: BTreeMap<WorkerId, SlotId>,
     windows: BTreeMap<WorkerId, usize>,
+    /// Stuck: others take their turns, where there are others.
+    aside: BTreeSet<WorkerId>,
     policy: Policy,
     mechanism: Mechanism,
     by_hand: bool,
@@ -358,6 +368,54 @@ impl Ports {
         self.open.remove(&id).map(|port| port.address)
     }
 
+    // ---- stuck workers ----
+
+    /// What waits in the live slots of every port that counts its turns.
+    pub(crate) fn depths(&self) -> BTreeMap<ListenerId, Depths> {
+        let look = |(id, port): (&ListenerId, &Port)| {
+            let Kind::Slots { group, .. } = &port.kind else { return None };
+            let turns = group.turns()?;
+            let depth = |slot: &u32| Some((*slot, group.queue_depth(*slot).ok()?));
+            Some((*id, Depths { turns, queued: group.live().iter().filter_map(depth).collect() }))
+        };
+        self.open.iter().filter_map(look).collect()
+    }
+
+    /// Takes a worker's turns, or gives them back. Takes effect with the next [`Ports::refresh`].
+    pub(crate) fn set_aside(&mut self, worker: WorkerId, aside: bool) {
+        if aside {
+            self.aside.insert(worker);
+        } else {
+            self.aside.remove(&worker);
+        }
+    }
+
+    /// Whether something waits in a slot that has no turns.
+    pub(crate) fn waits_aside(&self, slot: SlotId) -> bool {
+        self.open.values().any(|port| match &port.kind {
+            Kind::Slots { group, .. } => {
+                !group.live().contains(&slot.0) && group.queue_depth(slot.0).is_ok_and(|n| n > 0)
+            }
+            _ => false,
+        })
+    }
+
+    /// Moves what waits in a slot that has no turns to the others. Its worker must stand still meanwhile. Gives
+    /// what went wrong.
+    pub(crate) fn rescue_aside(&mut self, slot: SlotId) -> Vec<String> {
+        let mut failures = Vec::new();
+        for port in self.open.values_mut() {
+            if let Kind::Slots { group, .. } = &mut port.kind
+                && !group.live().contains(&slot.0)
+                && group.queue_depth(slot.0).is_ok_and(|n| n > 0)
+                && let Err(error) = group.rescue(slot.0)
+            {
+                failures.push(format!("{}: {error}", port.address));
+            }
+        }
+        failures
+    }
+
     // ---- the end ----
 
     /// The cluster stops: nothing new comes, what waits is still served. Gives what went wrong.
@@ -496,6 +554,7 @@ impl Ports {
         self.book.leave(worker);
         self.slot_of.remove(&worker);
         self.windows.remove(&worker);
+        self.aside.remove(&worker);
         for port in self.open.values_mut() {
             if let Some(handoff) = port.handoff() {
                 handoff.died(worker);
@@ -525,7 +584,12 @@ impl Ports {
                 }
             }
             if let Kind::Slots { group, stranded } = &mut port.kind {
-                let live: Vec<u32> = ready.iter().map(|(_, slot)| slot.0).collect();
+                let all = ready.iter();
+                let well = all.filter(|(worker, _)| !self.aside.contains(worker));
+                let mut live: Vec<u32> = well.map(|(_, slot)| slot.0).collect();
+                if live.is_empty() {
+                    live = ready.iter().map(|(_, slot)| slot.0).collect();
+                }
                 match refresh_group(group, &live, &held) {
                     Ok(left) if self.by_hand => strand(group, &left, now, stranded),
                     // They stay queued for the slot's next worker.

@@ -27,6 +27,7 @@ use super::link::Item;
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
+use super::stuck::Watch;
 use super::{SendError, StartError, WorkerStatus};
 
 /// How often a queue that should run dry is looked at.
@@ -85,7 +86,7 @@ pub(crate) struct Outgoing {
 
 /// Things to do at a certain time.
 #[derive(Debug, Clone, Copy)]
-enum Timer {
+pub(crate) enum Timer {
     ReadyByAge(WorkerId),
     OwnSocket(WorkerId),
     Drained(WorkerId),
@@ -96,6 +97,7 @@ enum Timer {
     Unused,
     Goodbye(WorkerId, u64),
     Doors,
+    Stuck,
 }
 
 /// A worker that has been started and is not gone yet.
@@ -162,6 +164,8 @@ pub(crate) struct Primary {
     told: BTreeMap<&'static str, Instant>,
     forced: bool,
     stopping: bool,
+    /// Whom the kernel gives connections that it does not accept.
+    pub(crate) watch: Watch,
     /// Since when the sockets take nothing new, while what waits on them is still given out.
     closing_doors: Option<Instant>,
 }
@@ -237,6 +241,7 @@ impl Primary {
             bind_failure: None,
             forced: false,
             stopping: false,
+            watch: Watch::default(),
             closing_doors: None,
             outcome: None,
             told: BTreeMap::new(),
@@ -283,6 +288,7 @@ impl Primary {
 
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
         self.feed(Input::Start);
+        self.next_look();
         while self.outcome.is_none() {
             self.turn().await;
         }
@@ -337,7 +343,7 @@ impl Primary {
         [timer, supervisor, handoff].into_iter().flatten().min()
     }
 
-    fn after(&mut self, delay: Duration, timer: Timer) {
+    pub(crate) fn after(&mut self, delay: Duration, timer: Timer) {
         self.timer_seq += 1;
         self.timers.insert((Instant::now() + delay, self.timer_seq), timer);
     }
@@ -358,6 +364,7 @@ impl Primary {
                 Timer::Unused => self.close_unused(),
                 Timer::Goodbye(worker, seq) => self.answer_goodbye(worker, seq),
                 Timer::Doors => self.check_doors(),
+                Timer::Stuck => self.look_for_stuck(),
             }
         }
     }
@@ -860,6 +867,7 @@ impl Primary {
             self.look_for_unused();
         }
         self.ports.died(worker);
+        self.watch.forget(worker);
         self.refresh_ports();
         let (code, signal) = match exit {
             Exit::Code(code) => (Some(code), None),

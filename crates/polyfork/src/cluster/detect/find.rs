@@ -21,6 +21,10 @@ const DEFAULT_PATH: &str = "/usr/bin:/bin";
 const LONGEST_PLACES: usize = 100;
 /// Names looked at for a suggestion, so that a huge directory costs little.
 const MOST_NAMES: usize = 10_000;
+/// Links that are followed to find the bad one; Linux gives up after forty.
+const MOST_LINKS: u32 = 40;
+/// Where the kernel lists further kinds of program that it was taught.
+const TAUGHT: &str = "/proc/sys/fs/binfmt_misc";
 
 /// Where programs are looked up.
 #[derive(Debug)]
@@ -68,7 +72,42 @@ impl Search {
         if !a_path && !program.is_empty() && here.exists() {
             return Ok(here);
         }
-        Err(self.not_found(program, a_path))
+        let obstacle = || self.obstacle(program, &here, MOST_LINKS);
+        let obstacle = (!program.is_empty()).then(obstacle).flatten();
+        Err(obstacle.unwrap_or_else(|| self.not_found(program, a_path)))
+    }
+
+    /// What is in the way to a file whose name is right; `None` when it is simply not there.
+    fn obstacle(&self, program: &OsStr, path: &Path, links: u32) -> Option<DetectError> {
+        let mut steps: Vec<&Path> = path.ancestors().collect();
+        steps.reverse();
+        for step in steps {
+            let folder = || step.parent().unwrap_or(step).to_owned();
+            let meta = match std::fs::symlink_metadata(step) {
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    let (program, folder) = (program.to_owned(), folder());
+                    return Some(DetectError::NotPermitted { program, folder });
+                }
+                Err(_) => return None,
+                Ok(meta) => meta,
+            };
+            if !meta.is_symlink() || step.exists() {
+                continue;
+            }
+            let target = folder().join(std::fs::read_link(step).ok()?);
+            if links == 0 {
+                return Some(DetectError::BadLink { link: path.to_owned(), target: None });
+            }
+            let link = || step.to_owned();
+            return Some(match self.obstacle(program, &target, links - 1) {
+                None => DetectError::BadLink { link: link(), target: Some(target) },
+                Some(DetectError::BadLink { target: None, .. }) => {
+                    DetectError::BadLink { link: link(), target: None }
+                }
+                Some(other) => other,
+            });
+        }
+        None
     }
 
     /// The first executable file of that name in `PATH`.
@@ -105,10 +144,14 @@ impl Search {
             Some(parent) if a_path => self.resolve(parent.as_os_str()),
             _ => self.directory.clone(),
         };
-        let tried = if !a_path {
+        let tried = if program.is_empty() {
+            "the name is empty: give a file or a command".to_owned()
+        } else if !a_path {
             format!("no file in {}, not in {}", parent.display(), self.places())
         } else if parent.is_dir() {
             format!("no such file in {}", parent.display())
+        } else if parent.exists() {
+            format!("{} is not a directory", parent.display())
         } else {
             format!("there is no directory {}", parent.display())
         };
@@ -183,7 +226,7 @@ pub(super) fn kind(path: &Path) -> Result<Kind, DetectError> {
     }
     let executable = is_executable_file(path);
     match head(path) {
-        Ok(head) if head.starts_with(b"\x7fELF") => Ok(Kind::Elf { executable }),
+        Ok(head) if head.starts_with(ELF) => Ok(Kind::Elf { executable }),
         Ok(head) => Ok(match Shebang::parse(&head) {
             Some(shebang) => Kind::Script { shebang, executable },
             None => Kind::Plain { executable },
@@ -202,10 +245,78 @@ fn head(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 /// Whether *we* may execute it: the kernel knows about owners, groups, lists and root.
-fn is_executable_file(path: &Path) -> bool {
+pub(super) fn is_executable_file(path: &Path) -> bool {
     let flags = rustix::fs::AtFlags::EACCESS;
     path.is_file()
         && rustix::fs::accessat(rustix::fs::CWD, path, rustix::fs::Access::EXEC_OK, flags).is_ok()
+}
+
+/// Why the kernel would refuse a file that may be executed, and what to do; `None` when it may well take it, which
+/// it also may when we cannot read it, or when the kernel was taught other kinds (binfmt_misc).
+pub(super) fn refused_by_the_kernel(path: &Path) -> Option<&'static str> {
+    let head = head(path).ok()?;
+    if !head.starts_with(ELF) && !head.is_empty() {
+        return (!kernel_was_taught()).then_some(
+            "it is neither an ELF program nor begins with #!; a script needs a first line like #!/bin/sh, or name \
+             what runs it, as in `polyfork run sh FILE`",
+        );
+    }
+    let what = match Elf::parse(&head) {
+        _ if head.is_empty() => "it is empty; was it written completely?",
+        None => "its ELF header is broken; was it copied completely?",
+        Some(elf) if !elf.runs => "it is an ELF file but no program (an object or a core file?)",
+        Some(elf) => match Elf::parse(&self::head(Path::new("/proc/self/exe")).ok()?) {
+            Some(ours) if !elf.fits(&ours) => "it was built for another kind of machine",
+            _ => return None,
+        },
+    };
+    (!kernel_was_taught()).then_some(what)
+}
+
+/// Whether the kernel may execute more than ELF and `#!`.
+fn kernel_was_taught() -> bool {
+    names_in(Path::new(TAUGHT)).any(|name| name != "register" && name != "status")
+}
+
+const ELF: &[u8] = b"\x7fELF";
+
+/// The part of an ELF header that tells what can execute it. Source: elf(5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Elf {
+    big_endian: bool,
+    machine: u16,
+    /// An executable, a shared one included.
+    runs: bool,
+}
+
+impl Elf {
+    /// `None` when the header is cut off or contradicts itself.
+    fn parse(head: &[u8]) -> Option<Elf> {
+        let (class, data) = (*head.get(4)?, *head.get(5)?);
+        let big_endian = match data {
+            1 => false,
+            2 => true,
+            _ => return None,
+        };
+        let half = |at: usize| {
+            let bytes = head.get(at..at + 2)?.try_into().ok()?;
+            Some(if big_endian { u16::from_be_bytes(bytes) } else { u16::from_le_bytes(bytes) })
+        };
+        // Size and number of program headers, without which nothing is loaded.
+        let (size, number) = match class {
+            1 => (half(42)? == 32, half(44)?),
+            2 => (half(54)? == 56, half(56)?),
+            _ => return None,
+        };
+        let runs = matches!(half(16)?, 2 | 3) && size && number > 0;
+        Some(Elf { big_endian, machine: half(18)?, runs })
+    }
+
+    /// Whether a kernel that executes `ours` may execute this: x86-64 kernels run x86, 64-bit Arm kernels Arm.
+    fn fits(self, ours: &Elf) -> bool {
+        let smaller = matches!((ours.machine, self.machine), (62, 3) | (183, 40));
+        self.big_endian == ours.big_endian && (self.machine == ours.machine || smaller)
+    }
 }
 
 impl Shebang {

@@ -331,7 +331,78 @@ fn a_missing_program_is_told_with_a_near_name() {
     }
     assert!(!place.error("nothing-like-it").contains("did you mean"));
     assert!(place.error("nowhere/x.js").contains("there is no directory"));
-    assert!(place.error("").contains("no such program"));
+    assert!(place.error("").contains("the name is empty"));
+    place.write("file", "");
+    assert!(place.error("file/x").contains("file is not a directory"));
+}
+
+#[test]
+fn links_that_lead_nowhere_are_told_as_links() {
+    let place = Place::new("links");
+    symlink("loop", place.root.join("loop")).unwrap();
+    symlink("b.js", place.root.join("a.js")).unwrap();
+    symlink("a.js", place.root.join("b.js")).unwrap();
+    symlink("gone.js", place.root.join("dangling.js")).unwrap();
+    symlink("dangling.js", place.root.join("over.js")).unwrap();
+    for program in ["./loop", "loop", "a.js", "./loop/x"] {
+        let error = place.error(program);
+        assert!(error.contains("circle") && !error.contains("did you mean"), "{error}");
+    }
+    for program in ["dangling.js", "./dangling.js"] {
+        let error = place.error(program);
+        assert!(error.contains("gone.js, which does not exist"), "{error}");
+        assert!(!error.contains("did you mean"), "{error}");
+    }
+    assert!(place.error("over.js").contains("which does not exist"));
+}
+
+#[test]
+fn what_the_kernel_refuses_for_good_is_told_before_anything_starts() {
+    let place = Place::new("refused");
+    let mut foreign = elf_that_says("x");
+    // A Motorola 68000.
+    foreign[18] = 4;
+    let mut object = elf_that_says("x");
+    object[16] = 1;
+    for (name, content, part) in [
+        ("empty", Vec::new(), "empty"),
+        ("text", b"hello\n".to_vec(), "#!/bin/sh"),
+        ("no-interpreter", b"#!\n".to_vec(), "#!/bin/sh"),
+        ("cut", elf_that_says("x")[..30].to_vec(), "broken"),
+        ("magic", b"\x7fELF".to_vec(), "broken"),
+        ("foreign", foreign, "another kind of machine"),
+        ("object", object, "no program"),
+    ] {
+        place.executable(name, content);
+        let error = place.look(&format!("./{name}")).expect_err(name);
+        assert!(matches!(error, DetectError::NotAProgram { .. }), "{name}: {error}");
+        assert!(!error.is_about_the_runtime() && error.to_string().contains(part), "{error}");
+    }
+    place.executable("by-text", format!("#!{}\n", place.write("plain", "x").display()));
+    assert!(place.error("./by-text").contains("may not be executed"));
+}
+
+#[test]
+fn advice_fits_the_runtime_that_was_named() {
+    let place = Place::new("advice");
+    place.write("server.ts", "");
+    place.write("plain", "x");
+    place.executable("empty", "");
+    for (runtime, part) in [
+        ("bun", "install Bun"),
+        ("deno", "install Deno"),
+        ("node", "install Node"),
+        ("nodee", "node, deno or bun"),
+        ("./plain", "node, deno or bun"),
+        ("./empty", "node, deno or bun"),
+        ("bin", "node, deno or bun"),
+        ("./bin", "node, deno or bun"),
+    ] {
+        let error = place.look_with("server.ts", &[], Some(runtime)).expect_err(runtime);
+        let text = error.to_string();
+        assert!(error.is_about_the_runtime() && text.contains(part), "{runtime}: {text}");
+        assert!(!text.contains("what runs it first"), "{text}");
+    }
 }
 
 #[test]

@@ -1,0 +1,225 @@
+//! Finds workers that do not accept what the kernel gave them, and gives it to others.
+//!
+//! Under the kernel mechanism nobody asks the primary where a connection goes, so a worker whose event loop hangs
+//! would keep its share of them for as long as it hangs. This file looks at the queues of the slots now and then
+//! and compares: what was there, what came by the turns taken since, what is there now. A queue of which
+//! nothing was accepted for the acknowledgement limit belongs to a stuck worker. It loses its turn, and its queue
+//! goes to the siblings while the worker stands still (an `accept` in the middle of that would fail).
+//!
+//! The rule that surprises: a stuck worker has nothing in its queue any more by which it could be seen to be well
+//! again. It gets its turns back when its main thread has slept of its own accord since, which a
+//! busy loop and a stopped process do not, or when a while has passed, longer each time.
+//!
+//! A queue that overflows hides how much came; there only a worker that is stopped is recognised.
+//!
+//! References: tcp(7) `TCP_INFO`, proc(5) (`voluntary_ctxt_switches`), listen(2).
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use polyfork_core::{ListenerId, SlotId, WorkerId};
+
+use super::ports::Depths;
+use super::primary::{Primary, Timer};
+
+/// Between two looks, at least: each is a system call per slot.
+const SHORTEST_LOOK: Duration = Duration::from_millis(5);
+/// How long a stuck worker goes without turns at first, and at most.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(16);
+
+/// What is remembered between two looks.
+#[derive(Default)]
+pub(crate) struct Watch {
+    before: BTreeMap<ListenerId, Depths>,
+    /// Looks in a row at which nothing of a worker's queue was accepted.
+    suspicious: BTreeMap<WorkerId, u32>,
+    aside: BTreeMap<WorkerId, Aside>,
+    /// Pauses so far of workers that were stuck before.
+    pauses: BTreeMap<WorkerId, Duration>,
+}
+
+/// A worker that has lost its turns for now.
+struct Aside {
+    until: Instant,
+    /// Its main thread had slept so often when it was set aside.
+    slept: Option<u64>,
+}
+
+impl Watch {
+    /// The worker is gone.
+    pub(crate) fn forget(&mut self, worker: WorkerId) {
+        self.suspicious.remove(&worker);
+        self.aside.remove(&worker);
+        self.pauses.remove(&worker);
+    }
+}
+
+/// Nothing of the queue was accepted between two looks at slot `slot`, as far as it can be known.
+fn nothing_accepted(
+    before: &Depths,
+    now: &Depths,
+    slot: u32,
+    stopped: impl FnOnce() -> bool,
+) -> bool {
+    let (Some(was), Some(is)) = (before.queued.get(&slot), now.queued.get(&slot)) else {
+        return false;
+    };
+    if *was == 0 || *is == 0 || before.queued.len() != now.queued.len() {
+        return false;
+    }
+    let came = now.turns.saturating_sub(before.turns) / before.queued.len() as u64;
+    u64::from(*was) + came <= u64::from(*is) || stopped()
+}
+
+impl Primary {
+    /// Two looks make the acknowledgement limit.
+    pub(crate) fn next_look(&mut self) {
+        let pause = (self.settings.ack_limit / 2).max(SHORTEST_LOOK);
+        self.after(pause, Timer::Stuck);
+    }
+
+    pub(crate) fn look_for_stuck(&mut self) {
+        self.next_look();
+        let depths = self.ports.depths();
+        let mut well: Vec<WorkerId> = self.watch.suspicious.keys().copied().collect();
+        let mut stuck = Vec::new();
+        for (port, now) in &depths {
+            let Some(before) = self.watch.before.get(port) else { continue };
+            // With one slot there is nobody to take its turns.
+            for (slot, queued) in now.queued.iter().filter(|_| now.queued.len() > 1) {
+                let Some((worker, w)) =
+                    self.workers.iter().find(|(_, w)| w.who.slot == *slot && w.admitted)
+                else {
+                    continue;
+                };
+                let pid = w.running.pid();
+                if !nothing_accepted(before, now, *slot, || is_stopped(pid)) {
+                    continue;
+                }
+                well.retain(|other| other != worker);
+                let looks = self.watch.suspicious.entry(*worker).or_insert(0);
+                *looks += 1;
+                if *looks >= 2 {
+                    stuck.push((*worker, *queued));
+                }
+            }
+        }
+        for worker in well {
+            self.watch.suspicious.remove(&worker);
+        }
+        self.watch.before = depths;
+        for (worker, queued) in stuck {
+            self.set_aside(worker, queued);
+        }
+        self.look_after_those_aside();
+    }
+
+    /// Takes a worker's turns and its queue.
+    fn set_aside(&mut self, worker: WorkerId, queued: u32) {
+        self.watch.suspicious.remove(&worker);
+        let Some(w) = self.workers.get(&worker) else { return };
+        let (who, pid) = (w.who, w.running.pid());
+        let pause =
+            self.watch.pauses.get(&worker).map_or(FIRST_PAUSE, |last| (*last * 2).min(LAST_PAUSE));
+        self.watch.pauses.insert(worker, pause);
+        let aside = Aside { until: Instant::now() + pause, slept: sleeps(pid) };
+        if self.watch.aside.insert(worker, aside).is_none() {
+            let text = format!(
+                "it accepts nothing, {queued} connections wait: they and its turns go to other workers until it \
+                 is well"
+            );
+            self.notice("stuck", Some(who), text);
+        }
+        self.ports.set_aside(worker, true);
+        self.refresh_ports();
+        self.empty_queue(worker);
+    }
+
+    /// Moves what waits in a slot whose worker is stuck.
+    fn empty_queue(&mut self, worker: WorkerId) {
+        let Some(w) = self.workers.get(&worker) else { return };
+        let (who, slot) = (w.who, SlotId(w.who.slot));
+        if !self.ports.waits_aside(slot) {
+            return;
+        }
+        let (pidfd, pid) = w.running.process();
+        let ports = &mut self.ports;
+        let failures = polyfork_sys::steal::while_stopped(pidfd, pid, || ports.rescue_aside(slot));
+        let failures = failures.unwrap_or_else(|error| vec![error.to_string()]);
+        for failure in failures {
+            let text = format!("cannot move what waits for it: {failure}");
+            self.notice("stuck", Some(who), text);
+        }
+    }
+
+    fn look_after_those_aside(&mut self) {
+        let aside: Vec<WorkerId> = self.watch.aside.keys().copied().collect();
+        for worker in aside {
+            let Some((w, aside)) = self.workers.get(&worker).zip(self.watch.aside.get(&worker))
+            else {
+                self.watch.aside.remove(&worker);
+                continue;
+            };
+            let (who, pid) = (w.who, w.running.pid());
+            let slept = aside.slept.zip(sleeps(pid)).is_some_and(|(was, is)| is > was);
+            if (slept && !is_stopped(pid)) || Instant::now() >= aside.until {
+                self.watch.aside.remove(&worker);
+                self.ports.set_aside(worker, false);
+                self.refresh_ports();
+                if slept {
+                    self.watch.pauses.remove(&worker);
+                    self.notice(
+                        "stuck",
+                        Some(who),
+                        "it is well again and takes its turns".to_owned(),
+                    );
+                }
+            } else {
+                self.empty_queue(worker);
+            }
+        }
+    }
+}
+
+/// How often the main thread of a process has gone to sleep by itself.
+fn sleeps(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+    line.trim().parse().ok()
+}
+
+/// Whether a process is stopped (SIGSTOP, a debugger).
+fn is_stopped(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The state follows the command, which may contain anything but ends with the last parenthesis.
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 't']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn depths(turns: u64, queued: [u32; 2]) -> Depths {
+        Depths { turns, queued: (1..).zip(queued).collect() }
+    }
+
+    #[test]
+    fn a_queue_that_only_grows_is_stuck_and_one_that_moves_is_not() {
+        let stuck = |before, now| nothing_accepted(&before, &now, 1, || false);
+        assert!(stuck(depths(10, [3, 0]), depths(10, [3, 0])), "nothing came, nothing went");
+        assert!(stuck(depths(10, [3, 0]), depths(30, [13, 0])), "all that came is there");
+        assert!(!stuck(depths(10, [3, 0]), depths(30, [12, 0])), "one was accepted");
+        assert!(!stuck(depths(10, [0, 0]), depths(30, [10, 0])), "they may have come just now");
+        assert!(!stuck(depths(10, [3, 0]), depths(10, [0, 0])));
+    }
+
+    #[test]
+    fn what_this_process_does_can_be_seen() {
+        let me = std::process::id();
+        assert!(!is_stopped(me));
+        let before = sleeps(me);
+        assert!(before.is_some());
+        assert_eq!(sleeps(0), None);
+    }
+}
