@@ -16,6 +16,7 @@ use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
+use std::pin::Pin;
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ use rustix::process::Pid;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, Interest};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Sleep;
 
 use super::command::{Command, Ends, Limits, Prepared};
 use super::exec::Output;
@@ -255,6 +257,8 @@ impl Child {
             return Err(SpawnError::NoRuntime { program });
         }
         let limits = command.limits().clone();
+        // Made here, so that a runtime without a clock is told to the caller and not to a task.
+        let timer = limits.timeout.map(|limit| Box::pin(tokio::time::sleep(limit)));
         let leads_group = command.leads_a_group();
         let Prepared { sys, ends, cgroup } = command.prepare()?;
         let (opened, open) = mpsc::channel(1);
@@ -289,7 +293,7 @@ impl Child {
         let drop_signal = limits.kill_on_drop.then_some(limits.kill_signal);
         let (notify, notices) = mpsc::channel(NOTICES);
         let (ended, end) = watch::channel(None);
-        tokio::spawn(watch_over(Arc::clone(&process), limits, notify, ended));
+        tokio::spawn(watch_over(Arc::clone(&process), limits, timer, notify, ended));
         let Streams { stdin, stdout, stderr, stdio } = streams;
         let stage = Stage::Started;
         Ok(Self { stdin, stdout, stderr, stdio, process, notices, end, open, stage, drop_signal })
@@ -529,12 +533,11 @@ impl Streams {
 async fn watch_over(
     process: Arc<Process>,
     limits: Limits,
+    mut timer: Option<Pin<Box<Sleep>>>,
     notices: mpsc::Sender<Notice>,
     ended: watch::Sender<Option<Exit>>,
 ) {
-    let Limits { mut timeout, kill_signal, mut abort, .. } = limits;
-    let started = tokio::time::Instant::now;
-    let deadline = timeout.and_then(|limit| started().checked_add(limit));
+    let Limits { kill_signal, mut abort, .. } = limits;
     let exit = loop {
         let notice = tokio::select! {
             biased;
@@ -543,8 +546,8 @@ async fn watch_over(
                 abort = None;
                 Notice::Aborted
             }
-            () = passed(deadline), if timeout.is_some() && deadline.is_some() => {
-                timeout = None;
+            () = passed(timer.as_mut()), if timer.is_some() => {
+                timer = None;
                 Notice::TimedOut
             }
         };
@@ -567,9 +570,9 @@ async fn cancelled(token: Option<&tokio_util::sync::CancellationToken>) {
     }
 }
 
-async fn passed(deadline: Option<tokio::time::Instant>) {
-    match deadline {
-        Some(deadline) => tokio::time::sleep_until(deadline).await,
+async fn passed(timer: Option<&mut Pin<Box<Sleep>>>) {
+    match timer {
+        Some(timer) => timer.await,
         None => std::future::pending().await,
     }
 }
@@ -603,4 +606,20 @@ async fn clear_cgroup(process: &Process) {
     }
     // Dropping the last handle tries again.
     let _busy = group.remove();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_old_kernel_reaches_a_group_only_while_its_leader_is_not_collected() {
+        let mut command = Command::new("sleep");
+        let mut child = command.arg("1000").process_group(true).spawn().expect("a child");
+        assert!(child.process.kill_group_by_number(Signal::NONE).expect("an answer"));
+        assert!(child.process.kill_group_by_number(Signal::TERM).expect("sent"));
+        assert_eq!(child.wait().await.expect("the end").signal, Some(Signal::TERM));
+        let error = child.process.kill_group_by_number(Signal::TERM).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
 }

@@ -331,8 +331,8 @@ impl Command {
 
     /// Starts it. When this returns, the program runs.
     ///
-    /// Must be called inside a tokio runtime with I/O enabled (and time, if there is a [`timeout`](Self::timeout)): a task
-    /// of that runtime collects the child, whether or not anybody waits for it.
+    /// Must be called inside a tokio runtime: a task of that runtime collects the child, whether or not anybody waits
+    /// for it.
     ///
     /// # Blocking
     ///
@@ -342,6 +342,10 @@ impl Command {
     /// # Errors
     ///
     /// [`SpawnError`]; where Node has an `error` event for a child that never ran, this has an error and no child.
+    ///
+    /// # Panics
+    ///
+    /// As tokio does, if the runtime was built without I/O, or without time and there is a [`timeout`](Self::timeout).
     pub fn spawn(&mut self) -> Result<Child, SpawnError> {
         Child::start(self)
     }

