@@ -146,20 +146,25 @@ fn pairs(texts: &[OsString]) -> Result<Vec<(OsString, OsString)>, Refused> {
 
 /// Why a directory cannot be that of workers.
 fn enterable(directory: &Path) -> Result<(), String> {
-    let told = |error: &io::Error| match error.kind() {
+    // Looking at the directory itself needs no permission on it; looking at what is in it does.
+    let look = |directory: &Path| std::fs::metadata(directory.join("."));
+    let told = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => "no such directory".to_owned(),
         io::ErrorKind::NotADirectory => "not a directory".to_owned(),
         io::ErrorKind::PermissionDenied => {
-            "permission denied; run as a user who may enter it".into()
+            let whole = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+            let denied = |step: &&Path| {
+                look(step).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+            };
+            let outermost = whole.ancestors().filter(denied).last().unwrap_or(directory);
+            format!(
+                "permission denied on {}: run as a user who may enter it, or chmod +x it",
+                outermost.display()
+            )
         }
         _ => words::plain(&error.to_string()),
     };
-    let meta = std::fs::metadata(directory).map_err(|error| told(&error))?;
-    if !meta.is_dir() {
-        return Err("not a directory".into());
-    }
-    // Looking at the directory itself needs no permission on it; looking at what is in it does.
-    std::fs::metadata(directory.join(".")).map(drop).map_err(|error| told(&error))
+    look(directory).map(drop).map_err(told)
 }
 
 /// The addresses of `--listen`, or those of `POLYFORK_LISTEN`.

@@ -5,6 +5,7 @@
 mod support;
 
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 
 use support::{Ended, Place, ended};
@@ -201,6 +202,67 @@ fn without_a_runtime_it_is_told_what_was_looked_for() {
     let script = place.file("app", "#!/usr/bin/env no-such-interpreter\n");
     std::fs::set_permissions(script, std::fs::Permissions::from_mode(0o755)).unwrap();
     refused(&place.ends(["run", "./app"]), 4, &["no-such-interpreter", "first line"]);
+}
+
+#[test]
+fn what_the_kernel_cannot_execute_is_told_once() {
+    let place = Place::new();
+    for (name, content, part) in [("empty", "", "empty"), ("text", "hello\n", "#!/bin/sh")] {
+        let file = place.file(name, content);
+        std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        refused(&place.ends(["run", &format!("./{name}")]), 3, &[name, part]);
+    }
+}
+
+#[test]
+fn advice_fits_the_runtime_that_was_named() {
+    let place = Place::with_server();
+    let with = |runtime: &str| {
+        let mut command = place.polyfork(["run", "--runtime", runtime, "server.js"]);
+        command.env("PATH", place.path());
+        ended(command)
+    };
+    refused(&with("bun"), 4, &["bun", "install Bun"]);
+    refused(&with("/etc/passwd"), 4, &["/etc/passwd", "node, deno or bun"]);
+    assert!(!with("/etc/passwd").err.contains("what runs it first"));
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_not_offered_as_its_own_correction() {
+    let place = Place::new();
+    std::os::unix::fs::symlink("loop", place.path().join("loop")).unwrap();
+    std::os::unix::fs::symlink("gone.js", place.path().join("dangling.js")).unwrap();
+    refused(&place.ends(["run", "./loop"]), 3, &["loop", "circle"]);
+    refused(&place.ends(["run", "dangling.js"]), 3, &["gone.js, which does not exist"]);
+    refused(&place.ends(["run", ""]), 3, &["the name is empty"]);
+}
+
+#[test]
+fn a_folder_that_may_not_be_searched_is_named() {
+    let place = Place::with_server();
+    let closed = place.path().join("closed");
+    std::fs::create_dir_all(closed.join("inner")).unwrap();
+    std::fs::write(closed.join("server.js"), "").unwrap();
+    let mode = if rustix::process::geteuid().is_root() { 0o700 } else { 0o600 };
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(mode)).unwrap();
+    // Where the tests are built others may not look.
+    let own = place.path().join("polyfork");
+    std::fs::copy(env!("CARGO_BIN_EXE_polyfork"), &own).unwrap();
+    let unprivileged = |args: &[&str]| {
+        let mut command = std::process::Command::new(&own);
+        command.args(args).current_dir(place.path()).stdin(Stdio::null());
+        if rustix::process::geteuid().is_root() {
+            command.uid(65_534).gid(65_534);
+        }
+        ended(command)
+    };
+    let denied = format!("permission denied on {}", closed.display());
+    for cwd in ["closed", "closed/inner"] {
+        refused(&unprivileged(&["run", "--cwd", cwd, "server.js"]), 2, &["--cwd", &denied]);
+    }
+    let denied = format!("permission denied on {closed:?}");
+    refused(&unprivileged(&["run", "closed/server.js"]), 3, &["closed/server.js", &denied]);
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 #[test]

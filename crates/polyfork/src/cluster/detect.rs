@@ -176,7 +176,7 @@ pub enum DetectError {
         what: &'static str,
     },
     /// A symbolic link on the way to it leads nowhere.
-    #[error("{link:?} is a symbolic link {}; correct the link", leads(target.as_deref()))]
+    #[error("{link:?} is {}; correct the link", leads(target.as_deref()))]
     BadLink {
         /// The link.
         link: PathBuf,
@@ -256,8 +256,8 @@ fn suggestion(near: Option<&str>) -> String {
 
 fn leads(target: Option<&Path>) -> String {
     match target {
-        Some(target) => format!("to {}, which does not exist", target.display()),
-        None => "in a circle of links".to_owned(),
+        Some(target) => format!("a symbolic link to {}, which does not exist", target.display()),
+        None => "in a circle of symbolic links".to_owned(),
     }
 }
 
