@@ -1,6 +1,6 @@
-//! `cargo xtask bench http`: polyfork beside its peers, in one run, by interleaved rounds.
+//! `cargo xtask bench`: polyfork beside its peers, in one run, by interleaved rounds.
 //!
-//! `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
+//! `spawn` is a benchmark of its own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
 //! `report` prints. This file chooses what to run and keeps the order: every round starts each
 //! server anew, measures it and stops it, so that a drift of the machine meets all of them alike
 //! and ratios can be taken within a round.
@@ -12,6 +12,7 @@
 mod load;
 mod measure;
 mod report;
+mod spawn;
 mod targets;
 
 use std::path::PathBuf;
@@ -30,8 +31,11 @@ const HELP: &str = "\
 Compares polyfork with its peers. Load goes to loopback only and is bounded in time.
 
 Usage: cargo xtask bench http [OPTIONS]
+       cargo xtask bench spawn [--seconds N] [--rounds R] [--json FILE]
 
-Options:
+`spawn` starts /bin/true from parents of 10 MiB and 2 GiB, beside Node, Bun and std::process (default 2 s, 3 rounds).
+
+Options of `http`:
   --seconds N    length of one load (default 4)
   --rounds R     interleaved rounds (default 3)
   --workers N    workers of every server (default 2)
@@ -62,13 +66,17 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
         print!("{HELP}");
         return Ok(ExitCode::SUCCESS);
     }
-    match args.subcommand()?.as_deref() {
-        Some("http") => {}
+    let which = args.subcommand()?;
+    match which.as_deref() {
+        Some("http" | "spawn") => {}
         Some(other) => bail!("no benchmark `{other}`; see --help"),
         None => bail!("which benchmark? see --help"),
     }
     crate::setup::run()?;
     let manifest = Manifest::read(&paths::manifest())?;
+    if which.as_deref() == Some("spawn") {
+        return spawn::main(args, &manifest);
+    }
     let wrk = Wrk::new(manifest.tool("wrk")?);
     let settings = settings(args, &manifest)?;
     let report = measure_all(&settings, &wrk)?;

@@ -267,7 +267,7 @@ fn once(build: &Build, words: &[&str]) -> Result<PathBuf> {
 }
 
 /// Builds with the release profile; cargo itself tells where the program went.
-fn cargo_build(words: &[&str]) -> Result<PathBuf> {
+pub(super) fn cargo_build(words: &[&str]) -> Result<PathBuf> {
     println!("building {} (release)", words.join(" "));
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::root()).args(["build", "--release", "--quiet"]).args(words);
