@@ -19,6 +19,10 @@ pub(crate) struct Ledger {
     slots: BTreeMap<u32, Tail>,
     /// Workers whose grace period was over.
     cut_short: u64,
+    /// The slot that was given up last.
+    given_up: Option<u32>,
+    /// Workers write for themselves: what they write is not known.
+    deaf: bool,
 }
 
 #[derive(Debug, Default)]
@@ -38,6 +42,16 @@ pub(crate) struct Verdict {
 }
 
 impl Ledger {
+    /// For workers that write for themselves.
+    pub(crate) fn deaf() -> Ledger {
+        Ledger { deaf: true, ..Ledger::default() }
+    }
+
+    /// Whether a slot without last lines has written none.
+    pub(crate) fn hears(&self) -> bool {
+        !self.deaf
+    }
+
     /// Notes a line of a worker.
     pub(crate) fn line(&mut self, line: &OutputLine) {
         if line.stream != Stream::Stderr || line.line.iter().all(u8::is_ascii_whitespace) {
@@ -59,6 +73,7 @@ impl Ledger {
     pub(crate) fn event(&mut self, event: &Event) {
         match event {
             Event::Exit { reason: Reason::GraceExpired, .. } => self.cut_short += 1,
+            Event::SlotFailed { slot, .. } => self.given_up = Some(*slot),
             Event::SlotRetired { slot } => drop(self.slots.remove(slot)),
             _ => {}
         }
@@ -79,9 +94,9 @@ impl Ledger {
             Outcome::BindFailed { address, error } => {
                 Verdict { code: words::bind_code(error), text: words::bind_failed(address, error) }
             }
-            Outcome::AllFailed { last } => failed(*last, "every slot was given up"),
+            Outcome::AllFailed { last } => self.failed(*last, "every slot was given up"),
             Outcome::NeverReady { last, .. } => {
-                failed(*last, "every slot was given up, none was ever ready")
+                self.failed(*last, "every slot was given up, none was ever ready")
             }
             _ => Verdict { code: Code::Unexpected, text: "ended in an unknown way".into() },
         }
@@ -94,23 +109,26 @@ impl Ledger {
             n => format!("stopped: {n} workers were still busy when their grace period was over"),
         }
     }
-}
 
-fn failed(last: Reason, what: &str) -> Verdict {
-    let (code, next) = match last {
-        Reason::NeverReady => {
-            (Code::NeverReady, "does it listen? --ready and --ready-timeout set what is waited for")
-        }
-        Reason::Exited(Exit::NotStarted) => (Code::NoProgram, "can it be executed?"),
-        Reason::Exited(Exit::Code(0)) => {
-            (Code::Failed, "a server must keep running; does it go to the background?")
-        }
-        Reason::OutOfMemory => {
-            (Code::Failed, "fewer workers (--workers) need less memory, or raise the limit")
-        }
-        _ => (Code::Failed, "its last lines on standard error say more"),
-    };
-    Verdict { code, text: format!("{what}: the last worker {}; {next}", words::ended(last)) }
+    fn failed(&self, last: Reason, what: &str) -> Verdict {
+        let silent = self.given_up.is_some_and(|slot| self.last_lines(slot).next().is_none());
+        let (code, next) = match last {
+            Reason::NeverReady => (
+                Code::NeverReady,
+                "does it listen? --ready and --ready-timeout set what is waited for",
+            ),
+            Reason::Exited(Exit::NotStarted) => (Code::NoProgram, "can it be executed?"),
+            Reason::Exited(Exit::Code(0)) => {
+                (Code::Failed, "a server must keep running; does it go to the background?")
+            }
+            Reason::OutOfMemory => {
+                (Code::Failed, "fewer workers (--workers) need less memory, or raise the limit")
+            }
+            _ if self.hears() && silent => (Code::Failed, "run it by hand to see why"),
+            _ => (Code::Failed, "its last lines on standard error say more"),
+        };
+        Verdict { code, text: format!("{what}: the last worker {}; {next}", words::ended(last)) }
+    }
 }
 
 #[cfg(test)]
@@ -164,6 +182,21 @@ mod tests {
         let verdict = none.verdict(&Outcome::AllFailed { last: Reason::Exited(Exit::Signal(11)) });
         assert_eq!(verdict.code, Code::Failed);
         assert!(verdict.text.contains("SIGSEGV"), "{}", verdict.text);
+    }
+
+    #[test]
+    fn who_wrote_nothing_has_no_last_lines_to_read() {
+        let given_up = Event::SlotFailed { slot: 1, restarts: 5, window: Duration::ZERO };
+        let crashed = Outcome::AllFailed { last: Reason::Exited(Exit::Code(1)) };
+        let points_to_lines = |mut ledger: Ledger| {
+            ledger.event(&given_up);
+            ledger.verdict(&crashed).text.contains("last lines")
+        };
+        assert!(!points_to_lines(Ledger::default()));
+        assert!(points_to_lines(Ledger::deaf()), "they went by us");
+        let mut talked = Ledger::default();
+        talked.line(&line(1, "no database"));
+        assert!(points_to_lines(talked));
     }
 
     #[test]

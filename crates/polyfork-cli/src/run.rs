@@ -17,6 +17,7 @@ use polyfork::cluster::{
     Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
     StartError, default_workers, detect_with, usable_cpus,
 };
+use rustix::io::Errno;
 use tokio::sync::mpsc;
 
 use crate::args::{OutputArg, RunArgs};
@@ -317,6 +318,8 @@ struct Watch {
     show: Show,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
+    /// It was told that standard output loses lines.
+    told_lost: Cell<bool>,
 }
 
 impl Watch {
@@ -334,11 +337,15 @@ impl Watch {
         let first = report.start(start);
         let watch = Watch {
             report: RefCell::new(report),
-            ledger: RefCell::default(),
+            ledger: RefCell::new(match show.output {
+                OutputArg::Inherit => Ledger::deaf(),
+                _ => Ledger::default(),
+            }),
             out,
             err,
             show,
             passed_on: Cell::new(0),
+            told_lost: Cell::new(false),
         };
         first.iter().for_each(|line| watch.own(line));
         watch
@@ -372,6 +379,7 @@ impl Watch {
         loop {
             tokio::select! {
                 () = &mut output, if !output_ended => output_ended = true,
+                error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
                 _ = &mut told => break,
             }
         }
@@ -382,11 +390,37 @@ impl Watch {
         let verdict = self.ledger.borrow().verdict(&outcome);
         let last = self.report.borrow_mut().end(&verdict);
         self.own(&last);
-        for sink in [&self.out, &self.err].into_iter().flatten() {
-            // A reader that is stuck has been waited for.
-            let _complete = sink.finish();
+        // A reader that is stuck has been waited for.
+        let finish = |sink: &Option<Sink>| sink.as_ref().is_none_or(Sink::finish);
+        let _complete = finish(&self.out);
+        if let (false, Some(error)) =
+            (self.told_lost.get(), self.out.as_ref().and_then(Sink::loss))
+        {
+            self.tell_lost(error);
         }
+        let _complete = finish(&self.err);
         verdict.code
+    }
+
+    /// Waits until standard output takes lines no more.
+    async fn lost(&self) -> Errno {
+        match &self.out {
+            Some(out) => out.lost().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Tells that lines are missing from standard output, once: that is where nobody can see it.
+    fn tell_lost(&self, error: Errno) {
+        self.told_lost.set(true);
+        let what = words::plain(&io::Error::from(error).to_string());
+        let line = format!(
+            "polyfork: cannot write to standard output: {what}; what does not fit there is lost\n"
+        );
+        match &self.err {
+            Some(sink) => sink.own(line.as_bytes()),
+            None => crate::say(io::stderr(), &line),
+        }
     }
 
     /// Waits for output that workers left behind, as long as it comes.

@@ -8,7 +8,8 @@
 //!   they are dropped, counted, and the count is written as soon as there is room again.
 //!
 //! Lines keep their order and are never mixed, whoever wrote them. A reader that went away (EPIPE) or a
-//! terminal that is gone (EIO) is no error: what follows is discarded. A full disk discards what did not fit.
+//! terminal that is gone (EIO) ends nothing: what follows is discarded. A full disk discards what did not fit.
+//! That something was lost is told once ([`Sink::lost`]).
 //!
 //! A blocking write cannot be taken back: when a stuck reader outlasts [`Sink::finish`] the thread is left
 //! behind and ends with the process.
@@ -56,6 +57,8 @@ struct Shared {
     progress: Condvar,
     /// Wakes the one task that waits in [`Sink::line`].
     room: Notify,
+    /// Wakes the one task that waits in [`Sink::lost`].
+    loss: Notify,
 }
 
 #[derive(Default)]
@@ -74,6 +77,8 @@ struct State {
     dead: bool,
     /// The thread is gone.
     ended: bool,
+    /// Why something was discarded first.
+    loss: Option<Errno>,
 }
 
 impl Sink {
@@ -95,6 +100,7 @@ impl Sink {
             work: Condvar::new(),
             progress: Condvar::new(),
             room: Notify::new(),
+            loss: Notify::new(),
         });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES);
@@ -146,6 +152,21 @@ impl Sink {
         }
         state.waiting.extend_from_slice(line);
         self.shared.work.notify_one();
+    }
+
+    /// Why something could not be written, the first time; a terminal or a reader that is gone counts as well.
+    pub(crate) fn loss(&self) -> Option<Errno> {
+        self.shared.lock().loss
+    }
+
+    /// Waits until something could not be written. Cancel safe; one task at a time.
+    pub(crate) async fn lost(&self) -> Errno {
+        loop {
+            if let Some(error) = self.loss() {
+                return error;
+            }
+            self.shared.loss.notified().await;
+        }
     }
 
     /// Waits until everything is written, but not for a reader that takes nothing for two seconds.
@@ -211,6 +232,12 @@ impl Shared {
         self.room.notify_one();
     }
 
+    /// Notes why bytes are discarded.
+    fn lose(&self, error: Errno) {
+        self.lock().loss.get_or_insert(error);
+        self.loss.notify_one();
+    }
+
     fn die(&self) {
         let mut state = self.lock();
         state.dead = true;
@@ -252,11 +279,13 @@ fn write_all(shared: &Shared, stream: &impl Stream) {
                     rest = &rest[written..];
                     shared.done(written);
                 }
-                Err(Errno::NOSPC | Errno::DQUOT) => {
+                Err(error @ (Errno::NOSPC | Errno::DQUOT)) => {
+                    shared.lose(error);
                     shared.done(rest.len());
                     rest = &[];
                 }
-                Err(_) => {
+                Err(error) => {
+                    shared.lose(error);
                     shared.die();
                     shared.done(rest.len());
                     rest = &[];

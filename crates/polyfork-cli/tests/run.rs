@@ -7,11 +7,12 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{BufRead, Read};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
 use support::{Events, Lines, Place, Running, get};
 
@@ -140,6 +141,47 @@ fn a_web_concurrency_that_is_not_followed_is_told() {
             assert!(text.contains(&part), "lacks {part}: {text}");
         }
     }
+}
+
+#[test]
+fn output_that_is_lost_is_told_once_when_it_happens() {
+    let place = Place::new();
+    place.file(
+        "talk.js",
+        "setInterval(() => console.log('hello'), 5); require('http').createServer().listen(0, '127.0.0.1');",
+    );
+    let full = || std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let gone = || std::io::pipe().unwrap().1;
+    for (json, out) in
+        [(false, Stdio::from(full())), (false, Stdio::from(gone())), (true, Stdio::from(full()))]
+    {
+        let mut command = place.polyfork(["run", "-w", "1", "talk.js"]);
+        command.env("POLYFORK_JSON", if json { "1" } else { "0" });
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut child = command.stdout(out).stderr(writer).spawn().unwrap();
+        drop(command);
+        let mut lines = std::io::BufReader::new(reader).lines().map(Result::unwrap);
+        let told = lines.by_ref().find(|line| line.contains("cannot write to standard output"));
+        assert!(told.is_some_and(|line| !line.contains("os error")));
+        let pid = Pid::from_child(&child);
+        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        assert!(!lines.any(|line| line.contains("cannot write")), "told twice");
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_worker_that_ends_without_a_word_is_not_quoted() {
+    let place = Place::new();
+    place.file("silent.js", "process.exit(3)");
+    let told = place.ends(["run", "-w", "1", "--restart-limit", "1/30s", "silent.js"]);
+    assert_eq!(told.code, Some(7));
+    assert!(told.err.contains("it wrote nothing to standard error"), "{}", told.err);
+    assert!(!told.err.contains("last lines"), "{}", told.err);
+    let inherit =
+        ["run", "-w", "1", "--restart-limit", "1/30s", "--output", "inherit", "silent.js"];
+    let told = place.ends(inherit);
+    assert!(!told.err.contains("wrote nothing"), "nobody listened: {}", told.err);
 }
 
 #[test]

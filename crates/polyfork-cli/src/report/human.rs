@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use polyfork::cluster::{Address, Event, OutputLine, Reason, Stream, Via, Who};
+use polyfork::cluster::{Address, Event, Exit, OutputLine, Reason, Stream, Via, Who};
 
 use super::Start;
 use crate::demo;
@@ -98,6 +98,9 @@ impl Human {
                 let plural = if *restarts == 1 { "" } else { "s" };
                 let what =
                     format!("slot {slot}: given up after {restarts} restart{plural} in {window}");
+                if !ledger.hears() {
+                    return vec![self.own(Some(Ink::Bad), &what)];
+                }
                 self.with_last_lines(what, ledger.last_lines(*slot))
             }
             Event::SlotRetired { slot } => vec![self.own(None, &format!("slot {slot}: closed"))],
@@ -205,10 +208,11 @@ impl Human {
             Reason::Asked | Reason::Voluntary => None,
             _ => Some(Ink::Warn),
         };
-        let lived = spoken(*lived);
-        vec![
-            self.own(ink, &format!("slot {}: {} {what} after {lived}{next}", who.slot, named(who))),
-        ]
+        let after = match reason {
+            Reason::Exited(Exit::NotStarted) => String::new(),
+            _ => format!(" after {}", spoken(*lived)),
+        };
+        vec![self.own(ink, &format!("slot {}: {} {what}{after}{next}", who.slot, named(who)))]
     }
 
     fn with_last_lines<'a>(
@@ -251,7 +255,7 @@ pub(crate) fn dropped(lines: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use polyfork::cluster::{Carried, Exit, Policy};
+    use polyfork::cluster::{Carried, Policy};
     use std::sync::Arc;
     use std::time::Duration;
 
