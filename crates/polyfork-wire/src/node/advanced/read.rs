@@ -46,8 +46,9 @@ pub fn read(payload: &[u8], limits: &Limits) -> Result<Value, ProtocolError> {
         at: 0,
         version: 0,
         limits,
-        values: Vec::new(),
-        open: Vec::new(),
+        // Enough for most messages, so that they do not grow step by step.
+        values: Vec::with_capacity(16),
+        open: Vec::with_capacity(4),
         next_id: 0,
         count: 0,
         buffers: Vec::new(),
@@ -456,9 +457,13 @@ impl<'a> Reader<'a> {
 
     /// The next byte that is no padding, to be taken later.
     fn peek(&mut self) -> Option<u8> {
-        let padding = self.bytes[self.at..].iter().take_while(|byte| **byte == tag::PADDING);
-        self.at += padding.count();
-        self.bytes.get(self.at).copied()
+        while let Some(byte) = self.bytes.get(self.at) {
+            if *byte != tag::PADDING {
+                return Some(*byte);
+            }
+            self.at += 1;
+        }
+        None
     }
 
     /// The beginning of a value.
@@ -479,7 +484,16 @@ impl<'a> Reader<'a> {
         Ok(*byte)
     }
 
+    #[inline]
     fn varint(&mut self) -> Result_<u64> {
+        if let Some(byte @ 0..=0x7F) = self.bytes.get(self.at) {
+            self.at += 1;
+            return Ok(u64::from(*byte));
+        }
+        self.long_varint()
+    }
+
+    fn long_varint(&mut self) -> Result_<u64> {
         let mut number = 0;
         for shift in (0..64).step_by(7) {
             let byte = self.byte()?;

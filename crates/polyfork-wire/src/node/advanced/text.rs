@@ -25,8 +25,10 @@ impl Text {
     }
 
     pub(super) fn from_latin1(bytes: &[u8]) -> Self {
-        if bytes.is_ascii() {
-            return Self::from(String::from_utf8_lossy(bytes).into_owned());
+        if bytes.is_ascii()
+            && let Ok(text) = std::str::from_utf8(bytes)
+        {
+            return Self::from(text);
         }
         Self::from(bytes.iter().copied().map(char::from).collect::<String>())
     }

@@ -19,6 +19,9 @@ use super::value::{Boxed, ErrorValue, Object, Value, View};
 const VERSION: u8 = 13;
 const VERSION_WITH_VIEW_FLAGS: u8 = 14;
 
+/// Room for most messages, so that they do not grow step by step.
+const USUAL_BYTES: usize = 256;
+
 /// A varint of zero in five bytes, to be overwritten by one that is known later.
 const UNKNOWN_LENGTH: [u8; 5] = [0x80, 0x80, 0x80, 0x80, 0];
 
@@ -97,7 +100,8 @@ enum Rest<'v> {
 impl Writer {
     /// Behind so many zero bytes, which must be an even number.
     fn new(room: usize) -> Self {
-        let mut bytes = vec![0; room];
+        let mut bytes = Vec::with_capacity(USUAL_BYTES);
+        bytes.resize(room, 0);
         bytes.extend_from_slice(&[tag::VERSION, VERSION]);
         Self { bytes, ..Self::default() }
     }
@@ -111,7 +115,8 @@ impl Writer {
     /// A tree, whose references are to objects of the tree.
     pub(super) fn value(&mut self, root: &Value) {
         let base = self.next_id;
-        let mut stack = vec![Rest::One(root)];
+        let mut stack = Vec::with_capacity(8);
+        stack.push(Rest::One(root));
         while let Some(rest) = stack.pop() {
             let value = match rest {
                 Rest::One(value) => value,
