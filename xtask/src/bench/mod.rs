@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: polyfork beside its peers, in one run, by interleaved rounds.
 //!
-//! `spawn` is a benchmark of its own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
+//! `channel` and `spawn` are benchmarks of their own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
 //! `report` prints. This file chooses what to run and keeps the order: every round starts each
 //! server anew, measures it and stops it, so that a drift of the machine meets all of them alike
 //! and ratios can be taken within a round.
@@ -9,6 +9,7 @@
 //!
 //! Source: the table "Speed to aim for" of the project's design.
 
+mod channel;
 mod load;
 mod measure;
 mod report;
@@ -32,8 +33,10 @@ Compares polyfork with its peers. Load goes to loopback only and is bounded in t
 
 Usage: cargo xtask bench http [OPTIONS]
        cargo xtask bench spawn [--seconds N] [--rounds R] [--json FILE]
+       cargo xtask bench channel [--seconds N] [--rounds R] [--json FILE]
 
 `spawn` starts /bin/true from parents of 10 MiB and 2 GiB, beside Node, Bun and std::process (default 2 s, 3 rounds).
+`channel` sends messages between two processes, beside Node, Bun, ipc-channel and a bare socket (the same defaults).
 
 Options of `http`:
   --seconds N    length of one load (default 4)
@@ -68,14 +71,16 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
     }
     let which = args.subcommand()?;
     match which.as_deref() {
-        Some("http" | "spawn") => {}
+        Some("http" | "spawn" | "channel") => {}
         Some(other) => bail!("no benchmark `{other}`; see --help"),
         None => bail!("which benchmark? see --help"),
     }
     crate::setup::run()?;
     let manifest = Manifest::read(&paths::manifest())?;
-    if which.as_deref() == Some("spawn") {
-        return spawn::main(args, &manifest);
+    match which.as_deref() {
+        Some("spawn") => return spawn::main(args, &manifest),
+        Some("channel") => return channel::main(args, &manifest),
+        _ => {}
     }
     let wrk = Wrk::new(manifest.tool("wrk")?);
     let settings = settings(args, &manifest)?;
