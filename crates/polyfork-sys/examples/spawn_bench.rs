@@ -7,6 +7,8 @@
 //!
 //! It stands here because `pre_exec` is unsafe, and unsafe code is in this crate only.
 
+#![allow(clippy::disallowed_methods, clippy::print_stdout, reason = "a rival, and its result")]
+
 use std::error::Error;
 use std::io::PipeWriter;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -62,6 +64,17 @@ fn polyfork(channel: bool) -> Result<Duration, Box<dyn Error>> {
     Ok(blocked)
 }
 
+/// A copy that is in nobody's way.
+fn copy_above(fd: i32) -> i32 {
+    // SAFETY: fcntl(2) with F_DUPFD_CLOEXEC takes any number and touches no memory.
+    unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 100) }
+}
+
+fn put(copy: i32, target: i32) -> i32 {
+    // SAFETY: dup2(2) touches no memory; in a child that is about to exec nobody owns the target.
+    unsafe { libc::dup2(copy, target) }
+}
+
 fn std(channel: bool, pre_exec: bool) -> Result<Duration, Box<dyn Error>> {
     let mut command = std::process::Command::new(PROGRAM);
     let mut ours = None;
@@ -72,22 +85,20 @@ fn std(channel: bool, pre_exec: bool) -> Result<Duration, Box<dyn Error>> {
         let mut standard = table.theirs.into_iter();
         let mut next = || standard.next().map_or_else(Stdio::null, Stdio::from);
         command.stdin(next()).stdout(next()).stderr(next());
-        // SAFETY: the closure makes system calls only, fcntl(2) and dup2(2), on descriptors that it owns; the
-        // copies above 99 keep a target from closing a source.
-        unsafe {
-            command.pre_exec(move || {
-                let mut high = [0; 3];
-                for (copy, fd) in high.iter_mut().zip(&extra) {
-                    *copy = libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 100);
+        let place = move || {
+            let mut high = [0; 3];
+            for (copy, fd) in high.iter_mut().zip(&extra) {
+                *copy = copy_above(fd.as_raw_fd());
+            }
+            for (target, copy) in (3..).zip(high) {
+                if put(copy, target) == -1 {
+                    return Err(std::io::Error::last_os_error());
                 }
-                for (target, copy) in (3..).zip(high) {
-                    if libc::dup2(copy, target) == -1 {
-                        return Err(std::io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
+            }
+            Ok(())
+        };
+        // SAFETY: the closure makes system calls only, on descriptors that it owns.
+        unsafe { command.pre_exec(place) };
         ours = Some(table.ours);
     } else {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
