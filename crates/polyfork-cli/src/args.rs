@@ -184,7 +184,7 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_WINDOW", allow_hyphen_values = true, hide_env_values = true, help_heading = "Connections")]
     pub(crate) window: u16,
 
-    /// Hand-off: give a connection to another worker when it was not taken for this long
+    /// Give connections to other workers when they were not taken for this long
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = values::duration,
           env = "POLYFORK_ACK_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Connections")]
     pub(crate) ack_limit: Duration,

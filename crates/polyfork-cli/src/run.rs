@@ -378,9 +378,11 @@ impl Watch {
         let mut output_ended = false;
         loop {
             tokio::select! {
+                // First of all signals are obeyed; who reads a line may send one.
+                biased;
+                _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
-                _ = &mut told => break,
             }
         }
         if !output_ended {
@@ -393,8 +395,7 @@ impl Watch {
         // A reader that is stuck has been waited for.
         let finish = |sink: &Option<Sink>| sink.as_ref().is_none_or(Sink::finish);
         let _complete = finish(&self.out);
-        if let (false, Some(error)) =
-            (self.told_lost.get(), self.out.as_ref().and_then(Sink::loss))
+        if let (false, Some(error)) = (self.told_lost.get(), self.out.as_ref().and_then(Sink::loss))
         {
             self.tell_lost(error);
         }
