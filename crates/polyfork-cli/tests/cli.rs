@@ -249,7 +249,7 @@ fn a_folder_that_may_not_be_searched_is_named() {
     let own = place.path().join("polyfork");
     std::fs::copy(env!("CARGO_BIN_EXE_polyfork"), &own).unwrap();
     let unprivileged = |args: &[&str]| {
-        let mut command = std::process::Command::new(&own);
+        let mut command = support::command(&own);
         command.args(args).current_dir(place.path()).stdin(Stdio::null());
         if rustix::process::geteuid().is_root() {
             command.uid(65_534).gid(65_534);

@@ -12,7 +12,7 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::Value;
 use support::{Events, Lines, Place, Running, get};
 
@@ -155,7 +155,7 @@ fn output_that_is_lost_is_told_once_when_it_happens() {
     for (json, out) in
         [(false, Stdio::from(full())), (false, Stdio::from(gone())), (true, Stdio::from(full()))]
     {
-        let mut command = place.polyfork(["run", "-w", "1", "talk.js"]);
+        let mut command = place.polyfork(["run", "-w", "1", "--grace", "100ms", "talk.js"]);
         command.env("POLYFORK_JSON", if json { "1" } else { "0" });
         let (reader, writer) = std::io::pipe().unwrap();
         let mut child = command.stdout(out).stderr(writer).spawn().unwrap();
@@ -163,8 +163,8 @@ fn output_that_is_lost_is_told_once_when_it_happens() {
         let mut lines = std::io::BufReader::new(reader).lines().map(Result::unwrap);
         let told = lines.by_ref().find(|line| line.contains("cannot write to standard output"));
         assert!(told.is_some_and(|line| !line.contains("os error")));
-        let pid = Pid::from_child(&child);
-        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        let pidfd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        pidfd_send_signal(pidfd, Signal::TERM).unwrap();
         assert!(!lines.any(|line| line.contains("cannot write")), "told twice");
         assert_eq!(child.wait().unwrap().code(), Some(0));
     }
