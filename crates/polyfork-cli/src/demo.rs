@@ -76,7 +76,7 @@ pub(crate) fn run(args: DemoArgs) -> Code {
 }
 
 fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
-    let unexpected = |text: String| Verdict { code: Code::Unexpected, text };
+    let unexpected = |text: String| Verdict { code: Code::Unexpected, text: words::plain(&text) };
     let HowMany { workers, why: workers_why, notice } = run::workers(args.workers);
     let program = std::env::current_exe()
         .map_err(|error| unexpected(format!("cannot find this program's own file: {error}")))?;

@@ -140,7 +140,7 @@ impl Json {
             Event::Status { who, text } => Line::about("status", who).with("text", text),
             Event::Notice(notice) => maybe_about("notice", notice.who.as_ref())
                 .with("code", notice.code)
-                .with("text", &notice.text),
+                .with("text", &words::plain(&notice.text)),
             Event::Lagged(missed) => Line::new("lagged").with("missed", missed),
             _ => return None,
         };
