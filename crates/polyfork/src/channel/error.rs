@@ -89,7 +89,7 @@ pub enum RequestError {
 #[error("message is not of the expected type: {0}")]
 pub struct DecodeError(pub(super) String);
 
-/// [`Channel::disconnect`](super::Channel::disconnect) was called on a channel that is not connected (Node:
+/// [`disconnect`](super::Sender::disconnect) was called on a channel that is not connected (Node:
 /// `ERR_IPC_DISCONNECTED`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("channel is already disconnected")]

@@ -18,7 +18,7 @@
 //! has no answer.
 //!
 //! The rule that surprises: nothing says good-bye on the wire. A channel ends when its socket is closed, so
-//! [`Channel::disconnect`] first writes everything that is queued, and a message that was cut off at the end of
+//! [`disconnect`](Sender::disconnect) first writes everything that is queued, and a message that was cut off at the end of
 //! the stream is dropped without an error.
 //!
 //! Behaviour follows: Node `lib/internal/child_process.js`.

@@ -1,0 +1,2 @@
+// Sends back everything it gets.
+process.on('message', (m) => process.send(m));
