@@ -10,9 +10,6 @@
 //! | `fork(script, args, options)` | [`fork_node`], [`ForkNode`]; [`fork_program`] for any program |
 //! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
 //! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
-//! | `fork(script, args, options)` | [`fork_node`], [`ForkNode`]; [`fork_program`] for any program |
-//! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
-//! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
 //! | events | [`Child::next_event`] |
 //!
 //! What differs from Node, on purpose:
