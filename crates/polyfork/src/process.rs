@@ -31,13 +31,16 @@ pub(crate) const FORK_FD: &str = "POLYFORK_FORK_FD";
 pub(crate) const FORK_ENTRY: &str = "POLYFORK_FORK_ENTRY";
 
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 6] = [
+pub(crate) const NOT_INHERITED: [&str; 9] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
     FORK_FD,
     FORK_ENTRY,
     CHANNEL_PID,
+    names::POLYFORK_CHANNEL_FD,
+    names::POLYFORK_WORKER_ID,
+    names::POLYFORK_SLOT,
 ];
 
 /// Why this process has no channel.

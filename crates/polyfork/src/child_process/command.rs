@@ -16,15 +16,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use polyfork_sys::spawn::{Cgroup, Command as SysCommand};
-use polyfork_wire::env as names;
 use tokio_util::sync::CancellationToken;
 
 use super::child::Child;
 use super::{Signal, SpawnError, Stdio};
 
-/// What the cluster tells a worker is not for the worker's own children either.
-const NOT_INHERITED: [&str; 3] =
-    [names::POLYFORK_CHANNEL_FD, names::POLYFORK_WORKER_ID, names::POLYFORK_SLOT];
 /// The number that means "leave it" to the kernel's calls.
 const NOBODY: u32 = u32::MAX;
 
@@ -500,7 +496,7 @@ impl Command {
         if self.clear {
             sys.env_clear();
         }
-        for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
+        for name in crate::process::NOT_INHERITED {
             sys.env_remove(name);
         }
         for (key, value) in &self.env {

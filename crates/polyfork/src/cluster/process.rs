@@ -64,20 +64,9 @@ pub(crate) struct Environment {
     notices: Vec<String>,
 }
 
-/// Ours or our parent's, and not for workers.
-const NOT_INHERITED: [&str; 11] = [
-    names::NODE_CHANNEL_FD,
-    names::NODE_CHANNEL_SERIALIZATION_MODE,
-    names::NODE_UNIQUE_ID,
-    names::POLYFORK_CHANNEL_FD,
-    POLYFORK_CHANNEL_PID,
-    names::POLYFORK_WORKER_ID,
-    names::POLYFORK_SLOT,
-    names::LISTEN_FDS,
-    names::LISTEN_PID,
-    names::LISTEN_FDNAMES,
-    names::NOTIFY_SOCKET,
-];
+/// Our parent's, and not for workers: sockets and the way to tell it that we are ready.
+const NOT_INHERITED: [&str; 4] =
+    [names::LISTEN_FDS, names::LISTEN_PID, names::LISTEN_FDNAMES, names::NOTIFY_SOCKET];
 
 impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
@@ -197,7 +186,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let mut command = Command::new(&detected.exec);
     command.args(&detected.args_before).args(&settings.args);
     command.process_group(true).null(0);
-    for name in NOT_INHERITED {
+    for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
         command.env_remove(name);
     }
     for (key, value) in environment.of_worker(extra_env) {
