@@ -15,7 +15,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use polyfork_core::{ListenerId, WorkerId};
-use polyfork_sys::channel;
 use polyfork_wire::ProtocolError;
 use polyfork_wire::limits::Limits;
 use polyfork_wire::native::{FrameDecoder, NativeOutbox, ToPrimary, ToWorker};
@@ -24,14 +23,12 @@ use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::LineDecoder;
 use polyfork_wire::node::message::{self, Incoming};
 use polyfork_wire::node::outbox::Outbox;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::SendError;
 use super::primary::{FromIo, Outgoing};
-use super::register::register;
+use crate::channel::socket::{Read, SHORTAGE_PAUSE, Socket, Write};
 
 /// Above this many bytes that wait in our own memory, `send` makes its caller wait.
 const HIGH_MARK_BYTES: usize = 256 * 1024;
@@ -88,7 +85,7 @@ pub(crate) struct NativeLink {
 /// The socket, and the two tasks that wait on it.
 struct Wire {
     worker: WorkerId,
-    socket: Arc<AsyncFd<OwnedFd>>,
+    socket: Arc<Socket>,
     to_loop: mpsc::Sender<FromIo>,
     process_ended: Arc<Notify>,
     reader: AbortHandle,
@@ -113,7 +110,7 @@ impl Link {
         window: usize,
         to_loop: mpsc::Sender<FromIo>,
     ) -> io::Result<Link> {
-        let socket = Arc::new(register(socket, Interest::READABLE | Interest::WRITABLE)?);
+        let socket = Arc::new(Socket::new(socket)?);
         let process_ended = Arc::new(Notify::new());
         let reader = Reader {
             worker,
@@ -246,24 +243,15 @@ impl Wire {
         if self.broken || self.writer.is_some() {
             return None;
         }
-        let sent = self.socket.try_io(Interest::WRITABLE, |s| channel::send(s.as_fd(), bytes, fds));
-        match sent {
-            Ok(written) => Some(written),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                self.wait_writable(None);
-                None
-            }
+        match self.socket.write(bytes, fds) {
+            Write::Some(written) => return Some(written),
+            Write::Full => self.wait_writable(None),
             // Too many descriptors in flight or no memory: the kernel is full, not the channel.
-            Err(e) if is_shortage(&e) => {
-                self.wait_writable(Some(std::time::Duration::from_millis(20)));
-                None
-            }
-            // EPIPE, ECONNRESET: the other end is gone; the reader will tell the end of the channel.
-            Err(_) => {
-                self.broken = true;
-                None
-            }
+            Write::Shortage => self.wait_writable(Some(SHORTAGE_PAUSE)),
+            // The reader will tell the end of the channel.
+            Write::Gone => self.broken = true,
         }
+        None
     }
 
     fn wait_writable(&mut self, pause: Option<std::time::Duration>) {
@@ -274,9 +262,8 @@ impl Wire {
             if let Some(pause) = pause {
                 tokio::time::sleep(pause).await;
             }
-            if let Ok(mut guard) = socket.writable().await {
-                guard.retain_ready();
-            }
+            // False: the runtime is shutting down, and the loop with it.
+            socket.writable().await;
             // The loop is gone only when the whole primary ends.
             let _ = to_loop.send(FromIo::Writable { worker }).await;
         });
@@ -284,17 +271,9 @@ impl Wire {
     }
 }
 
-/// Errors that pass: out of descriptors, buffers or memory, or too many descriptors in flight.
-pub(crate) fn is_shortage(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let shortages =
-        [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::TOOMANYREFS, Errno::AGAIN];
-    error.raw_os_error().is_some_and(|raw| shortages.iter().any(|e| e.raw_os_error() == raw))
-}
-
 struct Reader {
     worker: WorkerId,
-    socket: Arc<AsyncFd<OwnedFd>>,
+    socket: Arc<Socket>,
     codec: Decoder,
     fds: VecDeque<OwnedFd>,
     limits: Limits,
@@ -304,12 +283,6 @@ struct Reader {
 enum Decoder {
     Node(LineDecoder, Inbox<OwnedFd>),
     Native(FrameDecoder<OwnedFd>),
-}
-
-enum Step {
-    Read(usize),
-    Empty,
-    End,
 }
 
 impl Reader {
@@ -323,51 +296,32 @@ impl Reader {
         let mut buffer = vec![0; 4096];
         let mut last = false;
         loop {
-            match self.read(&mut buffer, last)? {
-                Step::Read(len) => {
-                    self.decode(&buffer[..len]).await?;
+            let got = if last {
+                // Whatever the event loop has been told of the socket so far.
+                self.socket.read_now(&mut buffer, &mut self.fds)
+            } else {
+                tokio::select! {
+                    biased;
+                    got = self.socket.read(&mut buffer, &mut self.fds) => got,
+                    () = process_ended.notified() => {
+                        last = true;
+                        continue;
+                    }
+                }
+            };
+            match got {
+                Read::Some(got) if got.truncated => return Err(ProtocolError::MissingDescriptor),
+                Read::Some(got) => {
+                    self.decode(&buffer[..got.len]).await?;
                     // Most workers say little: memory grows only for those that say much at once.
-                    if len == buffer.len() && len < READ_BYTES {
+                    if got.len == buffer.len() && got.len < READ_BYTES {
                         buffer.resize(READ_BYTES, 0);
                     }
                 }
-                Step::End => return self.end(),
-                Step::Empty if last => return self.end(),
-                Step::Empty => last = self.wait(process_ended).await,
+                Read::End => return self.end(),
+                Read::Empty if last => return self.end(),
+                Read::Empty => {}
             }
-        }
-    }
-
-    /// Waits for bytes or for the end of the process; true for the latter.
-    async fn wait(&self, process_ended: &Notify) -> bool {
-        tokio::select! {
-            ready = self.socket.readable() => {
-                if let Ok(mut guard) = ready {
-                    guard.retain_ready();
-                }
-                false
-            }
-            () = process_ended.notified() => true,
-        }
-    }
-
-    /// One `recvmsg`. The last reads, after the process has ended, do not rely on what the event loop has
-    /// been told of the socket so far.
-    fn read(&mut self, buffer: &mut [u8], last: bool) -> Result<Step, ProtocolError> {
-        let fds = &mut self.fds;
-        let got = if last {
-            channel::receive(self.socket.get_ref().as_fd(), buffer, fds)
-        } else {
-            self.socket.try_io(Interest::READABLE, |s| channel::receive(s.as_fd(), buffer, fds))
-        };
-        match got {
-            Ok(got) if got.truncated => Err(ProtocolError::MissingDescriptor),
-            Ok(got) if got.len == 0 => Ok(Step::End),
-            Ok(got) => Ok(Step::Read(got.len)),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Step::Empty),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(Step::Read(0)),
-            // ECONNRESET: the peer died with unread bytes of ours. An end like any other.
-            Err(_) => Ok(Step::End),
         }
     }
 

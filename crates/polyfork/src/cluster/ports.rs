@@ -32,10 +32,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::event::{Carried, Via};
-use super::link::is_shortage;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
+use crate::channel::socket::is_shortage;
 
 /// Most connections accepted in one go, before other events get a turn.
 const ACCEPT_BATCH: usize = 64;

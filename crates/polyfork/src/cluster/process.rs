@@ -34,6 +34,7 @@ use super::preload;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Settings};
+use crate::channel::socket::is_shortage;
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
 pub(crate) const CHANNEL_FD: i32 = 3;
@@ -174,8 +175,8 @@ impl StartFailure {
     /// Worth trying again: the machine is short of something.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
-            StartFailure::Spawn(e) => super::link::is_shortage(&e.errno),
-            StartFailure::Prepare(e) => super::link::is_shortage(e),
+            StartFailure::Spawn(e) => is_shortage(&e.errno),
+            StartFailure::Prepare(e) => is_shortage(e),
         }
     }
 }

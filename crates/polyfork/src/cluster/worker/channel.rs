@@ -16,25 +16,19 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
-use polyfork_sys::channel;
 use polyfork_wire::native::{NativeOutbox, ToPrimary};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-use crate::cluster::register::register;
+use crate::channel::socket::{SHORTAGE_PAUSE, Socket, Write};
 
 /// Messages wait for room above this many queued bytes.
 const HIGH_MARK_BYTES: usize = 256 * 1024;
-/// How long to wait when the kernel is out of buffers.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(20);
 
 /// The writing half of a worker's channel.
 #[derive(Debug)]
 pub(crate) struct Channel {
-    socket: AsyncFd<OwnedFd>,
+    socket: Socket,
     out: Mutex<Out>,
     /// Tells the writer that the queue is not empty.
     dirty: Notify,
@@ -73,7 +67,7 @@ impl Channel {
         let out =
             Out { queue: NativeOutbox::new(), status: None, closed: false, waiting: Vec::new() };
         Ok(Channel {
-            socket: register(socket, Interest::READABLE | Interest::WRITABLE)?,
+            socket: Socket::new(socket)?,
             out: Mutex::new(out),
             dirty: Notify::new(),
             turn: tokio::sync::Mutex::new(()),
@@ -81,7 +75,7 @@ impl Channel {
     }
 
     /// The socket, for the reader.
-    pub(super) fn socket(&self) -> &AsyncFd<OwnedFd> {
+    pub(super) fn socket(&self) -> &Socket {
         &self.socket
     }
 
@@ -156,10 +150,8 @@ impl Channel {
             match flushed {
                 Flushed::Empty => self.dirty.notified().await,
                 Flushed::Shortage => tokio::time::sleep(SHORTAGE_PAUSE).await,
-                Flushed::Blocked => match self.socket.writable().await {
-                    Ok(mut guard) => guard.retain_ready(),
-                    Err(_) => return self.close(), // the runtime shuts down
-                },
+                Flushed::Blocked if self.socket.writable().await => {}
+                Flushed::Blocked => return self.close(), // the runtime shuts down
             }
         }
     }
@@ -200,7 +192,7 @@ impl Out {
         Poll::Pending
     }
 
-    fn flush(&mut self, socket: &AsyncFd<OwnedFd>) -> Flushed {
+    fn flush(&mut self, socket: &Socket) -> Flushed {
         let before = self.queue.written_total();
         let flushed = self.write_out(socket);
         if self.queue.written_total() != before {
@@ -209,7 +201,7 @@ impl Out {
         flushed
     }
 
-    fn write_out(&mut self, socket: &AsyncFd<OwnedFd>) -> Flushed {
+    fn write_out(&mut self, socket: &Socket) -> Flushed {
         if self.queue.queued_bytes() <= HIGH_MARK_BYTES
             && let Some(text) = self.status.take()
         {
@@ -217,16 +209,15 @@ impl Out {
         }
         while let Some(chunk) = self.queue.peek() {
             let fds: Vec<BorrowedFd<'_>> = chunk.handles.iter().map(AsFd::as_fd).collect();
-            let bytes = chunk.bytes;
-            match socket.try_io(Interest::WRITABLE, |s| channel::send(s.as_fd(), bytes, &fds)) {
-                Ok(len) => {
+            match socket.write(chunk.bytes, &fds) {
+                Write::Some(len) => {
                     self.queue.wrote(len);
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Flushed::Blocked,
-                Err(e) if is_shortage(&e) => return Flushed::Shortage,
-                // EPIPE, ECONNRESET: the primary is gone. The reader tells the worker, after it has read
-                // what the primary said before.
-                Err(_) => self.close(),
+                Write::Full => return Flushed::Blocked,
+                Write::Shortage => return Flushed::Shortage,
+                // The primary is gone. The reader tells the worker, after it has read what the primary said
+                // before.
+                Write::Gone => self.close(),
             }
         }
         Flushed::Empty
@@ -244,10 +235,4 @@ impl Out {
             waker.wake();
         }
     }
-}
-
-/// Errors that pass: the kernel is out of buffers or memory.
-fn is_shortage(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    [Errno::NOBUFS, Errno::NOMEM].iter().any(|e| error.raw_os_error() == Some(e.raw_os_error()))
 }

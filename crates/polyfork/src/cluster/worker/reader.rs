@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use super::inbox::Delivery;
 use super::registry::{Opened, Source};
 use super::{Registration, Shared, Welcome};
+use crate::channel::socket::Read;
 use crate::cluster::listener::handed::Handed;
 
 /// Most workers hear little; those that hear much get a larger buffer.
@@ -57,19 +58,10 @@ impl Reader {
         let mut buffer = vec![0; FIRST_READ_BYTES];
         let mut fds = VecDeque::new();
         loop {
-            let mut guard = match out.socket().readable().await {
-                Ok(guard) => guard,
-                Err(e) => return End(format!("the runtime ends: {e}")),
-            };
-            let received = guard.try_io(|s| channel::receive(s.as_fd(), &mut buffer, &mut fds));
-            let received = match received {
-                Err(_would_block) => continue,
-                Ok(Err(e)) if e.kind() == io::ErrorKind::Interrupted => continue,
-                // ECONNRESET: it died with unread bytes of ours. An end like any other.
-                Ok(Ok(channel::Received { len: 0, .. }) | Err(_)) => {
-                    return End("the primary is gone".into());
-                }
-                Ok(Ok(received)) => received,
+            let received = match out.socket().read(&mut buffer, &mut fds).await {
+                Read::Some(received) => received,
+                Read::Empty => continue,
+                Read::End => return End("the primary is gone".into()),
             };
             if let Err(end) = self.take_in(received, &buffer, &mut fds).await {
                 return end;
@@ -183,7 +175,7 @@ impl Shared {
     /// Whether the other end of the channel is closed, without reading from it.
     fn primary_is_gone(&self) -> bool {
         let Some(channel) = &self.channel else { return true };
-        let mut fds = [PollFd::new(channel.socket().get_ref(), PollFlags::RDHUP)];
+        let mut fds = [PollFd::from_borrowed_fd(channel.socket().as_fd(), PollFlags::RDHUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
