@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::Reason;
+use polyfork_wire::node::advanced::{self, Value};
+use polyfork_wire::node::message::UserMessage;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast;
@@ -202,13 +204,26 @@ pub struct Notice {
 }
 
 /// A message between primary and worker, as it travelled.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq)]
 pub struct Message(pub(crate) Encoded);
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq)]
 pub(crate) enum Encoded {
     Json(Arc<str>),
+    Advanced(Arc<Value>),
     Postcard(Arc<[u8]>),
+}
+
+impl From<UserMessage> for Encoded {
+    fn from(message: UserMessage) -> Encoded {
+        Encoded::Json(message.as_str().into())
+    }
+}
+
+impl From<Value> for Encoded {
+    fn from(value: Value) -> Encoded {
+        Encoded::Advanced(Arc::new(value))
+    }
 }
 
 /// Why a message is not of the expected type.
@@ -217,8 +232,8 @@ pub(crate) enum Encoded {
 pub struct DecodeError(String);
 
 impl Message {
-    /// Reads the message as a value of type `T`: from JSON when it came over Node's channel, from postcard
-    /// when both ends are this crate.
+    /// Reads the message as a value of type `T`: from JSON or V8's serialization when it came over Node's
+    /// channel, from postcard when both ends are this crate.
     ///
     /// # Errors
     /// When the message does not have that shape.
@@ -226,6 +241,9 @@ impl Message {
         match &self.0 {
             Encoded::Json(text) => {
                 serde_json::from_str(text).map_err(|e| DecodeError(e.to_string()))
+            }
+            Encoded::Advanced(value) => {
+                advanced::from_value(Value::clone(value)).map_err(|e| DecodeError(e.to_string()))
             }
             Encoded::Postcard(bytes) => {
                 postcard::from_bytes(bytes).map_err(|e| DecodeError(e.to_string()))
@@ -237,8 +255,21 @@ impl Message {
     pub fn json(&self) -> Option<&str> {
         match &self.0 {
             Encoded::Json(text) => Some(text),
-            Encoded::Postcard(_) => None,
+            Encoded::Advanced(_) | Encoded::Postcard(_) => None,
         }
+    }
+
+    /// The value, if the message came over Node's channel in V8's serialization
+    /// ([`Settings::serialization`](super::Settings::serialization)): with maps, dates, big integers and cycles.
+    pub fn value(&self) -> Option<&Value> {
+        match &self.0 {
+            Encoded::Advanced(value) => Some(value),
+            Encoded::Json(_) | Encoded::Postcard(_) => None,
+        }
+    }
+
+    pub(crate) fn to_advanced<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, EncodeError> {
+        advanced::to_frame(value).map_err(|e| EncodeError(e.to_string()))
     }
 
     pub(crate) fn postcard<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, EncodeError> {
@@ -254,6 +285,7 @@ impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Encoded::Json(text) => write!(f, "Message({text})"),
+            Encoded::Advanced(value) => write!(f, "Message({value:?})"),
             Encoded::Postcard(bytes) => write!(f, "Message({} bytes)", bytes.len()),
         }
     }

@@ -18,6 +18,7 @@ use polyfork_core::{ListenerId, WorkerId};
 use polyfork_wire::ProtocolError;
 use polyfork_wire::limits::Limits;
 use polyfork_wire::native::{FrameDecoder, NativeOutbox, ToPrimary, ToWorker};
+use polyfork_wire::node::advanced::{self, Value};
 use polyfork_wire::node::cluster::{self, Flavour};
 use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::LineDecoder;
@@ -58,6 +59,8 @@ impl AsFd for Passed {
 pub(crate) enum Item {
     /// A line of a Node worker; `prefixed` when it began with Bun's byte 0x02.
     Node { incoming: Incoming, prefixed: bool, fd: Option<OwnedFd> },
+    /// The same from one that speaks V8's serialization.
+    Advanced { incoming: Incoming<Value>, fd: Option<OwnedFd> },
     /// A frame of a native worker.
     Native(ToPrimary),
 }
@@ -75,6 +78,8 @@ pub(crate) struct NodeLink {
     pub(crate) outbox: Outbox<Passed>,
     /// How internal lines are marked for this peer.
     pub(crate) flavour: Flavour,
+    /// Lines are made into frames of V8's serialization.
+    advanced: bool,
 }
 
 pub(crate) struct NativeLink {
@@ -97,6 +102,7 @@ struct Wire {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codec {
     Node,
+    Advanced,
     Native,
 }
 
@@ -118,6 +124,9 @@ impl Link {
             fds: VecDeque::new(),
             codec: match codec {
                 Codec::Node => Decoder::Node(LineDecoder::new(limits), Inbox::new(limits)),
+                Codec::Advanced => {
+                    Decoder::Advanced(advanced::FrameDecoder::new(limits), Inbox::new(limits))
+                }
                 Codec::Native => Decoder::Native(FrameDecoder::new(limits)),
             },
             limits,
@@ -127,9 +136,12 @@ impl Link {
         let wire =
             Wire { worker, socket, to_loop, process_ended, reader, writer: None, broken: false };
         Ok(match codec {
-            Codec::Node => {
-                Link::Node(NodeLink { wire, outbox: Outbox::new(window), flavour: Flavour::Node })
-            }
+            Codec::Node | Codec::Advanced => Link::Node(NodeLink {
+                wire,
+                outbox: Outbox::new(window),
+                flavour: Flavour::Node,
+                advanced: codec == Codec::Advanced,
+            }),
             Codec::Native => Link::Native(NativeLink { wire, outbox: NativeOutbox::new() }),
         })
     }
@@ -157,9 +169,15 @@ impl Link {
     /// Queues a message of the user.
     pub(crate) fn push_user_message(&mut self, message: &Outgoing) -> Result<(), SendError> {
         match self {
-            Link::Node(link) => link.outbox.push(cluster::user_message(&message.json)),
+            Link::Node(link) if link.advanced => {
+                link.outbox.push(message.advanced.clone()?.to_vec());
+            }
+            Link::Node(link) => {
+                link.outbox.push(cluster::user_message(&message.json.clone()?));
+            }
             Link::Native(link) => {
-                link.outbox.push(&ToWorker::Message(message.postcard.to_vec()), Vec::new());
+                let bytes = message.postcard.clone()?.to_vec();
+                link.outbox.push(&ToWorker::Message(bytes), Vec::new());
             }
             Link::None => return Err(SendError::Disconnected),
         }
@@ -210,6 +228,37 @@ impl Link {
 }
 
 impl NodeLink {
+    /// A line of ours, as this peer wants it.
+    fn said(&self, line: Vec<u8>) -> Vec<u8> {
+        if self.advanced {
+            // Nothing that we say ourselves is too long or too deep for a frame.
+            advanced::transcode_line(&line).unwrap_or_default()
+        } else {
+            self.flavour.apply(line)
+        }
+    }
+
+    /// Queues a line of ours.
+    pub(crate) fn say(&mut self, line: Vec<u8>) {
+        let line = self.said(line);
+        self.outbox.push(line);
+    }
+
+    /// Queues an acknowledgement, before all the rest.
+    pub(crate) fn say_first(&mut self, line: &[u8]) {
+        let line = self.said(line.to_vec());
+        self.outbox.push_bypass(line);
+    }
+
+    /// Queues a line of ours with a descriptor, made with the bytes that will be sent.
+    pub(crate) fn say_with(&mut self, line: Vec<u8>, passed: impl FnOnce(&[u8]) -> Passed) {
+        let line = if self.advanced { self.said(line) } else { line };
+        if !line.is_empty() {
+            let passed = passed(&line);
+            self.outbox.push_handle(line, passed);
+        }
+    }
+
     fn flush(&mut self) {
         while let Some(chunk) = self.outbox.peek() {
             let Some(written) =
@@ -282,6 +331,7 @@ struct Reader {
 
 enum Decoder {
     Node(LineDecoder, Inbox<OwnedFd>),
+    Advanced(advanced::FrameDecoder, Inbox<OwnedFd>),
     Native(FrameDecoder<OwnedFd>),
 }
 
@@ -345,6 +395,23 @@ impl Reader {
                 }
                 // Descriptors that came with anything else are closed at once.
                 drop(inbox.settle(lines.has_partial()));
+            }
+            Decoder::Advanced(frames, inbox) => {
+                for fd in self.fds.drain(..) {
+                    inbox.push(fd)?;
+                }
+                frames.feed(bytes);
+                while let Some(payload) = frames.next()? {
+                    let value = advanced::read(&payload, &self.limits)?;
+                    let incoming = advanced::parse_value(value, &self.limits)?;
+                    let fd = match incoming {
+                        Incoming::Handle(_) => inbox.claim().ok(),
+                        _ => None,
+                    };
+                    let item = Item::Advanced { incoming, fd };
+                    Self::give(&self.to_loop, self.worker, item).await;
+                }
+                drop(inbox.settle(frames.has_partial()));
             }
             Decoder::Native(frames) => {
                 for fd in self.fds.drain(..) {

@@ -51,7 +51,7 @@ pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
 pub use settings::{
     Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
-    Settings, Stream, default_workers, usable_cpus,
+    Serialization, Settings, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
 
@@ -319,7 +319,7 @@ impl Cluster {
     /// # Errors
     /// When the value cannot be encoded, or the cluster has ended. Workers without a channel are passed over.
     pub async fn broadcast<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
-        let message = Outgoing::new(value)?;
+        let message = Outgoing::new(value);
         let (reply, answer) = oneshot::channel();
         self.command(Command::Broadcast { message, reply }).await;
         answer.await.unwrap_or(Err(SendError::Ended))
@@ -347,7 +347,7 @@ impl WorkerHandle {
     /// # Errors
     /// [`SendError`]; the message has not been sent then.
     pub async fn send<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
-        let message = Outgoing::new(value)?;
+        let message = Outgoing::new(value);
         let (reply, answer) = oneshot::channel();
         let to = WorkerId(self.id);
         if self.commands.send(Command::Send { to, message, reply }).await.is_err() {
@@ -405,10 +405,11 @@ fn look_at(settings: &Settings) -> Result<Detected, StartError> {
 }
 
 impl Outgoing {
-    fn new<T: Serialize + ?Sized>(value: &T) -> Result<Self, EncodeError> {
-        Ok(Outgoing {
-            json: Message::to_json(value)?.into(),
-            postcard: Message::postcard(value)?.into(),
-        })
+    fn new<T: Serialize + ?Sized>(value: &T) -> Self {
+        Outgoing {
+            json: Message::to_json(value).map(Into::into),
+            postcard: Message::postcard(value).map(Into::into),
+            advanced: Message::to_advanced(value).map(Into::into),
+        }
     }
 }

@@ -31,18 +31,15 @@ const UV_TCP_IPV6ONLY: u32 = 1;
 const UV_UDP_REUSEADDR: u32 = 4;
 
 impl Primary {
-    pub(crate) fn on_node(
+    pub(crate) fn on_node<M: Into<Encoded>>(
         &mut self,
         worker: WorkerId,
-        incoming: Incoming,
+        incoming: Incoming<M>,
         prefixed: bool,
         fd: Option<OwnedFd>,
     ) {
         match incoming {
-            Incoming::User(message) => {
-                let text: Arc<str> = message.as_str().into();
-                self.on_user_message(worker, Encoded::Json(text));
-            }
+            Incoming::User(message) => self.on_user_message(worker, message.into()),
             Incoming::Cluster(message) => {
                 if prefixed {
                     self.is_bun(worker);
@@ -56,12 +53,11 @@ impl Primary {
                 // itself; it is closed here.
                 let answer = if fd.is_some() { wire::HANDLE_ACK } else { wire::HANDLE_NACK };
                 if let Some(link) = self.node_link(worker) {
-                    link.outbox.push_bypass(answer);
+                    link.say_first(answer);
                 }
                 self.flush(worker);
                 if let (Some(_), Incoming::User(message)) = (&fd, *envelope.message) {
-                    let text: Arc<str> = message.as_str().into();
-                    self.on_user_message(worker, Encoded::Json(text));
+                    self.on_user_message(worker, message.into());
                 }
             }
             // A server whose connections were sent here counts them before it closes. None stays open here.
@@ -197,8 +193,11 @@ impl Primary {
         };
         let line = wire::reply_shared(seq, sequence, &key, data.as_ref(), kind);
         if let Some(link) = self.node_link(worker) {
-            let again = Some(line.as_slice().into());
-            link.outbox.push_handle(line, Passed { fd: copy, connection: None, line: again });
+            link.say_with(line, |line| Passed {
+                fd: copy,
+                connection: None,
+                line: Some(line.into()),
+            });
         }
         self.flush(worker);
     }
@@ -275,7 +274,7 @@ impl Primary {
                 connection: Some((delivery.port, sequence)),
                 line: None,
             };
-            link.outbox.push_handle(line, passed);
+            link.say_with(line, |_| passed);
         }
     }
 
@@ -352,7 +351,7 @@ impl Primary {
 
     fn push_internal(&mut self, worker: WorkerId, line: Vec<u8>) {
         let Some(link) = self.node_link(worker) else { return };
-        link.outbox.push(link.flavour.apply(line));
+        link.say(line);
         self.flush(worker);
     }
 

@@ -22,7 +22,7 @@ use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
-use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::event::{EncodeError, Encoded, Event, Message, Notice, Outcome, Who};
 use super::link::Item;
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
@@ -77,11 +77,13 @@ pub(crate) enum Command {
     ReapStrangers,
 }
 
-/// A message in both encodings it may be needed in.
+/// A message in every encoding it may be needed in.
 #[derive(Debug, Clone)]
 pub(crate) struct Outgoing {
-    pub(crate) json: Arc<str>,
-    pub(crate) postcard: Arc<[u8]>,
+    // Each has its own limits, which matter to whom speaks it.
+    pub(crate) json: Result<Arc<str>, EncodeError>,
+    pub(crate) postcard: Result<Arc<[u8]>, EncodeError>,
+    pub(crate) advanced: Result<Arc<[u8]>, EncodeError>,
 }
 
 /// Things to do at a certain time.
@@ -485,12 +487,15 @@ impl Primary {
             Command::Send { to, message, reply } => self.send(to, &message, reply),
             Command::Broadcast { message, reply } => {
                 let everybody: Vec<_> = self.workers.keys().copied().collect();
+                let mut outcome = Ok(());
                 for worker in everybody {
                     // One that is gone or has no channel is passed over.
-                    let _ = self.push_message(worker, &message);
+                    if let Err(error @ SendError::Encode(_)) = self.push_message(worker, &message) {
+                        outcome = Err(error);
+                    }
                 }
                 // The asker may have gone.
-                let _ = reply.send(Ok(()));
+                let _ = reply.send(outcome);
             }
             Command::Setup { settings, detected, reply } => {
                 // The asker may have gone.
@@ -527,6 +532,7 @@ impl Primary {
     fn on_item(&mut self, worker: WorkerId, item: Item) {
         match item {
             Item::Node { incoming, prefixed, fd } => self.on_node(worker, incoming, prefixed, fd),
+            Item::Advanced { incoming, fd } => self.on_node(worker, incoming, false, fd),
             Item::Native(message) => self.on_native(worker, message),
         }
     }
@@ -947,7 +953,11 @@ impl Primary {
         let Some(w) = self.workers.get(&worker) else { return };
         let who = w.who;
         if self.settings.ready == Ready::Message
-            && matches!(&message, Encoded::Json(text) if &**text == "\"ready\"")
+            && match &message {
+                Encoded::Json(text) => &**text == "\"ready\"",
+                Encoded::Advanced(value) => value.as_str() == Some("ready"),
+                Encoded::Postcard(_) => false,
+            }
         {
             self.became_ready(worker);
         }

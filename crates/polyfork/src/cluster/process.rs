@@ -33,7 +33,7 @@ use super::notify::NotifySocket;
 use super::preload;
 use super::primary::FromIo;
 use super::register::register;
-use super::settings::{Dialect, Output, OutputLine, Settings};
+use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
 use crate::channel::socket::is_shortage;
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
@@ -260,9 +260,13 @@ fn dialect(command: &mut Command, request: &Request<'_>) -> Result<Option<Channe
             let cookie = polyfork_sys::channel::cookie(theirs.as_fd())?;
             command.fd(CHANNEL_FD, theirs);
             command.env(names::NODE_CHANNEL_FD, CHANNEL_FD.to_string());
-            command.env(names::NODE_CHANNEL_SERIALIZATION_MODE, "json");
+            let (mode, codec) = match request.settings.serialization {
+                Serialization::Json => ("json", Codec::Node),
+                Serialization::Advanced => ("advanced", Codec::Advanced),
+            };
+            command.env(names::NODE_CHANNEL_SERIALIZATION_MODE, mode);
             command.env(names::NODE_UNIQUE_ID, worker.0.to_string());
-            Ok(Some(Channel { ours, codec: Codec::Node, cookie }))
+            Ok(Some(Channel { ours, codec, cookie }))
         }
         Dialect::Native => {
             let (ours, theirs) = polyfork_sys::channel::pair()?;

@@ -25,6 +25,18 @@ pub enum Policy {
     Shared,
 }
 
+/// How messages of Node workers are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Serialization {
+    /// A line of JSON each, as Node does unless told otherwise.
+    #[default]
+    Json,
+    /// V8's structured clone: maps, sets, dates, big integers, buffers and cycles arrive as what they are. Node only;
+    /// Bun has a format of its own.
+    Advanced,
+}
+
 /// Who carries the policy out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -149,6 +161,7 @@ pub struct Settings {
     pub(crate) window: usize,
     pub(crate) ack_limit: Duration,
     pub(crate) drain_preload: bool,
+    pub(crate) serialization: Serialization,
     pub(crate) watchdog: Option<Duration>,
 }
 
@@ -176,6 +189,7 @@ impl Settings {
             window: 8,
             ack_limit: Duration::from_secs(1),
             drain_preload: true,
+            serialization: Serialization::default(),
             watchdog: None,
         }
     }
@@ -321,8 +335,9 @@ impl Settings {
         self
     }
 
-    /// Handing over: how long a connection may stay unread by the worker it was given to before it is taken
-    /// back and given to another. Default 1 s.
+    /// How long a worker may leave unread what was given to it. Handing over: a connection is then taken back and given
+    /// to another. By the kernel in exact turns: a worker that accepted nothing of its queue for that long loses its
+    /// queue and its turns until it is well again. Default 1 s.
     #[must_use]
     pub fn ack_limit(mut self, limit: Duration) -> Self {
         self.ack_limit = limit;
@@ -334,6 +349,13 @@ impl Settings {
     #[must_use]
     pub fn drain_preload(mut self, yes: bool) -> Self {
         self.drain_preload = yes;
+        self
+    }
+
+    /// Node workers: how messages are written, both ways (Node: `setupPrimary({ serialization })`). Default JSON.
+    #[must_use]
+    pub fn serialization(mut self, serialization: Serialization) -> Self {
+        self.serialization = serialization;
         self
     }
 

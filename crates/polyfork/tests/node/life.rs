@@ -2,7 +2,8 @@
 //!
 //! How it ends is in `leaving`, where it listens in `listening`.
 
-use polyfork::cluster::{Event, Stream};
+use polyfork::channel::advanced::Value;
+use polyfork::cluster::{Event, Serialization, Stream};
 use serde_json::json;
 
 use super::client::{get, greeting, reach};
@@ -13,6 +14,7 @@ on_every_node! {
     a_worker_knows_who_it_is,
     messages_travel_both_ways_unchanged_and_in_order,
     a_broadcast_reaches_every_worker,
+    what_json_cannot_say_travels_in_the_advanced_serialization,
     messages_sent_before_the_worker_listens_wait_for_it,
     arguments_directory_and_output_are_as_set,
     setup_again_holds_for_later_workers,
@@ -120,6 +122,62 @@ async fn messages_travel_both_ways_unchanged_and_in_order(runtime: Runtime) {
     let numbers: Vec<_> = messages(&rig).iter().filter_map(|m| m["n"].as_u64()).collect();
     assert_eq!(numbers, (0..many).collect::<Vec<_>>());
     rig.end().await;
+}
+
+/// The whole conversation of a cluster in V8's serialization: requests, handles, connections, and messages with
+/// values that JSON does not know.
+async fn what_json_cannot_say_travels_in_the_advanced_serialization(runtime: Runtime) {
+    for mode in Mode::ALL {
+        let rig = Rig::start(&runtime, "actor.cjs", |settings| {
+            let settings = mode.apply(settings).supervise(false).ready_timeout(None);
+            settings.serialization(Serialization::Advanced)
+        });
+        let workers = rig.fork_many(2).await;
+        let code = "keep.s = http.createServer(counter()); return listen(keep.s, 0, '127.0.0.1')";
+        for worker in &workers {
+            rig.js(*worker, code).await;
+        }
+        let (address, carried) = rig.listening(workers[0]).await;
+        assert!(mode.is(carried), "{carried:?}");
+        rig.listening(workers[1]).await;
+        for _ in 0..10 {
+            get(reach(&address), "/").await.expect("an answer");
+        }
+
+        let code =
+            "const m = { map: new Map([['a', 1n]]), date: new Date(5), bytes: Buffer.from('abc') };
+            m.self = m; process.send(m)";
+        rig.start_js(workers[0], code).await;
+        let value = rig
+            .eventually("the message", |rig| {
+                rig.events().iter().find_map(|event| match event {
+                    Event::Message { message, .. } => {
+                        message.value().filter(|v| v.get("map").is_some()).cloned()
+                    }
+                    _ => None,
+                })
+            })
+            .await;
+        assert!(matches!(value.get("map"), Some(Value::Map(_))), "{value:?}");
+        assert_eq!(value.get("date"), Some(&Value::Date(5.0)));
+        assert_eq!(value.get("bytes").and_then(Value::as_bytes), Some(&b"abc"[..]));
+        assert_eq!(value.get("self"), Some(&Value::Reference(0)), "a cycle");
+
+        // And back, as it came.
+        let code = "process.on('message', (m) => {
+            if (m.map) process.send({ same: m.self === m && m.map.get('a') === 1n && m.date.getTime() === 5 });
+        })";
+        rig.js(workers[1], code).await;
+        rig.worker(workers[1]).send(&value).await.expect("sent");
+        rig.message(workers[1], |m| m["same"] == true).await;
+
+        for worker in &workers {
+            rig.worker(*worker).disconnect().await;
+            let ended = rig.ended(*worker).await;
+            assert_eq!((ended.code, ended.voluntary), (Some(0), true), "{mode:?}");
+        }
+        rig.end().await;
+    }
 }
 
 async fn a_broadcast_reaches_every_worker(runtime: Runtime) {

@@ -52,7 +52,7 @@ impl Mode {
     /// Those that take exact turns.
     pub(crate) const TURNS: [Mode; 2] = [Mode::Kernel, Mode::Handoff];
 
-    fn apply(self, settings: Settings) -> Settings {
+    pub(crate) fn apply(self, settings: Settings) -> Settings {
         match self {
             Mode::Kernel => settings.mechanism(Mechanism::Kernel),
             Mode::Handoff => settings.mechanism(Mechanism::Handoff),
