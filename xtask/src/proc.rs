@@ -37,6 +37,8 @@ const GRACE: Duration = Duration::from_secs(3);
 const CLEANUP: Duration = Duration::from_secs(15);
 /// Pause between two looks at `/proc` or at a child; the kernel offers no event for a whole tree.
 const POLL: Duration = Duration::from_millis(20);
+/// How long the output of a command that has ended may stay open.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(10);
 
 /// The signal that asked to stop; zero while none has come.
 static INTERRUPTED: AtomicI32 = AtomicI32::new(0);
@@ -375,7 +377,7 @@ pub(crate) fn capture(mut command: Command, limit: Duration) -> Result<Run> {
 /// Runs a command whose output the user sees as it comes; `each_line` sees standard output too.
 ///
 /// # Errors
-/// As [`capture`].
+/// As [`capture`], and when processes that it left behind keep its output open: they are named and ended.
 pub(crate) fn stream(
     mut command: Command,
     limit: Duration,
@@ -384,8 +386,11 @@ pub(crate) fn stream(
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = start(&mut command)?;
     let stdout = child.stdout();
+    let (open, closed) = mpsc::channel::<()>();
+    let each_line = &mut each_line;
     let status = thread::scope(|scope| {
-        scope.spawn(|| {
+        scope.spawn(move || {
+            let _open = open;
             for line in
                 stdout.into_iter().flat_map(|out| BufReader::new(out).split(b'\n')).flatten()
             {
@@ -394,7 +399,14 @@ pub(crate) fn stream(
                 each_line(&line);
             }
         });
-        child.wait(limit)
+        let status = child.wait(limit)?;
+        if closed.recv_timeout(OUTPUT_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let name = |stat: &Stat| format!("{} {}", stat.pid, command_line(stat.pid));
+            let left: Vec<String> = descendants().iter().map(name).collect();
+            end_descendants();
+            bail!("processes left behind hold its output: {}", left.join("; "));
+        }
+        Ok(status)
     })?;
     Ok(Run { status, stdout: String::new(), stderr: String::new() })
 }

@@ -122,7 +122,9 @@ async fn child_killed_while_we_send_ends_the_channel() {
 #[tokio::test]
 async fn channel_ends_with_the_child_although_a_grandchild_has_its_end() {
     let mut command = Command::new("sh");
-    command.args(["-c", "printf '\"last\"\\n' >&3; sleep 20 >/dev/null 2>&1 & exit 0"]);
+    command.args(["-c", "printf '\"last\"\\n' >&3; cat <&4 >/dev/null 2>&1 & exit 0"]);
+    // The grandchild ends with this pipe.
+    command.stdio(4, Stdio::Pipe);
     let mut forked = fork_program(&mut command, Encoding::Json).unwrap();
     assert_eq!(next(&mut forked.channel).await.to::<String>().unwrap(), "last");
     let end = tokio::time::timeout(PATIENCE, forked.channel.recv()).await.unwrap();

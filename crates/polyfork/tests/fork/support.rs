@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use polyfork::channel::{Channel, Encoding, Message};
-use polyfork::child_process::{ForkNode, Forked};
+use polyfork::child_process::{ForkNode, Forked, Signal};
 use serde_json::Value;
 
 /// For what must happen; far beyond what any of it takes.
@@ -42,6 +42,8 @@ impl Node {
     pub(crate) fn script(&self, name: &str) -> ForkNode {
         let mut fork = ForkNode::new(app(name));
         fork.exec_path(&self.path).encoding(self.encoding);
+        // What it has been given may keep it alive for ever.
+        fork.command().kill_on_drop(true).parent_death_signal(Some(Signal::KILL));
         fork
     }
 
