@@ -37,14 +37,14 @@ async fn flood(mut port: Port<u64, u64>) -> EntryResult {
 }
 
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn entries() {
     run_entries(&[&DOUBLE, &FAIL, &FLOOD]);
     unreachable!("this is a child");
 }
 
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn echo() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
@@ -59,7 +59,7 @@ fn echo() {
 
 /// Sends much, and leaves at once: nothing of it may be lost.
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn leaves() {
     block_on(async {
         let parent = polyfork::process::channel().unwrap();
@@ -73,7 +73,7 @@ fn leaves() {
 }
 
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn serve() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
@@ -116,7 +116,7 @@ async fn answer(socket: tokio::net::UdpSocket) {
 }
 
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn gives() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
@@ -151,7 +151,7 @@ async fn give_udp(parent: &mut Channel) {
 }
 
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn answers() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
@@ -166,7 +166,7 @@ fn answers() {
 
 /// What a grandchild would inherit.
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn environment() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
@@ -182,7 +182,7 @@ fn environment() {
 
 /// Reads nothing, until it is killed.
 #[test]
-#[ignore = "a role, not a test"]
+#[ignore = "run by the other tests as their child"]
 fn deaf() {
     std::thread::sleep(Duration::from_secs(600));
 }
