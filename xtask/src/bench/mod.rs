@@ -47,7 +47,7 @@ Options of `http`:
   --node LIST    Node lines, for example 20,26 (default 20,26)
   --json FILE    write every measurement to FILE
 
-Servers: plain cluster cluster-none reuseport pm2 kernel handoff shared axum-tokio axum
+Servers: plain cluster cluster-none reuseport pm2 kernel kernel-quick handoff shared axum-tokio axum
 ";
 
 /// What the user asked for.

@@ -48,6 +48,8 @@ pub(super) enum Family {
     Pm2,
     /// polyfork, turns by the kernel.
     Kernel,
+    /// The same with a short limit for what a worker may leave unread.
+    KernelQuick,
     /// polyfork, turns by handing connections over.
     Handoff,
     /// polyfork, one shared socket.
@@ -60,13 +62,14 @@ pub(super) enum Family {
 
 impl Family {
     /// All, in the order of the report.
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Plain,
         Self::Cluster,
         Self::ClusterNone,
         Self::Reuseport,
         Self::Pm2,
         Self::Kernel,
+        Self::KernelQuick,
         Self::Handoff,
         Self::Shared,
         Self::AxumTokio,
@@ -82,6 +85,7 @@ impl Family {
             Self::Reuseport => "reuseport",
             Self::Pm2 => "pm2",
             Self::Kernel => "kernel",
+            Self::KernelQuick => "kernel-quick",
             Self::Handoff => "handoff",
             Self::Shared => "shared",
             Self::AxumTokio => "axum-tokio",
@@ -98,6 +102,7 @@ impl Family {
             Self::Reuseport => "plain reuse-port",
             Self::Pm2 => "PM2 -i",
             Self::Kernel => "polyfork kernel",
+            Self::KernelQuick => "kernel, ack limit 10 ms",
             Self::Handoff => "polyfork handoff",
             Self::Shared => "polyfork shared",
             Self::AxumTokio => "axum, tokio threads",
@@ -126,7 +131,10 @@ impl Family {
 
     /// Whether it takes part when a worker stalls.
     pub(super) fn in_stall_scenario(self) -> bool {
-        matches!(self, Self::Cluster | Self::Reuseport | Self::Kernel | Self::Handoff)
+        matches!(
+            self,
+            Self::Cluster | Self::Reuseport | Self::Kernel | Self::KernelQuick | Self::Handoff
+        )
     }
 
     /// Whether a primary stands beside the workers.
@@ -135,11 +143,12 @@ impl Family {
     }
 
     /// Options of `polyfork run` for this family.
-    fn polyfork_options(self) -> Option<[&'static str; 4]> {
+    fn polyfork_options(self) -> Option<&'static [&'static str]> {
         match self {
-            Self::Kernel => Some(["--policy", "round-robin", "--mechanism", "kernel"]),
-            Self::Handoff => Some(["--policy", "round-robin", "--mechanism", "handoff"]),
-            Self::Shared => Some(["--policy", "shared", "--mechanism", "auto"]),
+            Self::Kernel => Some(&["--policy", "round-robin", "--mechanism", "kernel"]),
+            Self::KernelQuick => Some(&["--mechanism", "kernel", "--ack-limit", "10ms"]),
+            Self::Handoff => Some(&["--policy", "round-robin", "--mechanism", "handoff"]),
+            Self::Shared => Some(&["--policy", "shared", "--mechanism", "auto"]),
             _ => None,
         }
     }
@@ -380,7 +389,7 @@ impl Target {
                 command.args(self.tool.as_slice());
                 command.args(["start", "server.cjs", "--name", "bench", "-i", &count])
             }
-            Family::Kernel | Family::Handoff | Family::Shared => {
+            Family::Kernel | Family::KernelQuick | Family::Handoff | Family::Shared => {
                 command.args(["run", "--json", "--workers", &count]);
                 command.args(self.family.polyfork_options().into_iter().flatten()).arg("server.cjs")
             }
