@@ -478,7 +478,7 @@ const ELSEWHERE: &[&str] = &[
 ];
 
 /// The middle value; the mean of the two middle ones for an even count.
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub(super) fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     let upper = *values.get(middle)?;

@@ -143,9 +143,7 @@ fn median(
     figure: fn(&Sample) -> f64,
 ) -> Option<f64> {
     let of = |s: &&Sample| s.contender == contender && s.shape == shape && s.mib == mib;
-    let mut all: Vec<f64> = samples.iter().filter(of).map(figure).collect();
-    all.sort_by(f64::total_cmp);
-    all.get(all.len() / 2).copied()
+    super::report::median(samples.iter().filter(of).map(figure).collect())
 }
 
 fn print(contenders: &[Contender], samples: &[Sample]) {
