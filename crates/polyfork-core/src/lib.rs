@@ -10,6 +10,7 @@
 //! | [`turn`] | whose turn it is |
 //! | [`handoff`] | which worker gets which accepted connection, and who still owes an acknowledgement |
 //! | [`listeners`] | who holds which listening socket, and when it may be closed |
+//! | [`sync`] | nothing: it holds the lock-free algorithms of ports, rings and pools, without their waiting |
 //! | [`time`], [`id`] | the values the others speak in |
 //!
 //! The surprising rule: time is an argument of every call, and it may go backwards. A state machine then behaves as if
@@ -23,6 +24,7 @@ pub mod id;
 pub mod listeners;
 pub mod restart;
 pub mod supervisor;
+pub mod sync;
 pub mod time;
 pub mod turn;
 

@@ -1,0 +1,17 @@
+//! Meeting points of threads and processes, as pure algorithms over atomics: no waiting, no wake-up and no memory of
+//! their own.
+//!
+//! Whoever embeds one brings the memory and the way to sleep (a futex, a `Waker`, a condition variable). That is what
+//! lets the same code run under a model checker: with `--cfg polyfork_loom` the atomics are loom's, with
+//! `--cfg polyfork_shuttle` shuttle's, and otherwise the standard library's.
+//!
+//! Surprising: the configuration flags carry our name, because `--cfg loom` would change tokio as well.
+
+#[cfg(not(any(polyfork_loom, polyfork_shuttle)))]
+pub use std::sync::atomic;
+
+#[cfg(polyfork_loom)]
+pub use loom::sync::atomic;
+
+#[cfg(polyfork_shuttle)]
+pub use shuttle::sync::atomic;
