@@ -11,6 +11,11 @@ pub(crate) fn root() -> PathBuf {
     xtask.parent().expect("xtask/ is a folder of the root").to_path_buf()
 }
 
+/// Cargo's build folder.
+pub(crate) fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
 /// Peers and tools that `setup` brings; git-ignored.
 pub(crate) fn peers() -> PathBuf {
     root().join(".peers")

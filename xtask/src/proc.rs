@@ -374,41 +374,76 @@ pub(crate) fn capture(mut command: Command, limit: Duration) -> Result<Run> {
     Ok(Run { status, stdout: stdout(), stderr: stderr() })
 }
 
-/// Runs a command whose output the user sees as it comes; `each_line` sees standard output too.
+/// Which of a command's two outputs a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// Standard output.
+    Out,
+    /// Standard error.
+    Err,
+}
+
+/// Runs a command and gives each line of its two outputs to `each_line` as it comes.
 ///
 /// # Errors
 /// As [`capture`], and when processes that it left behind keep its output open: they are named and ended.
 pub(crate) fn stream(
     mut command: Command,
     limit: Duration,
-    mut each_line: impl FnMut(&str) + Send,
+    mut each_line: impl FnMut(Output, &str),
 ) -> Result<Run> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = start(&mut command)?;
-    let stdout = child.stdout();
-    let (open, closed) = mpsc::channel::<()>();
-    let each_line = &mut each_line;
-    let status = thread::scope(|scope| {
-        scope.spawn(move || {
-            let _open = open;
-            for line in
-                stdout.into_iter().flat_map(|out| BufReader::new(out).split(b'\n')).flatten()
-            {
-                let line = String::from_utf8_lossy(&line);
-                println!("{line}");
-                each_line(&line);
-            }
-        });
-        let status = child.wait(limit)?;
-        if closed.recv_timeout(OUTPUT_LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
-            let name = |stat: &Stat| format!("{} {}", stat.pid, command_line(stat.pid));
-            let left: Vec<String> = descendants().iter().map(name).collect();
-            end_descendants();
-            bail!("processes left behind hold its output: {}", left.join("; "));
+    let (lines, received) = mpsc::channel();
+    read_lines(child.stdout(), Output::Out, lines.clone());
+    read_lines(child.stderr(), Output::Err, lines);
+    let until = Instant::now() + limit;
+    let mut ended: Option<(Option<ExitStatus>, Instant)> = None;
+    loop {
+        match received.recv_timeout(POLL) {
+            Ok((output, line)) => each_line(output, &line),
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
         }
-        Ok(status)
-    })?;
+        match ended {
+            None => {
+                if let Some(status) = child.poll()? {
+                    ended = Some((Some(status), Instant::now()));
+                } else if Instant::now() >= until {
+                    child.end();
+                    ended = Some((None, Instant::now()));
+                }
+            }
+            Some((_, when)) if when.elapsed() >= OUTPUT_LIMIT => {
+                let name = |stat: &Stat| format!("{} {}", stat.pid, command_line(stat.pid));
+                let left: Vec<String> = descendants().iter().map(name).collect();
+                end_descendants();
+                bail!("processes left behind hold its output: {}", left.join("; "));
+            }
+            Some(_) => {}
+        }
+    }
+    let status = match ended {
+        Some((status, _)) => status,
+        None => child.wait(until.saturating_duration_since(Instant::now()))?,
+    };
     Ok(Run { status, stdout: String::new(), stderr: String::new() })
+}
+
+/// Sends a pipe's lines until it ends, from a thread of its own.
+fn read_lines(
+    pipe: Option<impl Read + Send + 'static>,
+    output: Output,
+    lines: mpsc::Sender<(Output, String)>,
+) {
+    thread::spawn(move || {
+        for line in pipe.into_iter().flat_map(|pipe| BufReader::new(pipe).split(b'\n')).flatten() {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            if lines.send((output, line)).is_err() {
+                return;
+            }
+        }
+    });
 }
 
 /// Reads a pipe to its end on a thread, so that a full pipe never blocks the child.

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: the test command of the README and of CI.
 //!
-//! `stages` is the table of what runs, `tally` counts tests and skips. This file runs the stages in
+//! `stages` is the table of what runs, `tally` counts tests and skips, `log` keeps what was printed. This file runs the stages in
 //! turn, times them, and prints the closing lines. A stage that fails does not stop the next one:
 //! one run tells everything that is wrong.
 //!
@@ -14,6 +14,7 @@
 //!
 //! Source: the output format of libtest (`cargo test`).
 
+mod log;
 mod stages;
 mod tally;
 
@@ -24,7 +25,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use pico_args::Arguments;
 
+use crate::proc::Output;
 use crate::{paths, proc, setup};
+use log::Log;
 use stages::{Stage, Verdict};
 use tally::Tally;
 
@@ -53,6 +56,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// What every stage can see.
 struct Session {
     tally: Tally,
+    log: Log,
     in_ci: bool,
 }
 
@@ -80,11 +84,11 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
 fn run(chosen: &[Stage]) -> Result<ExitCode> {
     let began = Instant::now();
     let in_ci = env::var("CI").is_ok_and(|value| value == "true");
-    let mut session = Session { tally: Tally::new()?, in_ci };
+    let mut session = Session { tally: Tally::new()?, log: Log::new()?, in_ci };
     let mut times = Vec::new();
     for stage in chosen {
         proc::check_interrupted()?;
-        println!("\n== {}: {}", stage.name, stage.about);
+        session.log.begin(&format!("== {}: {}", stage.name, stage.about));
         let stage_began = Instant::now();
         let verdict = (stage.run)(&mut session);
         session.settle(stage, verdict);
@@ -100,6 +104,7 @@ fn run(chosen: &[Stage]) -> Result<ExitCode> {
     }
     println!("{:<12} {:>7.1} s", "all", began.elapsed().as_secs_f64());
     session.tally.print();
+    println!("All that was printed is in {}", session.log.path().display());
     Ok(if session.tally.clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -110,7 +115,10 @@ impl Session {
             Ok(Verdict::Counted) => {}
             Ok(Verdict::Passed) => self.tally.pass(),
             Ok(Verdict::Skipped(reason)) => self.tally.skip(stage.name, &reason),
-            Err(error) => self.tally.fail(stage.name, &format!("{error:#}")),
+            Err(error) => {
+                self.log.show_last();
+                self.tally.fail(stage.name, &format!("{error:#}"));
+            }
         }
         let left = leftovers();
         if !left.is_empty() {
@@ -135,7 +143,9 @@ impl Session {
 
     /// A check of cargo that passes or fails as a whole.
     fn check(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
-        let run = proc::stream(cargo(words, environment), stages::LIMIT, |_| {})?;
+        let log = &mut self.log;
+        let keep = |output, line: &str| log.take(output, line);
+        let run = proc::stream(cargo(words, environment), stages::LIMIT, keep)?;
         anyhow::ensure!(run.ok(), "cargo {}: {}", words.join(" "), proc::describe(run.status));
         Ok(Verdict::Passed)
     }
@@ -145,9 +155,15 @@ impl Session {
         let mut command = cargo(words, environment);
         command.env("POLYFORK_PEERS", paths::manifest());
         command.env("POLYFORK_SKIP_LOG", self.tally.skip_log());
+        command.env_remove("RUST_BACKTRACE");
         let failed_before = self.tally.failed();
-        let tally = &mut self.tally;
-        let run = proc::stream(command, stages::LIMIT, |line| tally.read_line(line))?;
+        let (tally, log) = (&mut self.tally, &mut self.log);
+        let run = proc::stream(command, stages::LIMIT, |output, line| {
+            log.take(output, line);
+            if output == Output::Out {
+                tally.read_line(line);
+            }
+        })?;
         // A build that fails, or a test program that dies, prints no result to count.
         let told = self.tally.failed() > failed_before;
         anyhow::ensure!(

@@ -1,12 +1,14 @@
 //! Counts what passed, failed and was skipped, from the tests' own lines.
 //!
 //! Which stages run is decided elsewhere. Skips come from two places: libtest's `ignored` lines and
-//! the skip log that tests append to.
+//! the skip log that tests append to. What a failed test printed is kept and told last, where a
+//! reader of a long log looks first.
 //!
 //! Surprising: a test that skips returns normally, so libtest counts it as passed; each line of the
 //! skip log therefore moves one from passed to skipped.
 //!
-//! Source: libtest's terse output, `test NAME ... ignored, REASON` and `test result: ...`.
+//! Source: libtest's output, `test NAME ... ignored, REASON`, `---- NAME stdout ----` and
+//! `test result: ...`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,6 +28,24 @@ pub(super) const MAY_SKIP_IN_CI: &[(&str, &str)] = &[
 /// The reason of an ignored test that is no skip: another test runs it, in a process of its own.
 const RUN_BY: &str = "run by ";
 
+/// Lines of a failed test that the closing lines repeat.
+const LINES_PER_FAILURE: usize = 80;
+
+/// What a failed test printed.
+struct Told {
+    name: String,
+    lines: Vec<String>,
+    left_out: usize,
+}
+
+/// Where in the output of a test program the reader is.
+#[derive(PartialEq, Eq)]
+enum Reading {
+    Tests,
+    /// Between the first `failures:` and the second, which only repeats the names.
+    Failures,
+}
+
 /// The counts so far.
 pub(super) struct Tally {
     passed: usize,
@@ -33,6 +53,10 @@ pub(super) struct Tally {
     skips: BTreeSet<String>,
     /// Failures named since the last result line; it must account for all that line counts.
     named: usize,
+    /// What failed tests printed, a block a test.
+    told: Vec<Told>,
+    /// Where in libtest's output of failures the reader is.
+    reading: Reading,
     skip_log: NamedTempFile,
 }
 
@@ -44,7 +68,15 @@ impl Tally {
     pub(super) fn new() -> Result<Self> {
         let skip_log =
             NamedTempFile::with_prefix("polyfork-skips-").context("make the skip log")?;
-        Ok(Self { passed: 0, failures: Vec::new(), skips: BTreeSet::new(), named: 0, skip_log })
+        Ok(Self {
+            passed: 0,
+            failures: Vec::new(),
+            skips: BTreeSet::new(),
+            named: 0,
+            told: Vec::new(),
+            reading: Reading::Tests,
+            skip_log,
+        })
     }
 
     /// The file that tests append their `SKIP` lines to.
@@ -81,6 +113,11 @@ impl Tally {
 
     /// Takes note of one line of `cargo test`.
     pub(super) fn read_line(&mut self, line: &str) {
+        if self.reading == Reading::Failures {
+            self.read_failure(line);
+        } else if line == "failures:" {
+            self.reading = Reading::Failures;
+        }
         if let Some(counts) = line.strip_prefix("test result: ") {
             self.passed += count_before(counts, " passed");
             let unnamed = count_before(counts, " failed").saturating_sub(self.named);
@@ -105,6 +142,22 @@ impl Tally {
         }
     }
 
+    /// Takes a line of what failed tests printed.
+    fn read_failure(&mut self, line: &str) {
+        let header = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"));
+        if let Some(name) = header {
+            self.told.push(Told { name: name.to_owned(), lines: Vec::new(), left_out: 0 });
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.reading = Reading::Tests;
+        } else if let Some(told) = self.told.last_mut() {
+            if told.lines.len() < LINES_PER_FAILURE {
+                told.lines.push(line.to_owned());
+            } else {
+                told.left_out += 1;
+            }
+        }
+    }
+
     /// Counts what the tests wrote into the skip log.
     ///
     /// # Errors
@@ -124,6 +177,13 @@ impl Tally {
 
     /// The closing lines.
     pub(super) fn print(&self) {
+        for told in &self.told {
+            println!("\n---- {} printed:", told.name);
+            told.lines.iter().for_each(|line| println!("{line}"));
+            if told.left_out > 0 {
+                println!("({} more lines, in the log)", told.left_out);
+            }
+        }
         for failure in &self.failures {
             println!("FAILED {failure}");
         }
@@ -179,6 +239,18 @@ mod tests {
             "test result: FAILED. 0 passed; 2 failed; 0 ignored",
         ]);
         assert_eq!(tally.failed(), 2);
+    }
+
+    #[test]
+    fn what_a_failed_test_printed_is_kept_and_bounded() {
+        let mut lines = vec!["failures:", "", "---- a::b stdout ----"];
+        lines.extend(std::iter::repeat_n("left != right", LINES_PER_FAILURE + 2));
+        lines.extend(["---- c stdout ----", "gone", "failures:", "    a::b", "    c"]);
+        lines.push("test result: FAILED. 0 passed; 2 failed; 0 ignored");
+        let tally = tally_of(&lines);
+        let told: Vec<_> =
+            tally.told.iter().map(|t| (&*t.name, t.lines.len(), t.left_out)).collect();
+        assert_eq!(told, [("a::b", LINES_PER_FAILURE, 2), ("c", 1, 0)]);
     }
 
     #[test]

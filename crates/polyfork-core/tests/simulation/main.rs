@@ -40,7 +40,7 @@ fn no_connection_lost_or_given_twice_and_no_slot_forgotten() {
         }
         seed = Jitter::new(seed).bits();
     }
-    println!("simulation: {sums:#?}");
+    println!("simulation: {sums:?}");
     sums.assert_that_everything_happened(events);
 }
 
