@@ -21,7 +21,7 @@ use polyfork_sys::reuseport::{
 };
 
 /// Long enough for anything on loopback; only a failing test waits for it.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 fn loopback() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::*;
-use polyfork_sys::spawn::Command;
+use polyfork_sys::spawn::{Child, Command};
 
 const SPAWNERS: usize = 8;
 
@@ -43,6 +43,15 @@ fn allocate(stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let memory = std::hint::black_box(vec![1u8; size]);
         size = if size > 1 << 18 { 16 } else { size * 2 + usize::from(memory[0]) };
+    }
+}
+
+/// A child that no outcome of the test leaves behind.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        kill(&self.0);
     }
 }
 
@@ -77,10 +86,10 @@ fn no_child_hangs_and_none_has_a_foreign_descriptor() {
                         command.parent_death_signal(None);
                     }
                     command.fd(3, writer);
-                    let child = command.spawn().unwrap();
-                    wait_until_stopped(&child);
-                    let fds = open_fds(child.pid());
-                    kill(&child);
+                    let child = Ended(command.spawn().unwrap());
+                    wait_until_stopped(&child.0);
+                    let fds = open_fds(child.0.pid());
+                    drop(child);
                     let numbers: Vec<i32> = fds.keys().copied().collect();
                     assert_eq!(numbers, [0, 1, 2, 3], "{fds:?} (writer was {writer_number})");
                     // And the copy the child had was the only one left.

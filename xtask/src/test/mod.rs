@@ -9,6 +9,10 @@
 //! the harness hides the output of tests that pass. With `CI=true` a skip is a failure, unless
 //! [`tally::MAY_SKIP_IN_CI`] permits it.
 //!
+//! A test that fails is run once more, alone, if few failed: a machine that stands still for a minute fails
+//! tests for no fault of theirs. One that passes then is named `FLAKY` with what it printed, and is to be mended
+//! like a failure; one that fails again has failed.
+//!
 //! Surprising: after each stage the processes that are left over are counted as a failure and
 //! ended. Tests of a supervisor that leave workers behind have found a bug.
 //!
@@ -52,6 +56,9 @@ Environment:
 
 /// How long leftovers may take to go by themselves after a stage.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// With more failures than this in a stage, none is run again: something is broken.
+const RUN_AGAIN: usize = 3;
 
 /// What every stage can see.
 struct Session {
@@ -152,16 +159,15 @@ impl Session {
 
     /// A run of `cargo test`, whose tests are counted one by one.
     fn tests(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
-        let mut command = cargo(words, environment);
-        command.env("POLYFORK_PEERS", paths::manifest());
-        command.env("POLYFORK_SKIP_LOG", self.tally.skip_log());
-        command.env_remove("RUST_BACKTRACE");
         let failed_before = self.tally.failed();
+        let mut targets = Vec::new();
         let (tally, log) = (&mut self.tally, &mut self.log);
+        let command = test_command(words, environment, tally);
         let run = proc::stream(command, stages::LIMIT, |output, line| {
             log.take(output, line);
-            if output == Output::Out {
-                tally.read_line(line);
+            match output {
+                Output::Out => tally.read_line(line),
+                Output::Err => targets.extend(failed_target(line)),
             }
         })?;
         // A build that fails, or a test program that dies, prints no result to count.
@@ -172,8 +178,63 @@ impl Session {
             words.join(" "),
             proc::describe(run.status)
         );
+        let failed = self.tally.failed_since(failed_before).to_vec();
+        if !failed.is_empty() && failed.len() <= RUN_AGAIN {
+            self.run_again(words, environment, &targets, &failed)?;
+        }
         Ok(Verdict::Counted)
     }
+
+    /// Runs the tests that failed once more, one at a time.
+    fn run_again(
+        &mut self,
+        words: &[&str],
+        environment: &[(&str, &str)],
+        targets: &[Vec<String>],
+        failed: &[String],
+    ) -> Result<()> {
+        let mut passed = Vec::new();
+        for target in targets {
+            let common = words.iter().take_while(|word| **word != "--").copied();
+            let mut again: Vec<&str> = common.chain(target.iter().map(String::as_str)).collect();
+            again.extend(["--", "--exact", "--test-threads=1"]);
+            again.extend(failed.iter().map(String::as_str));
+            println!("== again: cargo {}", again.join(" "));
+            let log = &mut self.log;
+            let command = test_command(&again, environment, &self.tally);
+            let run = proc::stream(command, stages::LIMIT, |output, line| {
+                log.take(output, line);
+                if output == Output::Out {
+                    passed.extend(tally::passed_test(line).map(str::to_owned));
+                }
+            })?;
+            if !run.ok() {
+                return Ok(());
+            }
+        }
+        passed.iter().for_each(|name| self.tally.passed_again(name));
+        Ok(())
+    }
+}
+
+/// Cargo, with what the project's tests read from their environment.
+fn test_command(words: &[&str], environment: &[(&str, &str)], tally: &Tally) -> Command {
+    let mut command = cargo(words, environment);
+    command.env("POLYFORK_PEERS", paths::manifest());
+    command.env("POLYFORK_SKIP_LOG", tally.skip_log());
+    command.env_remove("RUST_BACKTRACE");
+    command
+}
+
+/// The test program that failed, from cargo's advice how to run it again; without the package, as the whole workspace
+/// is built with one set of features.
+fn failed_target(line: &str) -> Option<Vec<String>> {
+    let advice = line.strip_prefix("error: test failed, to rerun pass `")?.strip_suffix('`')?;
+    let mut words = advice.split(' ').peekable();
+    if words.next_if_eq(&"-p").is_some() {
+        words.next();
+    }
+    Some(words.map(str::to_owned).collect())
 }
 
 /// Cargo, without what the cargo that runs this chore left in the environment: build scripts would
@@ -221,4 +282,18 @@ fn audit(session: &mut Session) -> Result<Verdict> {
     }
     let place = database.to_str().context("the path of the advisory database is not UTF-8")?;
     session.check(&["audit", "--no-fetch", "--stale", "--db", place], &[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_target_is_read_from_the_advice_of_cargo() {
+        let line = "error: test failed, to rerun pass `-p polyfork-sys --test steal`";
+        assert_eq!(failed_target(line).unwrap(), ["--test", "steal"]);
+        let line = "error: test failed, to rerun pass `--lib`";
+        assert_eq!(failed_target(line).unwrap(), ["--lib"]);
+        assert_eq!(failed_target("error: 1 target failed:"), None);
+    }
 }

@@ -50,6 +50,8 @@ enum Reading {
 pub(super) struct Tally {
     passed: usize,
     failures: Vec<String>,
+    /// Tests that failed once and passed when run again, alone.
+    flaky: Vec<String>,
     skips: BTreeSet<String>,
     /// Failures named since the last result line; it must account for all that line counts.
     named: usize,
@@ -71,6 +73,7 @@ impl Tally {
         Ok(Self {
             passed: 0,
             failures: Vec::new(),
+            flaky: Vec::new(),
             skips: BTreeSet::new(),
             named: 0,
             told: Vec::new(),
@@ -104,6 +107,21 @@ impl Tally {
     /// How many failed so far.
     pub(super) fn failed(&self) -> usize {
         self.failures.len()
+    }
+
+    /// The failures since there were `before`.
+    pub(super) fn failed_since(&self, before: usize) -> &[String] {
+        &self.failures[before.min(self.failures.len())..]
+    }
+
+    /// A test that failed has passed when it was run again, alone.
+    pub(super) fn passed_again(&mut self, name: &str) {
+        let before = self.failures.len();
+        self.failures.retain(|failure| failure != name);
+        if self.failures.len() < before {
+            self.passed += 1;
+            self.flaky.push(name.to_owned());
+        }
     }
 
     /// Whether nothing failed.
@@ -184,6 +202,9 @@ impl Tally {
                 println!("({} more lines, in the log)", told.left_out);
             }
         }
+        for name in &self.flaky {
+            println!("FLAKY {name}: failed, and passed when run again alone; see above");
+        }
         for failure in &self.failures {
             println!("FAILED {failure}");
         }
@@ -193,6 +214,11 @@ impl Tally {
             println!("SKIP {skip}");
         }
     }
+}
+
+/// The name of a test that passed, where the line tells one.
+pub(super) fn passed_test(line: &str) -> Option<&str> {
+    test_line(line).filter(|(_, outcome)| outcome.starts_with("ok")).map(|(name, _)| name)
 }
 
 fn may_skip_in_ci(line: &str) -> bool {
@@ -239,6 +265,22 @@ mod tests {
             "test result: FAILED. 0 passed; 2 failed; 0 ignored",
         ]);
         assert_eq!(tally.failed(), 2);
+    }
+
+    #[test]
+    fn test_that_passes_again_is_counted_once_and_named() {
+        let mut tally = tally_of(&[
+            "test a ... FAILED",
+            "test b ... FAILED",
+            "test result: FAILED. 3 passed; 2 failed; 0 ignored",
+        ]);
+        assert_eq!(tally.failed_since(0), ["a", "b"]);
+        tally.passed_again("a");
+        tally.passed_again("unknown");
+        assert_eq!(
+            (tally.passed, tally.failed_since(0), tally.flaky.len()),
+            (4, &["b".to_owned()][..], 1)
+        );
     }
 
     #[test]
