@@ -15,3 +15,4 @@ pub mod channel;
 pub mod child_process;
 pub mod cluster;
 pub mod process;
+pub mod worker_threads;

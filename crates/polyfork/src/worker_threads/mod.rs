@@ -1,0 +1,6 @@
+//! Threads with Node's semantics: workers with ports, messages that move, and a pool.
+//!
+//! The rule that surprises: a thread cannot be killed. Whatever ends a worker from outside asks it, and says so when
+//! it does not listen.
+//!
+//! Behaviour follows: Node `lib/internal/worker.js`, `src/node_messaging.cc`.
