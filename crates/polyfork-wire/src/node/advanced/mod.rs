@@ -28,6 +28,7 @@ mod refs;
 mod ser;
 mod tag;
 mod text;
+mod tree;
 mod value;
 mod write;
 

@@ -3,8 +3,8 @@
 //! The tree owns all it has. An object that occurs twice is in the tree once, and every further place has a
 //! [`Value::Reference`]; [`Objects`](super::Objects) finds what it means.
 //!
-//! The surprising rule: dropping takes constant stack however deep a tree is, but `clone`, `==` and `Debug`
-//! recurse. With [`Limits::max_depth`](crate::Limits::max_depth) of some thousands, leave them alone.
+//! The surprising rule: dropping takes constant stack however deep a tree is; so do `clone`, `==` and `Debug`, which
+//! are in `tree`.
 
 use std::mem;
 
@@ -14,7 +14,7 @@ use super::text::{Key, Text};
 /// A JavaScript value.
 ///
 /// `==` compares trees: the order of properties counts, and NaN differs from itself.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Default)]
 #[non_exhaustive]
 pub enum Value {
     /// `undefined`
@@ -548,7 +548,7 @@ impl Value {
     }
 
     /// Whether dropping it drops further values.
-    fn is_nested(&self) -> bool {
+    pub(super) fn is_nested(&self) -> bool {
         match self {
             Self::Object(object) | Self::Native(object) => !object.properties.is_empty(),
             Self::Array(array) => !array.elements.is_empty() || array.named.is_some(),
