@@ -8,6 +8,7 @@
 //! | [`supervisor`] | which worker runs in which slot, when it is admitted, stopped, restarted, given up |
 //! | [`restart`] | how long a restart waits, and when a slot has been restarted too often |
 //! | [`turn`] | whose turn it is |
+//! | [`seats`] | which worker has which place in a reuse-port group |
 //! | [`handoff`] | which worker gets which accepted connection, and who still owes an acknowledgement |
 //! | [`listeners`] | who holds which listening socket, and when it may be closed |
 //! | [`sync`] | nothing: it holds the lock-free algorithms of ports, rings and pools, without their waiting |
@@ -23,6 +24,7 @@ pub mod handoff;
 pub mod id;
 pub mod listeners;
 pub mod restart;
+pub mod seats;
 pub mod supervisor;
 pub mod sync;
 pub mod time;
@@ -32,6 +34,7 @@ pub use handoff::{Accepted, Assignment, Counters, Handoff, HandoffConfig, Handof
 pub use id::{SlotId, WorkerId};
 pub use listeners::{Decision, ListenerId, Listeners};
 pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
+pub use seats::{Seat, Seats};
 pub use supervisor::{
     Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, Supervisor,
     WorkerState, WorkerView,

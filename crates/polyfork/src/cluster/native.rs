@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use polyfork_core::{Decision, Input, ListenerId, SlotId, WorkerId};
+use polyfork_core::{Decision, Input, ListenerId, WorkerId};
 use polyfork_wire::native::{ListenAddress, PROTOCOL, ToPrimary, ToWorker};
 
 use super::event::{Encoded, Event};
@@ -95,9 +95,7 @@ impl Primary {
         backlog: u32,
         ipv6_only: bool,
     ) {
-        let Some(w) = self.workers.get(&worker) else { return };
-        let slot = SlotId(w.who.slot);
-        self.ports.belongs(worker, slot);
+        let Some(seat) = self.ports.seat(worker) else { return };
         let (key, address) = native_key(address);
         let mut want = Want4Port::new(address);
         want.backlog = i32::try_from(backlog).unwrap_or(i32::MAX).max(1);
@@ -127,7 +125,7 @@ impl Primary {
             Address::Unix(path) => ListenAddress::Unix(path.clone().into_os_string().into_vec()),
             Address::Inherited(_) => return,
         };
-        let handles = match port.socket_for(slot).map(|fd| fd.try_clone_to_owned()) {
+        let handles = match port.socket_for(seat).map(|fd| fd.try_clone_to_owned()) {
             None => Vec::new(),
             Some(Ok(copy)) => vec![Passed { fd: Arc::new(copy), connection: None, line: None }],
             Some(Err(error)) => {

@@ -4,7 +4,7 @@
 //! in `ports`.
 //!
 //! The rule that surprises: under the kernel mechanism a worker is answered as if the policy were "shared",
-//! only that the socket it gets is its slot's own. It listens on it and never knows.
+//! only that the socket it gets is its own. It listens on it and never knows.
 //!
 //! Behaviour follows: Node `lib/internal/cluster/primary.js`, `round_robin_handle.js`, `shared_handle.js`.
 
@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use polyfork_core::{Decision, Input, ListenerId, SlotId, WorkerId};
+use polyfork_core::{Decision, Input, ListenerId, WorkerId};
 use polyfork_wire::node::cluster::{
     self as wire, AddressType, ClusterMessage, FromWorker, Query, Sockname,
 };
@@ -133,7 +133,6 @@ impl Primary {
             self.answer_error(worker, seq, &query, libc::ENOTSUP);
             return;
         }
-        self.ports.belongs(worker, SlotId(who.slot));
         let id = match self.ports.ask(worker, key) {
             Decision::Join(id) => id,
             Decision::InUse => {
@@ -158,7 +157,7 @@ impl Primary {
     }
 
     fn answer_query(&mut self, worker: WorkerId, seq: u64, query: &Query, id: ListenerId) {
-        let Some(slot) = self.workers.get(&worker).map(|w| SlotId(w.who.slot)) else { return };
+        let Some(seat) = self.ports.seat(worker) else { return };
         let sequence = self.next_sequence();
         let Some(port) = self.ports.get_mut(id) else { return };
         if port.data.is_none() {
@@ -179,7 +178,7 @@ impl Primary {
             }
             _ => HandleKind::NetNative,
         };
-        let copy = match port.socket_for(slot).map(|fd| fd.try_clone_to_owned()) {
+        let copy = match port.socket_for(seat).map(|fd| fd.try_clone_to_owned()) {
             Some(Ok(copy)) => Arc::new(copy),
             Some(Err(error)) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EMFILE);

@@ -4,8 +4,8 @@
 //! `polyfork_core::Handoff` or by the kernel program in `polyfork_sys::reuseport`. Here are the sockets
 //! themselves: opened once, kept for as long as the cluster lives, whatever becomes of workers.
 //!
-//! The rule that surprises: under the kernel mechanism every slot has a socket from the start, also slots
-//! whose worker never asks; such a slot is not live, and what reached its queue by the kernel's own choice
+//! The rule that surprises: under the kernel mechanism every seat (see `polyfork_core::seats`) has a socket from the
+//! start, also seats whose worker never asks; such a seat is not live, and what reached its queue by the kernel's own choice
 //! while nobody was live is moved to the others as soon as there is one.
 //!
 //! References: socket(7) `SO_REUSEPORT`, `SO_ATTACH_REUSEPORT_EBPF`; Node `lib/internal/cluster/`.
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::{
-    Decision, Handoff, HandoffConfig, ListenerId, Listeners, SlotId, Time, WorkerId,
+    Decision, Handoff, HandoffConfig, ListenerId, Listeners, Seat, Seats, Time, WorkerId,
 };
 use polyfork_sys::channel;
 use polyfork_sys::reuseport::{
@@ -140,7 +140,7 @@ pub(crate) struct Delivery {
 pub(crate) struct Depths {
     /// Turns taken so far.
     pub(crate) turns: u64,
-    /// Connections that wait, by live slot.
+    /// Connections that wait, by live seat.
     pub(crate) queued: BTreeMap<u32, u32>,
 }
 
@@ -155,11 +155,9 @@ pub(crate) struct AcceptTrouble {
 pub(crate) struct Ports {
     pub(crate) book: Listeners<Key>,
     open: BTreeMap<ListenerId, Port>,
-    slots: BTreeSet<SlotId>,
-    /// Workers that may get connections, with their slot.
-    admitted: BTreeMap<WorkerId, SlotId>,
-    /// Slot of every worker that is a member of something.
-    slot_of: BTreeMap<WorkerId, SlotId>,
+    seats: Seats,
+    /// Workers that may get connections, with their seat.
+    admitted: BTreeMap<WorkerId, Seat>,
     windows: BTreeMap<WorkerId, usize>,
     /// Stuck: others take their turns, where there are others.
     aside: BTreeSet<WorkerId>,
@@ -172,6 +170,11 @@ impl Ports {
     /// `by_hand`: workers can be given connections one by one.
     pub(crate) fn new(policy: Policy, mechanism: Mechanism, by_hand: bool) -> Self {
         Ports { policy, mechanism, by_hand, ..Ports::default() }
+    }
+
+    /// A worker's place in the reuse-port groups.
+    pub(crate) fn seat(&self, worker: WorkerId) -> Option<Seat> {
+        self.seats.of(worker)
     }
 
     pub(crate) fn get(&self, id: ListenerId) -> Option<&Port> {
@@ -300,8 +303,8 @@ impl Ports {
             let turns = Turns::new(id, fd, None, config, io)?;
             return Ok((Kind::Turns(turns), address, Carried::Handoff, why));
         }
-        let slots: Vec<u32> = self.slots.iter().map(|slot| slot.0).collect();
-        let group = Group::bind(at, options, &slots, Want::Auto).map_err(into_io)?;
+        let seats: Vec<u32> = self.seats.all().map(|seat| seat.0).collect();
+        let group = Group::bind(at, options, &seats, Want::Auto).map_err(into_io)?;
         let (carried, why) = match group.selection() {
             Selection::Ebpf => (
                 Carried::KernelExact,
@@ -390,25 +393,25 @@ impl Ports {
         }
     }
 
-    /// Whether something waits in a slot that has no turns.
-    pub(crate) fn waits_aside(&self, slot: SlotId) -> bool {
+    /// Whether something waits in a seat that has no turns.
+    pub(crate) fn waits_aside(&self, seat: Seat) -> bool {
         self.open.values().any(|port| match &port.kind {
             Kind::Slots { group, .. } => {
-                !group.live().contains(&slot.0) && group.queue_depth(slot.0).is_ok_and(|n| n > 0)
+                !group.live().contains(&seat.0) && group.queue_depth(seat.0).is_ok_and(|n| n > 0)
             }
             _ => false,
         })
     }
 
-    /// Moves what waits in a slot that has no turns to the others. Its worker must stand still meanwhile. Gives
+    /// Moves what waits in a seat that has no turns to the others. Its worker must stand still meanwhile. Gives
     /// what went wrong.
-    pub(crate) fn rescue_aside(&mut self, slot: SlotId) -> Vec<String> {
+    pub(crate) fn rescue_aside(&mut self, seat: Seat) -> Vec<String> {
         let mut failures = Vec::new();
         for port in self.open.values_mut() {
             if let Kind::Slots { group, .. } = &mut port.kind
-                && !group.live().contains(&slot.0)
-                && group.queue_depth(slot.0).is_ok_and(|n| n > 0)
-                && let Err(error) = group.rescue(slot.0)
+                && !group.live().contains(&seat.0)
+                && group.queue_depth(seat.0).is_ok_and(|n| n > 0)
+                && let Err(error) = group.rescue(seat.0)
             {
                 failures.push(format!("{}: {error}", port.address));
             }
@@ -467,36 +470,47 @@ impl Ports {
         self.book.unused().into_iter().filter_map(|id| self.close(id)).collect()
     }
 
-    // ---- slots ----
+    // ---- seats ----
 
-    /// A slot begins: every reuse-port group gets a socket for it. Gives what went wrong.
-    pub(crate) fn add_slot(&mut self, slot: SlotId) -> Vec<String> {
-        if !self.slots.insert(slot) {
+    /// Makes a seat: every reuse-port group gets a socket for it. Gives what went wrong.
+    pub(crate) fn make_seat(&mut self, seat: Seat) -> Vec<String> {
+        if !self.seats.make(seat) {
             return Vec::new();
         }
-        self.each_group(|group| group.add_slot(slot.0), slot, "add")
+        self.each_group(|group| group.add_slot(seat.0), seat, "add")
     }
 
-    /// A slot ends: its sockets are closed, and what waits on them goes to the others first.
-    pub(crate) fn remove_slot(&mut self, slot: SlotId, now: Time) -> Vec<String> {
-        if !self.slots.remove(&slot) {
+    /// Gives a worker its seat, for as long as it lives. Gives what went wrong.
+    pub(crate) fn take_seat(&mut self, worker: WorkerId, wish: Seat) -> Vec<String> {
+        let (seat, new) = self.seats.take(worker, wish);
+        if !new {
             return Vec::new();
         }
-        for port in self.open.values_mut() {
-            if let Kind::Slots { group, stranded } = &mut port.kind
-                && self.by_hand
-                && group.selection() == Selection::Classic
-            {
-                strand(group, &[slot.0], now, stranded);
+        self.each_group(|group| group.add_slot(seat.0), seat, "add")
+    }
+
+    /// Closes the sockets of free seats beyond `wanted`; what waits on them goes to the others first. Gives what went
+    /// wrong.
+    pub(crate) fn trim_seats(&mut self, wanted: usize, now: Time) -> Vec<String> {
+        let mut failures = Vec::new();
+        for seat in self.seats.trim(wanted) {
+            for port in self.open.values_mut() {
+                if let Kind::Slots { group, stranded } = &mut port.kind
+                    && self.by_hand
+                    && group.selection() == Selection::Classic
+                {
+                    strand(group, &[seat.0], now, stranded);
+                }
             }
+            failures.extend(self.each_group(|group| group.remove_slot(seat.0), seat, "remove"));
         }
-        self.each_group(|group| group.remove_slot(slot.0), slot, "remove")
+        failures
     }
 
     fn each_group(
         &mut self,
         mut act: impl FnMut(&mut Group) -> io::Result<()>,
-        slot: SlotId,
+        seat: Seat,
         verb: &str,
     ) -> Vec<String> {
         let mut failures = Vec::new();
@@ -504,17 +518,17 @@ impl Ports {
             if let Kind::Slots { group, .. } = &mut port.kind
                 && let Err(e) = act(group)
             {
-                failures.push(format!("cannot {verb} slot {} on {}: {e}", slot.0, port.address));
+                failures.push(format!("cannot {verb} seat {} on {}: {e}", seat.0, port.address));
             }
         }
         failures
     }
 
-    /// The sockets that a sockets worker in this slot inherits, with their names.
-    pub(crate) fn inherited_by(&self, slot: SlotId) -> io::Result<Vec<(OwnedFd, String)>> {
+    /// The sockets that a sockets worker inherits, with their names.
+    pub(crate) fn inherited_by(&self, worker: WorkerId) -> io::Result<Vec<(OwnedFd, String)>> {
         let mut sockets = Vec::new();
         for port in self.open.values() {
-            if let Some(fd) = port.socket_for(slot) {
+            if let Some(fd) = self.seats.of(worker).and_then(|seat| port.socket_for(seat)) {
                 // As systemd passes them on: a program that just accepts need not know better. The primary
                 // itself never accepts from these.
                 channel::set_nonblocking(fd, false)?;
@@ -528,14 +542,12 @@ impl Ports {
 
     // ---- workers ----
 
-    pub(crate) fn belongs(&mut self, worker: WorkerId, slot: SlotId) {
-        self.slot_of.insert(worker, slot);
-    }
-
     /// A worker may have connections from now on, wherever it listens.
-    pub(crate) fn admit(&mut self, worker: WorkerId, slot: SlotId, window: usize) {
-        self.admitted.insert(worker, slot);
-        self.windows.insert(worker, window);
+    pub(crate) fn admit(&mut self, worker: WorkerId, window: usize) {
+        if let Some(seat) = self.seats.of(worker) {
+            self.admitted.insert(worker, seat);
+            self.windows.insert(worker, window);
+        }
     }
 
     /// A worker gets nothing new.
@@ -552,7 +564,7 @@ impl Ports {
     pub(crate) fn died(&mut self, worker: WorkerId) {
         self.suspend(worker);
         self.book.leave(worker);
-        self.slot_of.remove(&worker);
+        self.seats.leave(worker);
         self.windows.remove(&worker);
         self.aside.remove(&worker);
         for port in self.open.values_mut() {
@@ -568,14 +580,14 @@ impl Ports {
         let mut failures = Vec::new();
         let ids: Vec<_> = self.open.keys().copied().collect();
         for id in ids {
-            let ready: Vec<(WorkerId, SlotId)> = self
+            let ready: Vec<(WorkerId, Seat)> = self
                 .book
                 .listeners_of(id)
-                .filter_map(|w| self.admitted.get(&w).map(|slot| (w, *slot)))
+                .filter_map(|w| self.admitted.get(&w).map(|seat| (w, *seat)))
                 .collect();
-            // A socket that somebody else in the slot still holds must not be shut down under it.
-            let held: BTreeSet<SlotId> =
-                self.book.members_of(id).filter_map(|w| self.slot_of.get(&w).copied()).collect();
+            // A socket that a worker still holds must not be shut down under it.
+            let held: BTreeSet<Seat> =
+                self.book.members_of(id).filter_map(|w| self.seats.of(w)).collect();
             let Some(port) = self.open.get_mut(&id) else { continue };
             if let Some(handoff) = port.handoff() {
                 for (worker, _) in &ready {
@@ -586,9 +598,9 @@ impl Ports {
             if let Kind::Slots { group, stranded } = &mut port.kind {
                 let all = ready.iter();
                 let well = all.filter(|(worker, _)| !self.aside.contains(worker));
-                let mut live: Vec<u32> = well.map(|(_, slot)| slot.0).collect();
+                let mut live: Vec<u32> = well.map(|(_, seat)| seat.0).collect();
                 if live.is_empty() {
-                    live = ready.iter().map(|(_, slot)| slot.0).collect();
+                    live = ready.iter().map(|(_, seat)| seat.0).collect();
                 }
                 match refresh_group(group, &live, &held) {
                     Ok(left) if self.by_hand => strand(group, &left, now, stranded),
@@ -603,13 +615,16 @@ impl Ports {
         failures
     }
 
-    /// Whether nothing waits for a suspended worker: neither in its slot's queue nor unacknowledged.
-    pub(crate) fn is_quiet(&self, worker: WorkerId, slot: SlotId) -> bool {
+    /// Whether nothing waits for a suspended worker: neither in its seat's queue nor unacknowledged.
+    pub(crate) fn is_quiet(&self, worker: WorkerId) -> bool {
+        let depth = |group: &Group| {
+            let seat = self.seats.of(worker);
+            seat.and_then(|seat| group.queue_depth(seat.0).ok()).unwrap_or(0)
+        };
         self.open.iter().all(|(id, port)| match &port.kind {
             Kind::Slots { group, stranded } => {
                 stranded.in_flight(worker) == 0
-                    && (self.book.member(worker, *id).is_none()
-                        || group.queue_depth(slot.0).unwrap_or(0) == 0)
+                    && (self.book.member(worker, *id).is_none() || depth(group) == 0)
             }
             Kind::Turns(turns) => turns.handoff.in_flight(worker) == 0,
             Kind::Shared(_) | Kind::SharedUnix(_) => true,
@@ -714,8 +729,7 @@ impl Ports {
     }
 
     /// A worker inherited every pinned socket: it is a member and listens.
-    pub(crate) fn join_pinned(&mut self, worker: WorkerId, slot: SlotId) -> Vec<ListenerId> {
-        self.belongs(worker, slot);
+    pub(crate) fn join_pinned(&mut self, worker: WorkerId) -> Vec<ListenerId> {
         let ids: Vec<_> = self.open.keys().copied().collect();
         for id in &ids {
             self.book.join(worker, *id);
@@ -743,10 +757,10 @@ impl Ports {
 }
 
 impl Port {
-    /// The socket a worker in this slot is given; `None` when connections are handed over.
-    pub(crate) fn socket_for(&self, slot: SlotId) -> Option<BorrowedFd<'_>> {
+    /// The socket of a seat; `None` when connections are handed over.
+    pub(crate) fn socket_for(&self, seat: Seat) -> Option<BorrowedFd<'_>> {
         match &self.kind {
-            Kind::Slots { group, .. } => group.listener(slot.0),
+            Kind::Slots { group, .. } => group.listener(seat.0),
             Kind::Shared(fd) => Some(fd.as_fd()),
             Kind::SharedUnix(listener) => Some(listener.as_fd()),
             Kind::Turns(_) => None,
@@ -789,7 +803,7 @@ fn strand(group: &Group, slots: &[u32], now: Time, stranded: &mut Handoff<Arc<Ow
 
 /// Sets who is live, then moves what waits where nobody will accept it. Gives the slots whose queue the kernel
 /// cannot move.
-fn refresh_group(group: &mut Group, live: &[u32], held: &BTreeSet<SlotId>) -> io::Result<Vec<u32>> {
+fn refresh_group(group: &mut Group, live: &[u32], held: &BTreeSet<Seat>) -> io::Result<Vec<u32>> {
     let mut live = live.to_vec();
     live.sort_unstable();
     live.dedup();
@@ -799,10 +813,8 @@ fn refresh_group(group: &mut Group, live: &[u32], held: &BTreeSet<SlotId>) -> io
     if live.is_empty() {
         return Ok(Vec::new());
     }
-    let idle: Vec<u32> = group
-        .slots()
-        .filter(|slot| !live.contains(slot) && !held.contains(&SlotId(*slot)))
-        .collect();
+    let idle: Vec<u32> =
+        group.slots().filter(|slot| !live.contains(slot) && !held.contains(&Seat(*slot))).collect();
     let mut left = Vec::new();
     for slot in idle {
         if group.queue_depth(slot)? > 0 && group.rescue(slot)? == Rescued::NotPossible {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use polyfork_core::{
-    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, SlotId, Supervisor,
-    Time, WorkerId,
+    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
+    Supervisor, Time, WorkerId,
 };
 use polyfork_wire::ProtocolError;
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
@@ -401,10 +401,7 @@ impl Primary {
                 self.emit(Event::SlotFailed { slot: slot.0, restarts, window });
             }
             Action::SlotRetired { slot } => {
-                let now = self.now();
-                for failure in self.ports.remove_slot(slot, now) {
-                    self.notice("slot", None, failure);
-                }
+                self.trim_seats();
                 self.emit(Event::SlotRetired { slot: slot.0 });
                 self.check_all_ready();
             }
@@ -544,12 +541,12 @@ impl Primary {
         let restartable = self.supervisor.slot(slot).is_some_and(|slot| slot.supervised);
         let forked = if restartable { None } else { self.forking.pop_front() };
         let extra = forked.as_ref().map(|(env, _)| env.as_slice()).unwrap_or_default();
-        for failure in self.ports.add_slot(slot) {
+        for failure in self.ports.take_seat(worker, Seat(slot.0)) {
             self.notice("slot", None, failure);
         }
         // Only programs that inherit sockets are to get them blocking: a Node worker hangs on such a one.
         let inherited = match self.detected.dialect {
-            Dialect::Sockets => self.ports.inherited_by(slot),
+            Dialect::Sockets => self.ports.inherited_by(worker),
             _ => Ok(Vec::new()),
         };
         let request = process::Request {
@@ -655,7 +652,7 @@ impl Primary {
         w.last_watchdog = Instant::now();
         let who = w.who;
         self.ever_ready = true;
-        self.ports.admit(worker, SlotId(who.slot), self.settings.window);
+        self.ports.admit(worker, self.settings.window);
         self.refresh_ports();
         self.emit(Event::Ready(who));
         // As systemd does: signs of life are due from the moment it is ready.
@@ -732,8 +729,10 @@ impl Primary {
 
     /// What waited for a suspended worker has been taken by it: it can be asked to stop without loss.
     fn check_drained(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get(&worker) else { return };
-        if self.ports.is_quiet(worker, SlotId(w.who.slot)) {
+        if !self.workers.contains_key(&worker) {
+            return;
+        }
+        if self.ports.is_quiet(worker) {
             self.acknowledge_leaving(worker);
             self.feed(Input::Drained { worker });
         } else {
@@ -875,6 +874,7 @@ impl Primary {
         self.ports.died(worker);
         self.watch.forget(worker);
         self.refresh_ports();
+        self.trim_seats();
         let (code, signal) = match exit {
             Exit::Code(code) => (Some(code), None),
             Exit::Signal(signal) => (None, Some(signal)),
@@ -892,6 +892,14 @@ impl Primary {
         // A first start that fails because the address is taken will not get better by trying again.
         if bind_failed && !self.ever_ready && self.settings.supervise && !self.stopping {
             self.feed(Input::StopNow);
+        }
+    }
+
+    /// Sockets of places that no worker needs any more are closed.
+    fn trim_seats(&mut self) {
+        let now = self.now();
+        for failure in self.ports.trim_seats(self.supervisor.slots().count(), now) {
+            self.notice("slot", None, failure);
         }
     }
 

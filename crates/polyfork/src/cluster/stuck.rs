@@ -1,7 +1,7 @@
 //! Finds workers that do not accept what the kernel gave them, and gives it to others.
 //!
 //! Under the kernel mechanism nobody asks the primary where a connection goes, so a worker whose event loop hangs
-//! would keep its share of them for as long as it hangs. This file looks at the queues of the slots now and then
+//! would keep its share of them for as long as it hangs. This file looks at the queues of their seats now and then
 //! and compares: what was there, what came by the turns taken since, what is there now. A queue of which
 //! nothing was accepted for the acknowledgement limit belongs to a stuck worker. It loses its turn, and its queue
 //! goes to the siblings while the worker stands still (an `accept` in the middle of that would fail).
@@ -17,12 +17,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use polyfork_core::{ListenerId, SlotId, WorkerId};
+use polyfork_core::{ListenerId, Seat, WorkerId};
 
 use super::ports::Depths;
 use super::primary::{Primary, Timer};
 
-/// Between two looks, at least: each is a system call per slot.
+/// Between two looks, at least: each is a system call per seat.
 const SHORTEST_LOOK: Duration = Duration::from_millis(5);
 /// How long a stuck worker goes without turns at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -55,14 +55,14 @@ impl Watch {
     }
 }
 
-/// Nothing of the queue was accepted between two looks at slot `slot`, as far as it can be known.
+/// Nothing of the queue was accepted between two looks at seat `seat`, as far as it can be known.
 fn nothing_accepted(
     before: &Depths,
     now: &Depths,
-    slot: u32,
+    seat: u32,
     stopped: impl FnOnce() -> bool,
 ) -> bool {
-    let (Some(was), Some(is)) = (before.queued.get(&slot), now.queued.get(&slot)) else {
+    let (Some(was), Some(is)) = (before.queued.get(&seat), now.queued.get(&seat)) else {
         return false;
     };
     if *was == 0 || *is == 0 || before.queued.len() != now.queued.len() {
@@ -86,15 +86,15 @@ impl Primary {
         let mut stuck = Vec::new();
         for (port, now) in &depths {
             let Some(before) = self.watch.before.get(port) else { continue };
-            // With one slot there is nobody to take its turns.
-            for (slot, queued) in now.queued.iter().filter(|_| now.queued.len() > 1) {
-                let Some((worker, w)) =
-                    self.workers.iter().find(|(_, w)| w.who.slot == *slot && w.admitted)
+            // With one seat there is nobody to take its turns.
+            for (seat, queued) in now.queued.iter().filter(|_| now.queued.len() > 1) {
+                let sits = |id: &WorkerId| self.ports.seat(*id) == Some(Seat(*seat));
+                let Some((worker, w)) = self.workers.iter().find(|(id, w)| w.admitted && sits(id))
                 else {
                     continue;
                 };
                 let pid = w.running.pid();
-                if !nothing_accepted(before, now, *slot, || is_stopped(pid)) {
+                if !nothing_accepted(before, now, *seat, || is_stopped(pid)) {
                     continue;
                 }
                 well.retain(|other| other != worker);
@@ -136,16 +136,17 @@ impl Primary {
         self.empty_queue(worker);
     }
 
-    /// Moves what waits in a slot whose worker is stuck.
+    /// Moves what waits for a worker that is stuck.
     fn empty_queue(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get(&worker) else { return };
-        let (who, slot) = (w.who, SlotId(w.who.slot));
-        if !self.ports.waits_aside(slot) {
+        let who = w.who;
+        let Some(seat) = self.ports.seat(worker) else { return };
+        if !self.ports.waits_aside(seat) {
             return;
         }
         let (pidfd, pid) = w.running.process();
         let ports = &mut self.ports;
-        let failures = polyfork_sys::steal::while_stopped(pidfd, pid, || ports.rescue_aside(slot));
+        let failures = polyfork_sys::steal::while_stopped(pidfd, pid, || ports.rescue_aside(seat));
         let failures = failures.unwrap_or_else(|error| vec![error.to_string()]);
         for failure in failures {
             let text = format!("cannot move what waits for it: {failure}");

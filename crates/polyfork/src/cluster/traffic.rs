@@ -29,7 +29,7 @@ impl Primary {
     /// Opens what workers of the sockets dialect will inherit.
     pub(crate) fn bind_pinned(&mut self, slots: u32) -> Result<(), StartError> {
         for slot in 1..=slots {
-            self.ports.add_slot(polyfork_core::SlotId(slot));
+            self.ports.make_seat(polyfork_core::Seat(slot));
         }
         for address in self.settings.listen.clone() {
             let id = self.ports.book.pin(pinned_key(&address));
@@ -47,7 +47,7 @@ impl Primary {
             return;
         }
         let Some(who) = self.workers.get(&worker).map(|w| w.who) else { return };
-        for id in self.ports.join_pinned(worker, polyfork_core::SlotId(who.slot)) {
+        for id in self.ports.join_pinned(worker) {
             let Some(port) = self.ports.get(id) else { continue };
             let (address, by) = (port.address.clone(), Arc::clone(&port.via));
             self.emit(Event::Listening { who, address, by });
