@@ -13,10 +13,10 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -141,12 +141,13 @@ pub(crate) fn receive_with(
 /// Takes over this process's inherited end of a channel, known by number from its environment. The descriptor
 /// becomes close-on-exec and non-blocking.
 ///
-/// Once per process: a number can be turned into an owner only once.
+/// Once per process: a number can be turned into an owner only once. Standard input, output and error are
+/// never owned: a channel there is moved to another number, and `/dev/null` takes its place.
 ///
 /// # Errors
 ///
 /// - `AlreadyExists`: some channel has been taken before.
-/// - `InvalidInput`: standard input, output or error, or no connected Unix stream socket.
+/// - `InvalidInput`: a negative number, or no connected Unix stream socket.
 /// - `EBADF`: nothing is open under this number.
 pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -154,9 +155,14 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
         let text = "the channel of this process has been taken already";
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
     }
-    if let Err(error) = check_inherited(fd) {
-        TAKEN.store(false, Ordering::Relaxed);
-        return Err(error);
+    let moved = check_inherited(fd).and_then(|()| vacate_standard(fd));
+    match moved {
+        Ok(None) => {}
+        Ok(Some(moved)) => return Ok(moved),
+        Err(error) => {
+            TAKEN.store(false, Ordering::Relaxed);
+            return Err(error);
+        }
     }
     // SAFETY: the number is open, as just seen. It was inherited over exec, so nothing in this process owns
     // it unless we made an owner before; the flag, which a success never clears, says that we did not.
@@ -164,7 +170,7 @@ pub fn take_inherited(fd: RawFd) -> io::Result<OwnedFd> {
 }
 
 fn check_inherited(fd: RawFd) -> io::Result<()> {
-    if fd <= libc::STDERR_FILENO {
+    if fd < 0 {
         let text = format!("descriptor {fd} cannot be a channel");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
@@ -184,6 +190,23 @@ fn check_inherited(fd: RawFd) -> io::Result<()> {
     set_nonblocking(inherited, true)?;
     rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::CLOEXEC)?;
     Ok(())
+}
+
+/// Moves a channel away from the place of a standard stream, which the whole process believes to be open.
+fn vacate_standard(fd: RawFd) -> io::Result<Option<OwnedFd>> {
+    if fd > libc::STDERR_FILENO {
+        return Ok(None);
+    }
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    // SAFETY: open, as its caller has seen, and standard streams have no owner that could close them.
+    let standard = unsafe { BorrowedFd::borrow_raw(fd) };
+    let moved = rustix::io::fcntl_dupfd_cloexec(standard, libc::STDERR_FILENO + 1)?;
+    // SAFETY: both numbers are open. What borrowed the standard stream finds another stream there, as after
+    // any redirection; the number itself stays open throughout. No close-on-exec: streams are inherited.
+    if unsafe { libc::dup2(null.as_raw_fd(), fd) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Some(moved))
 }
 
 /// What a descriptor stands for, as far as a receiver has to care.

@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`spawn`] | start a process: pidfd, exact descriptors, default signals, errors told |
 //! | [`channel`] | a stream socket pair that carries descriptors |
+//! | [`memory`], [`futex`] | memory that several processes see, and waiting in it |
 //! | [`steal`] | take back what a stuck process has not read from its channel |
 //! | [`reuseport`] | one port, a listening socket per slot, and the program that picks among them |
 //! | [`system`] | what the machine lets us use, who died beside our children |
@@ -20,6 +21,8 @@ compile_error!("polyfork needs 64-bit Linux: pidfds, close_range and reuse-port 
 
 pub mod channel;
 mod errno;
+pub mod futex;
+pub mod memory;
 pub mod note;
 pub mod reuseport;
 pub mod spawn;

@@ -44,6 +44,29 @@ pub(super) fn oom_kills(root: &Path) -> Option<u64> {
     [v2, v1].into_iter().flatten().find_map(|file| counter(&file, "oom_kill"))
 }
 
+/// The bytes that our groups, and those above them, still have room for, the least of all. What the kernel can
+/// take back (cached files) counts as room.
+pub(super) fn memory_room(root: &Path) -> Option<u64> {
+    let groups = Groups::read(root)?;
+    let v2 = groups.folders(None).filter_map(|folder| {
+        room_in(&folder, ["memory.max", "memory.current"], ["inactive_file", "active_file"])
+    });
+    let v1 = groups.folders(Some("memory")).filter_map(|folder| {
+        let files = ["memory.limit_in_bytes", "memory.usage_in_bytes"];
+        room_in(&folder, files, ["total_inactive_file", "total_active_file"])
+    });
+    v2.chain(v1).min()
+}
+
+fn room_in(folder: &Path, [limit, used]: [&str; 2], cached: [&str; 2]) -> Option<u64> {
+    let number = |name| fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+    // "max" is no number, and no limit.
+    let limit = number(limit)?;
+    let stat = folder.join("memory.stat");
+    let cached = cached.iter().filter_map(|key| counter(&stat, key)).sum();
+    Some(limit.saturating_sub(number(used)?.saturating_sub(cached)))
+}
+
 /// Our own group's folder in the unified hierarchy.
 pub(crate) fn own_unified_folder(root: &Path) -> Option<PathBuf> {
     Groups::read(root)?.folders(None).next()
@@ -170,6 +193,27 @@ mod tests {
     const V1_MOUNTS: &str = "\
         32 31 0:28 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
         33 31 0:29 / /sys/fs/cgroup/memory rw shared:10 - cgroup cgroup rw,memory\n";
+
+    #[test]
+    fn room_for_memory_is_the_least_of_all_groups() {
+        let here = machine(&[
+            ("proc/self/cgroup", "0::/a/b\n"),
+            ("proc/self/mountinfo", V2_MOUNT),
+            ("sys/fs/cgroup/a/b/memory.max", "max\n"),
+            ("sys/fs/cgroup/a/memory.max", "1000\n"),
+            ("sys/fs/cgroup/a/memory.current", "900\n"),
+            ("sys/fs/cgroup/a/memory.stat", "anon 1\nactive_file 300\ninactive_file 50\n"),
+        ]);
+        assert_eq!(memory_room(here.path()), Some(450));
+        let here = machine(&[
+            ("proc/self/cgroup", "4:memory:/a\n"),
+            ("proc/self/mountinfo", V1_MOUNTS),
+            ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "1000\n"),
+            ("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "2000\n"),
+        ]);
+        assert_eq!(memory_room(here.path()), Some(0));
+        assert_eq!(memory_room(machine(&[]).path()), None);
+    }
 
     fn machine(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();

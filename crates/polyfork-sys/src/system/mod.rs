@@ -72,6 +72,30 @@ pub fn oom_kills() -> Option<u64> {
     cgroup::oom_kills(Path::new("/"))
 }
 
+/// How many more bytes of memory this process can use by the books of the machine and of its control groups.
+///
+/// `None` where neither tells. A moment later it may be less: a reason to refuse, never a promise.
+pub fn available_memory() -> Option<u64> {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    });
+    [machine, cgroup::memory_room(Path::new("/"))].into_iter().flatten().min()
+}
+
+/// When a process started, in ticks of the machine's clock since it was booted; with the process id this names a process
+/// for ever. `None` when there is none, or it has ended and only its status is left.
+pub fn started_at(pid: Pid) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // The name in parentheses may contain anything.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X" | "x") {
+        return None;
+    }
+    // The state was field 3 of proc_pid_stat(5), the start is field 22.
+    fields.nth(18)?.parse().ok()
+}
+
 /// Resident memory of a process in bytes.
 ///
 /// # Errors
