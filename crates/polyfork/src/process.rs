@@ -69,7 +69,8 @@ pub enum ProcessError {
 
 /// The channel to this process's parent (Node: `process.send`, `process.on('message')`).
 ///
-/// Can be taken once. Must be called inside a tokio runtime with I/O and time enabled.
+/// Can be taken once. Must be called inside a tokio runtime with I/O and time enabled. When the channel is one of
+/// the standard streams (Node: `stdio: ['ipc']`), that stream is empty from then on.
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -119,11 +120,11 @@ impl Place {
         own_pid: u32,
     ) -> Result<Option<Place>, ProcessError> {
         if let Some(text) = own(&var, own_pid, FORK_FD) {
-            let fd = text.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd > 2);
+            let fd = text.to_str().and_then(|text| text.parse().ok()).filter(|fd| *fd >= 0);
             let fd = fd.ok_or_else(|| EnvError {
                 name: FORK_FD,
                 value: text.as_encoded_bytes().escape_ascii().to_string(),
-                why: "is not a descriptor from 3 on",
+                why: "is not the number of a descriptor",
             })?;
             return Ok(Some(Place { fd, encoding: Encoding::Native }));
         }
@@ -171,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_variable_that_makes_no_sense_is_shown() {
-        for text in ["", "x", "-1", "2", "99999999999"] {
+        for text in ["", "x", "-1", "99999999999"] {
             let error = read(&[(FORK_FD, text), (CHANNEL_PID, "77")]).unwrap_err().to_string();
             assert!(error.contains(FORK_FD) && error.contains(text), "{error}");
         }

@@ -32,6 +32,7 @@ const BACKLOG: i32 = 511;
 /// | [`TcpListener`](Self::TcpListener), [`UnixListener`](Self::UnixListener) | `net.Server` |
 /// | [`TcpStream`](Self::TcpStream), [`UnixStream`](Self::UnixStream) | `net.Socket` |
 /// | [`UdpSocket`](Self::UdpSocket) | `dgram.Socket` |
+/// | [`BoundTcp`](Self::BoundTcp) | `net.BoundSocket`; Node 25 and older end with an error |
 /// | [`File`](Self::File), [`Fd`](Self::Fd) | refused before anything is sent: Node would abort |
 #[derive(Debug)]
 #[non_exhaustive]
@@ -46,6 +47,10 @@ pub enum Handle {
     UnixStream(UnixStream),
     /// A UDP socket.
     UdpSocket(UdpSocket),
+    /// A TCP socket that has an address and neither listens nor is connected, for whoever gets it to decide.
+    /// Between two Rust programs it arrives as a [`TcpStream`](Self::TcpStream), since the system cannot tell
+    /// it from a connection that has ended.
+    BoundTcp(OwnedFd),
     /// A regular file. Between two Rust programs only.
     File(File),
     /// Anything else that has a descriptor. Between two Rust programs only.
@@ -76,6 +81,9 @@ impl Handle {
         let handle = Handle::look(fd);
         match handle {
             Handle::File(_) | Handle::Fd(_) => None,
+            Handle::TcpStream(stream) if *announced == HandleKind::NetBoundSocket => {
+                Some(Handle::BoundTcp(stream.into()))
+            }
             // Node listens again on what it receives as a server, so a bound socket may come as well.
             Handle::TcpStream(_) | Handle::UnixStream(_) if *announced == HandleKind::NetServer => {
                 let fd = OwnedFd::from(handle);
@@ -86,7 +94,7 @@ impl Handle {
     }
 
     /// Makes it fit for sending.
-    pub(super) fn prepare(&self) -> Result<(), SendError> {
+    pub(crate) fn prepare(&self) -> Result<(), SendError> {
         if matches!(self, Handle::File(_) | Handle::Fd(_)) {
             return Ok(());
         }
@@ -95,7 +103,7 @@ impl Handle {
     }
 
     /// The envelope a Node process wants for it.
-    pub(super) fn node_kind(&self) -> Result<(HandleKind, Option<DgramType>), SendError> {
+    pub(crate) fn node_kind(&self) -> Result<(HandleKind, Option<DgramType>), SendError> {
         let is = |wanted: FdKind| kind(self.as_fd()).is_ok_and(|found| found == wanted);
         let sound = match self {
             Handle::TcpListener(_) => is(FdKind::TcpListener),
@@ -103,6 +111,7 @@ impl Handle {
             Handle::UnixListener(_) => is(FdKind::UnixListener),
             Handle::UnixStream(_) => is(FdKind::UnixStream),
             Handle::UdpSocket(_) => is(FdKind::Udp),
+            Handle::BoundTcp(fd) => is(FdKind::TcpStream) && rustix::net::getpeername(fd).is_err(),
             Handle::File(_) => return Err(SendError::Handle("Node aborts on a file")),
             Handle::Fd(_) => return Err(SendError::Handle("Node takes only sockets")),
         };
@@ -116,6 +125,7 @@ impl Handle {
                 let family = if v6 { DgramType::Udp6 } else { DgramType::Udp4 };
                 (HandleKind::DgramSocket, Some(family))
             }
+            Handle::BoundTcp(_) => (HandleKind::NetBoundSocket, None),
             _ => (HandleKind::NetSocket, None),
         })
     }
@@ -129,6 +139,7 @@ impl AsFd for Handle {
             Handle::UnixListener(it) => it.as_fd(),
             Handle::UnixStream(it) => it.as_fd(),
             Handle::UdpSocket(it) => it.as_fd(),
+            Handle::BoundTcp(it) => it.as_fd(),
             Handle::File(it) => it.as_fd(),
             Handle::Fd(it) => it.as_fd(),
         }
@@ -144,7 +155,7 @@ impl From<Handle> for OwnedFd {
             Handle::UnixStream(it) => it.into(),
             Handle::UdpSocket(it) => it.into(),
             Handle::File(it) => it.into(),
-            Handle::Fd(it) => it,
+            Handle::BoundTcp(it) | Handle::Fd(it) => it,
         }
     }
 }

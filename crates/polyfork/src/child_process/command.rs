@@ -98,6 +98,8 @@ pub struct Command {
     pid_env: Option<OsString>,
     directory: Option<PathBuf>,
     slots: BTreeMap<u32, Slot>,
+    /// Where `fork` is to put the channel.
+    channel: Option<u32>,
     shell: Option<Shell>,
     session: bool,
     group: bool,
@@ -125,6 +127,7 @@ impl Command {
             pid_env: None,
             directory: None,
             slots: BTreeMap::new(),
+            channel: None,
             shell: None,
             session: false,
             group: false,
@@ -221,7 +224,13 @@ impl Command {
     /// What the child finds under descriptor number `slot`. Slots may be set in any order and with gaps; setting one
     /// again replaces it. Our end of a [`Stdio::Pipe`] beyond 2 is in [`Child::stdio`].
     pub fn stdio(&mut self, slot: u32, what: impl Into<Stdio>) -> &mut Self {
-        self.slots.insert(slot, Slot::Given(what.into()));
+        let what = what.into();
+        match (&what, self.channel) {
+            (Stdio::Channel, _) => self.channel = Some(slot),
+            (_, Some(channel)) if channel == slot => self.channel = None,
+            _ => {}
+        }
+        self.slots.insert(slot, Slot::Given(what));
         self
     }
 
@@ -365,6 +374,13 @@ impl Command {
         self.directory.as_deref()
     }
 
+    /// Puts the child's end of its channel where it was asked for, or else into slot `default`; gives the slot.
+    pub(super) fn place_channel(&mut self, theirs: OwnedFd, default: u32) -> u32 {
+        let slot = self.channel.unwrap_or(default);
+        self.slots.insert(slot, Slot::Given(Stdio::Fd(theirs)));
+        slot
+    }
+
     /// Fills a slot nobody has said anything about.
     pub(super) fn default_stdio(&mut self, slot: u32, what: Stdio) {
         self.slots.entry(slot).or_insert(Slot::Given(what));
@@ -400,6 +416,12 @@ impl Command {
         for (slot, what) in &self.slots {
             if matches!(what, Slot::Spent) {
                 let text = format!("stdio slot {slot}: its descriptor went to an earlier child");
+                return Err(self.invalid(text));
+            }
+            if matches!(what, Slot::Given(Stdio::Channel)) {
+                let text = format!(
+                    "stdio slot {slot}: only a forked program has a channel, and it has only one"
+                );
                 return Err(self.invalid(text));
             }
             if i32::try_from(*slot).is_err() {
@@ -550,7 +572,8 @@ impl Command {
             match what {
                 Stdio::Inherit => drop(sys.inherit_fd(number)),
                 Stdio::Ignore if number <= 2 => drop(sys.null(number)),
-                Stdio::Ignore => {}
+                // A channel was checked for before.
+                Stdio::Ignore | Stdio::Channel => {}
                 Stdio::Pipe => {
                     let theirs = ends.pipe(*slot).map_err(failed)?;
                     sys.fd(number, theirs);

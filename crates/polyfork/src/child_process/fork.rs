@@ -1,6 +1,6 @@
 //! A child with a channel: this executable in one of its entries, a Node script, or any program.
 //!
-//! Puts a socket into slot 3, says so in the environment, and starts the child as every other. The channel itself is
+//! Puts a socket into slot 3 or where it is wanted, says so in the environment, and starts the child as every other. The channel itself is
 //! in [`channel`](crate::channel), the child's end in [`process`](crate::process), entries in `entry`.
 //!
 //! The rule that surprises: when the process has ended, the channel takes what is still in the socket and ends, even
@@ -16,14 +16,16 @@ use std::path::{Path, PathBuf};
 use polyfork_wire::env as names;
 use tokio::io::Interest;
 
-use super::{Child, Command, SpawnError, Stdio};
+#[cfg(doc)]
+use super::Stdio;
+use super::{Child, Command, SpawnError};
 use crate::channel::{Channel, Encoding, Limits};
 use crate::cluster::process::POLYFORK_CHANNEL_PID;
 use crate::cluster::register::register;
 use crate::cluster::{DetectError, detect};
 use crate::process::FORK_FD;
 
-/// Where the channel is in the child, as Node's `fork` has it.
+/// Where the channel is in the child unless asked otherwise, as Node's `fork` has it.
 const CHANNEL_SLOT: u32 = 3;
 
 /// A child with a channel.
@@ -145,7 +147,8 @@ impl ForkNode {
     }
 
     /// Everything else that can be said about a child: environment, working directory, streams, time limit, abort.
-    /// Its program and arguments are not used, its slot 3 is the channel, and it must not have a shell.
+    /// Its program and arguments are not used, its slot 3 is the channel unless another one is
+    /// [`Stdio::Channel`], and it must not have a shell.
     pub fn command(&mut self) -> &mut Command {
         &mut self.command
     }
@@ -182,7 +185,7 @@ impl ForkNode {
 }
 
 /// Starts any program that speaks a channel: Node's, or ours by [`process::channel`](crate::process::channel). The
-/// channel is in slot 3.
+/// channel is in slot 3, or in the one that is [`Stdio::Channel`].
 ///
 /// ```no_run
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -200,7 +203,7 @@ pub fn fork_program(command: &mut Command, encoding: Encoding) -> Result<Forked,
     start(command, encoding, Limits::default())
 }
 
-/// Starts `command` with a channel in slot 3.
+/// Starts `command` with a channel.
 pub(super) fn start(
     command: &mut Command,
     encoding: Encoding,
@@ -225,14 +228,14 @@ fn tell(command: &mut Command, theirs: OwnedFd, encoding: Encoding) {
         Encoding::Advanced => Some("advanced"),
         Encoding::Native => None,
     };
-    command.stdio(CHANNEL_SLOT, Stdio::Fd(theirs));
+    let slot = command.place_channel(theirs, CHANNEL_SLOT);
     match mode {
         Some(mode) => {
-            command.env(names::NODE_CHANNEL_FD, CHANNEL_SLOT.to_string());
+            command.env(names::NODE_CHANNEL_FD, slot.to_string());
             command.env(names::NODE_CHANNEL_SERIALIZATION_MODE, mode);
         }
         None => {
-            command.env(FORK_FD, CHANNEL_SLOT.to_string());
+            command.env(FORK_FD, slot.to_string());
             command.pid_env(POLYFORK_CHANNEL_PID);
         }
     }

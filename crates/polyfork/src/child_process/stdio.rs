@@ -49,6 +49,9 @@ pub enum Stdio {
     Ignore,
     /// This descriptor, whatever it is. In slots 0 to 2 it is made blocking.
     Fd(OwnedFd),
+    /// The channel (Node: `'ipc'`), for [`fork_program`](super::fork_program) and its kin, once at most. Without it
+    /// the channel is in slot 3. A command that is not forked cannot have one.
+    Channel,
 }
 
 impl Stdio {
