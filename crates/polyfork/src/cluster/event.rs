@@ -294,7 +294,7 @@ impl fmt::Debug for Message {
 /// Why a value cannot travel.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("cannot encode the message: {0}")]
-pub struct EncodeError(String);
+pub struct EncodeError(pub(super) String);
 
 /// A subscription to the events of a cluster, from the moment it was made.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use polyfork_wire::ProtocolError;
 use polyfork_wire::limits::Limits;
 use polyfork_wire::native::{FrameDecoder, NativeOutbox, ToPrimary, ToWorker};
 use polyfork_wire::node::advanced::{self, Value};
-use polyfork_wire::node::cluster::{self, Flavour};
+use polyfork_wire::node::cluster::Flavour;
 use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::LineDecoder;
 use polyfork_wire::node::message::{self, Incoming};
@@ -28,11 +28,16 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::SendError;
-use super::primary::{FromIo, Outgoing};
+use super::outgoing::{Encoding, Outgoing, Refusal};
+use super::primary::FromIo;
 use crate::channel::socket::{Read, SHORTAGE_PAUSE, Socket, Write};
 
 /// Above this many bytes that wait in our own memory, `send` makes its caller wait.
 const HIGH_MARK_BYTES: usize = 256 * 1024;
+/// The same for handles, of which the system has few.
+const HIGH_MARK_HANDLES: usize = 64;
+/// How often a handle is sent again to a Node worker that says it came without its descriptor; Node does so as often.
+const RETRANSMISSIONS: u8 = 3;
 
 /// Read at most this much at once; Node does the same.
 const READ_BYTES: usize = 64 * 1024;
@@ -46,6 +51,20 @@ pub(crate) struct Passed {
     pub(crate) connection: Option<(ListenerId, u64)>,
     /// Node, for anything but a connection: the line it travels with, should it have to be sent again.
     pub(crate) line: Option<Arc<[u8]>>,
+    /// How often the worker has said that the line came without it.
+    pub(crate) refusals: u8,
+}
+
+impl Passed {
+    /// A descriptor that is not sent a second time.
+    pub(crate) fn once(fd: Arc<OwnedFd>, connection: Option<(ListenerId, u64)>) -> Passed {
+        Passed { fd, connection, line: None, refusals: 0 }
+    }
+
+    /// A descriptor that is sent again, with its line, until it has arrived.
+    pub(crate) fn with(fd: &Arc<OwnedFd>, line: &[u8]) -> Passed {
+        Passed { fd: Arc::clone(fd), connection: None, line: Some(line.into()), refusals: 0 }
+    }
 }
 
 impl AsFd for Passed {
@@ -166,20 +185,34 @@ impl Link {
         }
     }
 
-    /// Queues a message of the user.
-    pub(crate) fn push_user_message(&mut self, message: &Outgoing) -> Result<(), SendError> {
+    /// What messages of the user are written in.
+    pub(crate) fn encoding(&self) -> Option<Encoding> {
         match self {
-            Link::Node(link) if link.advanced => {
-                link.outbox.push(message.advanced.clone()?.to_vec());
-            }
+            Link::Node(link) => Some(link.encoding()),
+            Link::Native(_) => Some(Encoding::Postcard),
+            Link::None => None,
+        }
+    }
+
+    /// Queues a message of the user.
+    pub(crate) fn push_user_message(&mut self, message: &Outgoing) -> Result<(), Refusal> {
+        match self {
             Link::Node(link) => {
-                link.outbox.push(cluster::user_message(&message.json.clone()?));
+                let bytes = message.written_in(link.encoding())?;
+                match &message.handle {
+                    None => link.outbox.push(bytes.to_vec()),
+                    Some(fd) => link.outbox.push_handle(bytes.to_vec(), Passed::with(fd, bytes)),
+                }
+            }
+            Link::Native(_) if message.handle.is_some() => {
+                let text = "a worker built on this crate takes messages without handles only";
+                return Err(SendError::Handle(text).into());
             }
             Link::Native(link) => {
-                let bytes = message.postcard.clone()?.to_vec();
+                let bytes = message.written_in(Encoding::Postcard)?.to_vec();
                 link.outbox.push(&ToWorker::Message(bytes), Vec::new());
             }
-            Link::None => return Err(SendError::Disconnected),
+            Link::None => return Err(SendError::Disconnected.into()),
         }
         Ok(())
     }
@@ -205,7 +238,11 @@ impl Link {
 
     /// Whether a sender should wait before it sends more.
     pub(crate) fn is_full(&self) -> bool {
-        self.queued_bytes() > HIGH_MARK_BYTES
+        let handles = match self {
+            Link::Node(link) => link.outbox.queued_handles(),
+            Link::Native(_) | Link::None => 0,
+        };
+        self.queued_bytes() > HIGH_MARK_BYTES || handles > HIGH_MARK_HANDLES
     }
 
     /// Ends both tasks and lets go of the socket.
@@ -228,6 +265,10 @@ impl Link {
 }
 
 impl NodeLink {
+    fn encoding(&self) -> Encoding {
+        if self.advanced { Encoding::Advanced } else { Encoding::Json }
+    }
+
     /// A line of ours, as this peer wants it.
     fn said(&self, line: Vec<u8>) -> Vec<u8> {
         if self.advanced {
@@ -256,6 +297,14 @@ impl NodeLink {
         if !line.is_empty() {
             let passed = passed(&line);
             self.outbox.push_handle(line, passed);
+        }
+    }
+
+    /// A worker was out of descriptors when this came: it is sent again, within bounds.
+    pub(crate) fn say_again(&mut self, passed: Passed) {
+        if let Some(line) = passed.line.clone().filter(|_| passed.refusals < RETRANSMISSIONS) {
+            let refusals = passed.refusals + 1;
+            self.outbox.push_handle(line.to_vec(), Passed { refusals, ..passed });
         }
     }
 

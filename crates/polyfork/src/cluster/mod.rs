@@ -29,6 +29,7 @@ mod listener;
 mod native;
 mod node;
 mod notify;
+mod outgoing;
 mod ports;
 mod preload;
 mod primary;
@@ -64,7 +65,9 @@ use polyfork_core::WorkerId;
 use serde::Serialize;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
-use primary::{Command, Outgoing, Primary};
+use crate::channel::Handle;
+use outgoing::{Attached, Outgoing, Refusal, Spoken};
+use primary::{Answer, Command, Primary};
 
 /// Events kept for a subscriber that is behind.
 pub(crate) const EVENT_BUFFER: usize = 1024;
@@ -80,6 +83,7 @@ pub struct Cluster {
     events: broadcast::Sender<Event>,
     first: Arc<Mutex<Option<broadcast::Receiver<Event>>>>,
     outcome: watch::Receiver<Option<Outcome>>,
+    spoken: Arc<Spoken>,
 }
 
 /// A worker, named by its id (Node: `cluster.Worker`).
@@ -87,6 +91,7 @@ pub struct Cluster {
 pub struct WorkerHandle {
     id: u64,
     commands: mpsc::Sender<Command>,
+    spoken: Arc<Spoken>,
 }
 
 /// What a primary knows of one worker.
@@ -151,6 +156,9 @@ pub enum SendError {
         /// The limit.
         limit: usize,
     },
+    /// The worker has no use for such a handle, or would crash on it.
+    #[error("handle cannot be sent: {0}")]
+    Handle(&'static str),
     /// The cluster has ended.
     #[error("the cluster has ended")]
     Ended,
@@ -189,6 +197,7 @@ impl Cluster {
             detected.dialect = dialect;
         }
         let dialect = detected.dialect;
+        primary::check_pipes(&settings, dialect)?;
         let (settings, detected) = (Box::new(settings), Box::new(detected));
         let (reply, answer) = oneshot::channel();
         self.command(Command::Setup { settings, detected, reply }).await;
@@ -234,6 +243,7 @@ impl Cluster {
             events: started.events,
             first: Arc::new(Mutex::new(Some(started.first))),
             outcome,
+            spoken: started.spoken,
         })
     }
 
@@ -304,7 +314,7 @@ impl Cluster {
     /// A handle for the worker with this id (Node: `cluster.workers[id]`). Whether there is one shows when
     /// the handle is used.
     pub fn worker(&self, id: u64) -> WorkerHandle {
-        WorkerHandle { id, commands: self.commands.clone() }
+        WorkerHandle { id, commands: self.commands.clone(), spoken: Arc::clone(&self.spoken) }
     }
 
     /// All workers that have not ended.
@@ -319,10 +329,8 @@ impl Cluster {
     /// # Errors
     /// When the value cannot be encoded, or the cluster has ended. Workers without a channel are passed over.
     pub async fn broadcast<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
-        let message = Outgoing::new(value);
-        let (reply, answer) = oneshot::channel();
-        self.command(Command::Broadcast { message, reply }).await;
-        answer.await.unwrap_or(Err(SendError::Ended))
+        let broadcast = |message, reply| Command::Broadcast { message, reply };
+        say(&self.commands, &self.spoken, value, None, broadcast).await
     }
 
     pub(crate) async fn reap_strangers(&self) {
@@ -341,19 +349,54 @@ impl WorkerHandle {
         self.id
     }
 
-    /// Sends a message (Node: `worker.send()`), as JSON over Node's channel and as postcard to a worker built
-    /// on this crate. Waits while more than 256 KiB wait for the worker to read.
+    /// Sends a message (Node: `worker.send()`): over Node's channel as [`Settings::serialization`] says, to a worker
+    /// built on this crate as postcard. Waits while more than 256 KiB wait for the worker to read.
     ///
     /// # Errors
     /// [`SendError`]; the message has not been sent then.
     pub async fn send<T: Serialize + ?Sized>(&self, value: &T) -> Result<(), SendError> {
-        let message = Outgoing::new(value);
-        let (reply, answer) = oneshot::channel();
+        self.say(value, None).await
+    }
+
+    /// Sends a message with a handle to a Node worker (Node: `worker.send(message, handle)`). Our copy is closed
+    /// when the worker has it; keep a clone (`try_clone`) to go on using it.
+    ///
+    /// Connections that come to a server of the cluster need none of this: workers get them by themselves.
+    ///
+    /// # Errors
+    /// As [`WorkerHandle::send`]; [`SendError::Handle`] for what Node cannot take, and for workers built on this
+    /// crate, which ask for their listeners instead.
+    pub async fn send_with<T: Serialize + ?Sized>(
+        &self,
+        value: &T,
+        handle: impl Into<Handle>,
+    ) -> Result<(), SendError> {
+        self.say(value, Some(Attached::new(handle.into())?)).await
+    }
+
+    async fn say<T: Serialize + ?Sized>(
+        &self,
+        value: &T,
+        attached: Option<Attached>,
+    ) -> Result<(), SendError> {
         let to = WorkerId(self.id);
-        if self.commands.send(Command::Send { to, message, reply }).await.is_err() {
-            return Err(SendError::Ended);
-        }
-        answer.await.unwrap_or(Err(SendError::Ended))
+        let send = |message, reply| Command::Send { to, message, reply };
+        say(&self.commands, &self.spoken, value, attached, send).await
+    }
+
+    /// Our end of a pipe that [`Settings::pipe`] gave the worker under this number (Node: `worker.process.stdio[n]`),
+    /// once. Must be called inside the runtime that shall read it. Dropped with the worker if nobody takes it,
+    /// and with it what the worker wrote to it last: take it when [`Event::Fork`] is told.
+    ///
+    /// # Errors
+    /// Those of the event loop.
+    pub async fn take_pipe(&self, number: u32) -> io::Result<Option<tokio::net::UnixStream>> {
+        let (reply, answer) = oneshot::channel();
+        let of = WorkerId(self.id);
+        // A cluster that has ended has no pipes.
+        let _ = self.commands.send(Command::TakePipe { of, number, reply }).await;
+        let Some(pipe) = answer.await.ok().flatten() else { return Ok(None) };
+        tokio::net::UnixStream::from_std(pipe.into()).map(Some)
     }
 
     /// Asks the worker to finish what it serves and leave (Node: `worker.disconnect()`).
@@ -404,12 +447,26 @@ fn look_at(settings: &Settings) -> Result<Detected, StartError> {
     })
 }
 
-impl Outgoing {
-    fn new<T: Serialize + ?Sized>(value: &T) -> Self {
-        Outgoing {
-            json: Message::to_json(value).map(Into::into),
-            postcard: Message::postcard(value).map(Into::into),
-            advanced: Message::to_advanced(value).map(Into::into),
+/// Writes a message and gives it to the loop, again should it turn out that a worker speaks something new.
+async fn say<T: Serialize + ?Sized>(
+    commands: &mpsc::Sender<Command>,
+    spoken: &Spoken,
+    value: &T,
+    attached: Option<Attached>,
+    command: impl Fn(Outgoing, Answer) -> Command,
+) -> Result<(), SendError> {
+    loop {
+        let message = Outgoing::new(value, attached.as_ref(), spoken);
+        let (reply, answer) = oneshot::channel();
+        if commands.send(command(message, reply)).await.is_err() {
+            return Err(SendError::Ended);
+        }
+        match answer.await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(Refusal::Error(error))) => return Err(error),
+            // By now the new encoding is known.
+            Ok(Err(Refusal::NotEncoded)) => {}
+            Err(_) => return Err(SendError::Ended),
         }
     }
 }

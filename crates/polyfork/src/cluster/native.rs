@@ -127,7 +127,7 @@ impl Primary {
         };
         let handles = match port.socket_for(seat).map(|fd| fd.try_clone_to_owned()) {
             None => Vec::new(),
-            Some(Ok(copy)) => vec![Passed { fd: Arc::new(copy), connection: None, line: None }],
+            Some(Ok(copy)) => vec![Passed::once(Arc::new(copy), None)],
             Some(Err(error)) => {
                 let errno = error.raw_os_error().unwrap_or(libc::EMFILE);
                 self.push_frame(worker, &failed(errno, error.to_string()), Vec::new());
@@ -193,10 +193,8 @@ impl Primary {
         let (worker, listener, first_seq) = (first.worker, first.port, first.seq);
         let count = u32::try_from(run.len()).unwrap_or(u32::MAX);
         let frame = ToWorker::Connections { listener: listener.0, first_seq, count };
-        let handles = run
-            .into_iter()
-            .map(|d| Passed { fd: d.connection, connection: Some((d.port, d.seq)), line: None })
-            .collect();
+        let handles =
+            run.into_iter().map(|d| Passed::once(d.connection, Some((d.port, d.seq)))).collect();
         if let Some(link) = self.native_link(worker) {
             link.push(&frame, handles);
         }

@@ -192,11 +192,7 @@ impl Primary {
         };
         let line = wire::reply_shared(seq, sequence, &key, data.as_ref(), kind);
         if let Some(link) = self.node_link(worker) {
-            link.say_with(line, |line| Passed {
-                fd: copy,
-                connection: None,
-                line: Some(line.into()),
-            });
+            link.say_with(line, |line| Passed::with(&copy, line));
         }
         self.flush(worker);
     }
@@ -268,11 +264,7 @@ impl Primary {
         let Some(w) = self.workers.get_mut(&delivery.worker) else { return };
         w.calls.insert(sequence, (delivery.port, delivery.seq));
         if let Link::Node(link) = &mut w.running.link {
-            let passed = Passed {
-                fd: delivery.connection,
-                connection: Some((delivery.port, sequence)),
-                line: None,
-            };
+            let passed = Passed::once(delivery.connection, Some((delivery.port, sequence)));
             link.say_with(line, |_| passed);
         }
     }
@@ -298,12 +290,15 @@ impl Primary {
         let Some(link) = self.node_link(worker) else { return };
         match link.outbox.acknowledged(refused) {
             Ok(passed) => {
-                // A worker that is out of descriptors never saw the message: somebody else gets it.
+                // A worker that is out of descriptors never saw the message: somebody else gets the connection,
+                // and anything else is sent once more.
                 if let (true, Some((port, sequence))) = (refused, passed.connection)
                     && let Some((_, seq)) =
                         self.workers.get_mut(&worker).and_then(|w| w.calls.remove(&sequence))
                 {
                     self.connection_answered(worker, port, seq, false);
+                } else if let (true, Some(link)) = (refused, self.node_link(worker)) {
+                    link.say_again(passed);
                 }
                 self.flush(worker);
             }

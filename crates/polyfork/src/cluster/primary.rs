@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,8 +23,9 @@ use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
-use super::event::{EncodeError, Encoded, Event, Message, Notice, Outcome, Who};
+use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
 use super::link::Item;
+use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
@@ -69,22 +71,17 @@ pub(crate) enum Command {
     Fork { env: Vec<(OsString, OsString)>, reply: oneshot::Sender<Option<WorkerId>> },
     Disconnect(WorkerId),
     Kill(WorkerId, i32),
-    Send { to: WorkerId, message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
-    Broadcast { message: Outgoing, reply: oneshot::Sender<Result<(), SendError>> },
+    Send { to: WorkerId, message: Outgoing, reply: Answer },
+    Broadcast { message: Outgoing, reply: Answer },
+    TakePipe { of: WorkerId, number: u32, reply: oneshot::Sender<Option<OwnedFd>> },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
     Setup { settings: Box<Settings>, detected: Box<Detected>, reply: oneshot::Sender<bool> },
     Settings(oneshot::Sender<Settings>),
     ReapStrangers,
 }
 
-/// A message in every encoding it may be needed in.
-#[derive(Debug, Clone)]
-pub(crate) struct Outgoing {
-    // Each has its own limits, which matter to whom speaks it.
-    pub(crate) json: Result<Arc<str>, EncodeError>,
-    pub(crate) postcard: Result<Arc<[u8]>, EncodeError>,
-    pub(crate) advanced: Result<Arc<[u8]>, EncodeError>,
-}
+/// Whom to tell what became of a message.
+pub(crate) type Answer = oneshot::Sender<Result<(), Refusal>>;
 
 /// Things to do at a certain time.
 #[derive(Debug, Clone, Copy)]
@@ -132,7 +129,7 @@ pub(crate) struct Worker {
     /// Native: it said that it leaves, and is told that it may once nothing waits for it.
     pub(crate) wants_to_leave: bool,
     oom_kills: Option<u64>,
-    waiting_senders: VecDeque<oneshot::Sender<Result<(), SendError>>>,
+    waiting_senders: VecDeque<Answer>,
 }
 
 /// A fork that was asked for: its variables, and who waits for the worker's id.
@@ -159,6 +156,8 @@ pub(crate) struct Primary {
     sequence: u64,
     forking: VecDeque<Forking>,
     environment: Environment,
+    /// What messages have to be written in; shared with those who write them.
+    spoken: Arc<Spoken>,
     output: process::OutputTasks,
     ever_ready: bool,
     all_ready: bool,
@@ -177,6 +176,7 @@ pub(crate) struct Started {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) events: broadcast::Sender<Event>,
     pub(crate) first: broadcast::Receiver<Event>,
+    pub(crate) spoken: Arc<Spoken>,
     pub(crate) end: oneshot::Receiver<Outcome>,
 }
 
@@ -203,6 +203,7 @@ impl Primary {
                     .into(),
             ));
         }
+        check_pipes(&settings, detected.dialect)?;
         let (commands_tx, commands) = mpsc::channel(64);
         let (io, from_io) = mpsc::channel(512);
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
@@ -218,6 +219,8 @@ impl Primary {
             seed: process::random_seed(),
         };
         let environment = Environment::new(&settings, &detected);
+        let spoken = Arc::new(Spoken::default());
+        spoken.note(Encoding::of(detected.dialect, settings.serialization));
         let mut primary = Primary {
             ports: Ports::new(
                 settings.policy,
@@ -237,6 +240,7 @@ impl Primary {
             sequence: 0,
             forking: VecDeque::new(),
             environment,
+            spoken: Arc::clone(&spoken),
             output: process::OutputTasks::default(),
             ever_ready: false,
             all_ready: false,
@@ -253,7 +257,7 @@ impl Primary {
         primary.tell_setup();
         primary.bind_pinned(supervised)?;
         tokio::spawn(primary.run(end_tx));
-        Ok(Started { commands: commands_tx, events, first, end })
+        Ok(Started { commands: commands_tx, events, first, spoken, end })
     }
 
     fn tell_setup(&mut self) {
@@ -283,6 +287,7 @@ impl Primary {
             ..settings
         };
         self.environment = Environment::new(&self.settings, &detected);
+        self.spoken.note(Encoding::of(detected.dialect, self.settings.serialization));
         self.detected = detected;
         self.tell_setup();
         true
@@ -483,16 +488,14 @@ impl Primary {
             Command::Kill(worker, signal) => self.feed(Input::Kill { worker, signal }),
             Command::Send { to, message, reply } => self.send(to, &message, reply),
             Command::Broadcast { message, reply } => {
-                let everybody: Vec<_> = self.workers.keys().copied().collect();
-                let mut outcome = Ok(());
-                for worker in everybody {
-                    // One that is gone or has no channel is passed over.
-                    if let Err(error @ SendError::Encode(_)) = self.push_message(worker, &message) {
-                        outcome = Err(error);
-                    }
-                }
                 // The asker may have gone.
-                let _ = reply.send(outcome);
+                let _ = reply.send(self.push_to_all(&message));
+            }
+            Command::TakePipe { of, number, reply } => {
+                let worker = self.workers.get_mut(&of);
+                let pipe = worker.and_then(|w| w.running.pipes.remove(&number));
+                // The asker may have gone: the pipe is closed then.
+                let _ = reply.send(pipe);
             }
             Command::Setup { settings, detected, reply } => {
                 // The asker may have gone.
@@ -811,7 +814,7 @@ impl Primary {
         let (who, alive, leaving) = (w.who, w.status.is_none(), w.leaving);
         for waiting in w.waiting_senders.drain(..) {
             // The sender may have given up.
-            let _ = waiting.send(Err(SendError::Disconnected));
+            let _ = waiting.send(Err(SendError::Disconnected.into()));
         }
         self.emit(Event::Disconnect(who));
         // The channel of a worker that just ends closes a moment before its end is seen.
@@ -858,7 +861,7 @@ impl Primary {
                 w.running.link.close();
                 for waiting in w.waiting_senders.drain(..) {
                     // The sender may have given up.
-                    let _ = waiting.send(Err(SendError::Disconnected));
+                    let _ = waiting.send(Err(SendError::Disconnected.into()));
                 }
                 if !w.disconnected && self.detected.dialect != Dialect::Sockets {
                     self.emit(Event::Disconnect(w.who));
@@ -917,12 +920,7 @@ impl Primary {
 
     // ---- messages ----
 
-    fn send(
-        &mut self,
-        to: WorkerId,
-        message: &Outgoing,
-        reply: oneshot::Sender<Result<(), SendError>>,
-    ) {
+    fn send(&mut self, to: WorkerId, message: &Outgoing, reply: Answer) {
         let outcome = self.push_message(to, message);
         match self.workers.get_mut(&to) {
             Some(w) if outcome.is_ok() && w.running.link.is_full() => {
@@ -935,10 +933,31 @@ impl Primary {
         }
     }
 
-    fn push_message(&mut self, to: WorkerId, message: &Outgoing) -> Result<(), SendError> {
+    /// To everybody, or, when somebody speaks what it is not written in yet, to nobody.
+    fn push_to_all(&mut self, message: &Outgoing) -> Result<(), Refusal> {
+        for worker in self.workers.values() {
+            if let Some(encoding) = worker.running.link.encoding()
+                && !message.is_written_in(encoding)
+            {
+                return Err(Refusal::NotEncoded);
+            }
+        }
+        let everybody: Vec<_> = self.workers.keys().copied().collect();
+        let mut outcome = Ok(());
+        for worker in everybody {
+            // One that is gone or has no channel is passed over.
+            let pushed = self.push_message(worker, message);
+            if let Err(Refusal::Error(SendError::Encode(_))) = pushed {
+                outcome = pushed;
+            }
+        }
+        outcome
+    }
+
+    fn push_message(&mut self, to: WorkerId, message: &Outgoing) -> Result<(), Refusal> {
         let w = self.workers.get_mut(&to).ok_or(SendError::NoSuchWorker)?;
         if w.channel_ended || w.disconnected {
-            return Err(SendError::Disconnected);
+            return Err(SendError::Disconnected.into());
         }
         w.running.link.push_user_message(message)?;
         self.flush(to);
@@ -1114,6 +1133,18 @@ impl Primary {
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
             })
             .collect()
+    }
+}
+
+/// A worker's own pipes must not take the place of anything else.
+pub(crate) fn check_pipes(settings: &Settings, dialect: Dialect) -> Result<(), StartError> {
+    let first = process::first_free_number(dialect, settings.listen.len());
+    let wrong = |number: &&u32| **number < first || i32::try_from(**number).is_err();
+    match settings.pipes.iter().find(wrong) {
+        None => Ok(()),
+        Some(number) => Err(StartError::Settings(format!(
+            "a worker cannot have a pipe as descriptor {number}: choose from {first} on"
+        ))),
     }
 }
 

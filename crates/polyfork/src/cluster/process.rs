@@ -8,6 +8,7 @@
 //!
 //! References: Node `lib/internal/cluster/primary.js` (`createWorkerProcess`); sd_listen_fds(3), sd_notify(3).
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -137,6 +138,8 @@ pub(crate) struct Running {
     pub(crate) link: Link,
     /// Of the worker's end of its channel.
     pub(crate) cookie: Option<u64>,
+    /// Our ends of its further pipes that nobody has taken yet.
+    pub(crate) pipes: BTreeMap<u32, OwnedFd>,
     /// Present while the worker lives, for the dialects that use it.
     _notify: Option<NotifySocket>,
 }
@@ -198,6 +201,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         command.current_dir(directory);
     }
     let pipes = output_pipes(&mut command, &settings.output)?;
+    let further = further_pipes(&mut command, &settings.pipes)?;
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
@@ -240,7 +244,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     };
     tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
-    Ok(Running { pid: child.pid(), pidfd, link, cookie, _notify: notify })
+    Ok(Running { pid: child.pid(), pidfd, link, cookie, pipes: further, _notify: notify })
 }
 
 /// Our end of a worker's channel.
@@ -315,6 +319,30 @@ fn output_pipes(command: &mut Command, output: &Output) -> io::Result<Pipes> {
             command.fd(1, out_child).fd(2, err_child);
             Ok(Some((out, err)))
         }
+    }
+}
+
+/// The two-way pipes that the settings ask for, as Node makes them: our ends do not block.
+fn further_pipes(
+    command: &mut Command,
+    numbers: &BTreeSet<u32>,
+) -> io::Result<BTreeMap<u32, OwnedFd>> {
+    let mut ours = BTreeMap::new();
+    for number in numbers {
+        let (end, theirs) = polyfork_sys::channel::pair()?;
+        // Checked with the settings: it fits.
+        command.fd(i32::try_from(*number).unwrap_or(i32::MAX), theirs);
+        ours.insert(*number, end);
+    }
+    Ok(ours)
+}
+
+/// The first number that a worker's own pipes may have.
+pub(crate) fn first_free_number(dialect: Dialect, inherited: usize) -> u32 {
+    let first = u32::try_from(CHANNEL_FD).unwrap_or_default();
+    match dialect {
+        Dialect::Node | Dialect::Native => first + 1,
+        Dialect::Sockets => first.saturating_add(u32::try_from(inherited).unwrap_or(u32::MAX)),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Only data. Defaults are chosen here; what they lead to is decided in `polyfork-core` and carried out in
 //! `primary`. Names follow Node's `cluster.settings` where Node has one.
 
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::net::SocketAddr;
@@ -162,6 +163,7 @@ pub struct Settings {
     pub(crate) ack_limit: Duration,
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
+    pub(crate) pipes: BTreeSet<u32>,
     pub(crate) watchdog: Option<Duration>,
 }
 
@@ -190,6 +192,7 @@ impl Settings {
             ack_limit: Duration::from_secs(1),
             drain_preload: true,
             serialization: Serialization::default(),
+            pipes: BTreeSet::new(),
             watchdog: None,
         }
     }
@@ -318,6 +321,17 @@ impl Settings {
     #[must_use]
     pub fn output(mut self, output: Output) -> Self {
         self.output = output;
+        self
+    }
+
+    /// Gives every worker one more descriptor under this number: a two-way pipe (a Unix socket, as Node's), whose other
+    /// end is [`WorkerHandle::take_pipe`](super::WorkerHandle::take_pipe).
+    ///
+    /// The number must be free: from 4 on, for the sockets dialect behind what it inherits, which begins at 3. A
+    /// worker that fills a pipe which nobody reads waits.
+    #[must_use]
+    pub fn pipe(mut self, number: u32) -> Self {
+        self.pipes.insert(number);
         self
     }
 
