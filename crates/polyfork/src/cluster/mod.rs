@@ -291,6 +291,13 @@ impl Cluster {
         self.command(Command::RemoveOne).await;
     }
 
+    /// Starts a slot's worker anew and forgives the slot its past, which is also the way out for one that was given up.
+    /// The new worker starts at once; the old one, if there is one, finishes what it serves meanwhile. A slot that does
+    /// not exist is passed over. The events tell the rest.
+    pub async fn restart_slot(&self, slot: u32) {
+        self.command(Command::RestartSlot(slot)).await;
+    }
+
     /// Starts one more worker in a slot of its own, with these variables on top of its environment (Node:
     /// `cluster.fork(env)`). It is not replaced when it ends, unless the cluster is supervised.
     ///

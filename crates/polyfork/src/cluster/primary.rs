@@ -68,6 +68,7 @@ pub(crate) enum Command {
     Scale(u32),
     AddOne,
     RemoveOne,
+    RestartSlot(u32),
     Fork { env: Vec<(OsString, OsString)>, reply: oneshot::Sender<Option<WorkerId>> },
     Disconnect(WorkerId),
     Kill(WorkerId, i32),
@@ -476,6 +477,7 @@ impl Primary {
             Command::Scale(workers) => self.feed(Input::Scale { workers }),
             Command::AddOne => self.feed(Input::AddOne),
             Command::RemoveOne => self.feed(Input::RemoveOne),
+            Command::RestartSlot(slot) => self.feed(Input::Restart { slot: SlotId(slot) }),
             Command::Fork { env, reply } => {
                 self.forking.push_back((env, reply));
                 self.feed(Input::Fork);
