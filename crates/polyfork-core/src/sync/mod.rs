@@ -8,10 +8,18 @@
 //! Surprising: the configuration flags carry our name, because `--cfg loom` would change tokio as well.
 
 #[cfg(not(any(polyfork_loom, polyfork_shuttle)))]
-pub use std::sync::atomic;
+pub use std::sync::{Mutex, MutexGuard, atomic};
 
 #[cfg(polyfork_loom)]
-pub use loom::sync::atomic;
+pub use loom::sync::{Mutex, MutexGuard, atomic};
 
 #[cfg(polyfork_shuttle)]
-pub use shuttle::sync::atomic;
+pub use shuttle::sync::{Mutex, MutexGuard, atomic};
+
+pub mod pool;
+
+/// Takes a lock, also when a thread panicked while it held it: what we guard is consistent between any two statements
+/// that can panic, so one thread's panic is no reason for another's.
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
