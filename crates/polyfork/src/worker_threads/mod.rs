@@ -4,3 +4,7 @@
 //! it does not listen.
 //!
 //! Behaviour follows: Node `lib/internal/worker.js`, `src/node_messaging.cc`.
+
+pub mod pool;
+
+pub use pool::{Pool, PoolBuilder, Priority, Task, TaskError};
