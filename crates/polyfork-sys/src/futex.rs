@@ -9,7 +9,7 @@
 //!
 //! Behaviour follows: futex(2), futex(7), Linux `Documentation/userspace-api/futex2.rst`.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -32,11 +32,38 @@ pub enum Waited {
     Cancelled,
 }
 
+/// The words that the kernel can wait on.
+pub trait FutexWord: sealed::Sealed {
+    /// The same word, without a sign.
+    fn as_u32(&self) -> &AtomicU32;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::AtomicU32 {}
+    impl Sealed for super::AtomicI32 {}
+}
+
+impl FutexWord for AtomicU32 {
+    fn as_u32(&self) -> &AtomicU32 {
+        self
+    }
+}
+
+impl FutexWord for AtomicI32 {
+    fn as_u32(&self) -> &AtomicU32 {
+        // SAFETY: the pointer comes from a reference that lives as long as the result, both types have the size and
+        // alignment of 32 bits, and every access through either is atomic and of that width.
+        unsafe { AtomicU32::from_ptr(self.as_ptr().cast()) }
+    }
+}
+
 /// Waits while `word` is `expected`, at most for `limit`, until [`wake`] is called for it in any process that has
 /// the memory. The clock is the monotonic one.
 ///
 /// Comparing and going to sleep are one step: no wake-up that follows a change of the word is lost.
-pub fn wait(word: &AtomicU32, expected: u32, limit: Option<Duration>) -> Waited {
+pub fn wait(word: &impl FutexWord, expected: u32, limit: Option<Duration>) -> Waited {
+    let word = word.as_u32();
     let end = limit.map(|limit| Instant::now().checked_add(limit));
     loop {
         let left = match end {
@@ -59,12 +86,12 @@ pub fn wait(word: &AtomicU32, expected: u32, limit: Option<Duration>) -> Waited 
 }
 
 /// Wakes at most `most` waiters on `word`, in all processes; returns how many.
-pub fn wake(word: &AtomicU32, most: u32) -> usize {
+pub fn wake(word: &impl FutexWord, most: u32) -> usize {
     // The kernel takes a signed number, and wakes one for zero.
     if most == 0 {
         return 0;
     }
-    raw::wake(word, Flags::empty(), most.min(i32::MAX as u32)).unwrap_or(0)
+    raw::wake(word.as_u32(), Flags::empty(), most.min(i32::MAX as u32)).unwrap_or(0)
 }
 
 /// Calls off a [`wait_or_cancel`]. For this process alone.
@@ -95,11 +122,12 @@ impl Cancel {
 /// A wake-up that was meant for it is never swallowed: woken and called off at once counts as woken.
 /// Before Linux 5.16 being called off takes up to 20 ms.
 pub fn wait_or_cancel(
-    word: &AtomicU32,
+    word: &impl FutexWord,
     expected: u32,
     limit: Option<Duration>,
     cancel: &Cancel,
 ) -> Waited {
+    let word = word.as_u32();
     let end = limit.and_then(|limit| Instant::now().checked_add(limit));
     // The kernel tells the last of those that were woken.
     let waiters = [waiter(&cancel.0, 0, true), waiter(word, expected, false)];
@@ -110,14 +138,13 @@ pub fn wait_or_cancel(
             Ok(0) => return Waited::Cancelled,
             Ok(_) => return Waited::Woken,
             Err(Errno::AGAIN) => {
-                if word.load(Ordering::SeqCst) != expected {
-                    return Waited::NotEqual;
-                }
-                if cancel.is_cancelled() {
-                    return Waited::Cancelled;
-                }
-                // It had another value for a moment only.
-                return Waited::NotEqual;
+                // One of the two words was not as expected, if only for a moment.
+                let unchanged = word.load(Ordering::SeqCst) == expected;
+                return if unchanged && cancel.is_cancelled() {
+                    Waited::Cancelled
+                } else {
+                    Waited::NotEqual
+                };
             }
             Err(Errno::TIMEDOUT) => return Waited::TimedOut,
             Err(Errno::INTR) => {}

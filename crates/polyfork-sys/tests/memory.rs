@@ -39,7 +39,7 @@ fn good_seals() -> SealFlags {
 }
 
 fn refused(file: impl Into<OwnedFd>) -> String {
-    Memory::adopt(file.into(), LIMIT).unwrap_err().to_string()
+    Memory::adopt(file.into(), LIMIT).unwrap_err().0.to_string()
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn what_a_peer_announces_does_not_exceed_the_limit() {
     assert_eq!((theirs.len(), theirs.max_len()), (2 << 20, 2 << 20));
     assert!(matches!(
         Memory::adopt(copy(&memory), 1000),
-        Err(MemoryError::TooLong { length: 2_097_152, limit: 1000 })
+        Err((MemoryError::TooLong { length: 2_097_152, limit: 1000 }, _))
     ));
 }
 

@@ -15,4 +15,5 @@ pub mod channel;
 pub mod child_process;
 pub mod cluster;
 pub mod process;
+pub mod shared_memory;
 pub mod worker_threads;

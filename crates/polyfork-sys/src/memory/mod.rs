@@ -1,7 +1,7 @@
 //! Memory that several processes see: a sealed memfd, its space reserved, mapped shared.
 //!
 //! Makes it, takes over what another process made, grows it, and gives views of it as slices of atomics. What
-//! the words mean is the business of the callers; waiting on one is in [`crate::futex`], views in [`view`].
+//! the words mean is the business of the callers; waiting on one is in [`crate::futex`], views in `view`.
 //!
 //! # What another process can do, and what it cannot
 //!
@@ -133,7 +133,7 @@ impl Memory {
         let file = new_file()?;
         reserve_new(&file, length)?;
         seal(&file, ALWAYS.union(SealFlags::GROW))?;
-        Memory::map(file, length, length, false)
+        Memory::own(file, Shape { length, most: length, growable: false })
     }
 
     /// Makes memory that can [grow](Self::grow) up to `most` bytes, for which address space is set aside now.
@@ -149,7 +149,7 @@ impl Memory {
         reserve_new(&file, length)?;
         seal(&file, ALWAYS)?;
         file.seek(SeekFrom::Start(most as u64)).map_err(MemoryError::Create)?;
-        Memory::map(file, length, most, true)
+        Memory::own(file, Shape { length, most, growable: true })
     }
 
     /// Takes memory that another process made, if it is at most `limit` bytes, and can be trusted: a memfd that
@@ -160,43 +160,28 @@ impl Memory {
     /// # Errors
     ///
     /// [`MemoryError::Foreign`] for anything else; [`TooLong`](MemoryError::TooLong);
-    /// [`Map`](MemoryError::Map).
-    pub fn adopt(descriptor: OwnedFd, limit: usize) -> Result<Memory, MemoryError> {
-        let growable = check_foreign(descriptor.as_fd())?;
-        // Only now: before, it could have been shrunk again.
-        let mut file = File::from(descriptor);
-        let length = backed_length(&file)?;
-        if length > limit {
-            return Err(MemoryError::TooLong { length, limit });
+    /// [`Map`](MemoryError::Map). The descriptor is given back.
+    pub fn adopt(descriptor: OwnedFd, limit: usize) -> Result<Memory, (MemoryError, OwnedFd)> {
+        match Shape::of_foreign(descriptor.as_fd(), limit) {
+            Ok(shape) => Memory::map(descriptor.into(), shape),
+            Err(error) => Err((error, descriptor)),
         }
-        let most = if growable { announced_most(&mut file).clamp(length, limit) } else { length };
-        Memory::map(file, length, most, growable)
     }
 
-    fn map(file: File, length: usize, most: usize, growable: bool) -> Result<Memory, MemoryError> {
-        let failed = |source| MemoryError::Map { length: most, source };
-        let page = rustix::param::page_size();
-        let too_long = || failed(io::Error::from_raw_os_error(libc::ENOMEM));
-        // An empty one has an address too.
-        let mapped = most.max(1).checked_next_multiple_of(page).ok_or_else(too_long)?;
-        // SAFETY: a new mapping at a place the kernel chooses touches no memory that exists.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(failed(io::Error::last_os_error()));
+    fn own(file: File, shape: Shape) -> Result<Memory, MemoryError> {
+        Memory::map(file, shape).map_err(|(error, _)| error)
+    }
+
+    fn map(file: File, shape: Shape) -> Result<Memory, (MemoryError, OwnedFd)> {
+        let Shape { length, most, growable } = shape;
+        match map_shared(file.as_fd(), most) {
+            Ok((base, mapped)) => {
+                let length = AtomicUsize::new(length);
+                let claims = Claims::default();
+                Ok(Memory(Arc::new(Mapping { base, mapped, length, most, growable, file, claims })))
+            }
+            Err(source) => Err((MemoryError::Map { length: most, source }, file.into())),
         }
-        let base = NonNull::new(base.cast()).ok_or_else(too_long)?;
-        let length = AtomicUsize::new(length);
-        let claims = Claims::default();
-        Ok(Memory(Arc::new(Mapping { base, mapped, length, most, growable, file, claims })))
     }
 
     /// Its length in bytes. Of growable memory this asks the kernel, as any process may have grown it.
@@ -266,7 +251,7 @@ impl Mapping {
     /// Learns how long the file is now.
     fn look(&self) {
         // What does not exist as it should is not used: somebody made the file longer without pages.
-        if let Ok(length) = backed_length(&self.file) {
+        if let Ok(length) = backed_length(self.file.as_fd()) {
             self.length.fetch_max(length.min(self.most), Ordering::AcqRel);
         }
     }
@@ -295,6 +280,50 @@ impl std::fmt::Debug for Memory {
         }
         shown.finish_non_exhaustive()
     }
+}
+
+/// What there is to be mapped.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    length: usize,
+    most: usize,
+    growable: bool,
+}
+
+impl Shape {
+    fn of_foreign(descriptor: BorrowedFd<'_>, limit: usize) -> Result<Shape, MemoryError> {
+        let growable = check_foreign(descriptor)?;
+        // Only now: before, it could have been shrunk again.
+        let length = backed_length(descriptor)?;
+        if length > limit {
+            return Err(MemoryError::TooLong { length, limit });
+        }
+        let most = if growable { announced_most(descriptor).clamp(length, limit) } else { length };
+        Ok(Shape { length, most, growable })
+    }
+}
+
+/// Address space of at least `length` bytes onto the file: where it is, and how much.
+fn map_shared(file: BorrowedFd<'_>, length: usize) -> io::Result<(NonNull<u8>, usize)> {
+    let none = || io::Error::from_raw_os_error(libc::ENOMEM);
+    let page = rustix::param::page_size();
+    // An empty one has an address too.
+    let mapped = length.max(1).checked_next_multiple_of(page).ok_or_else(none)?;
+    // SAFETY: a new mapping at a place the kernel chooses touches no memory that exists.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            mapped,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((NonNull::new(base.cast()).ok_or_else(none)?, mapped))
 }
 
 fn new_file() -> Result<File, MemoryError> {
@@ -392,7 +421,7 @@ fn check_foreign(descriptor: BorrowedFd<'_>) -> Result<bool, MemoryError> {
 }
 
 /// The length of the file, if it has pages for all of it.
-fn backed_length(file: &File) -> Result<usize, MemoryError> {
+fn backed_length(file: BorrowedFd<'_>) -> Result<usize, MemoryError> {
     let stat = rustix::fs::fstat(file).map_err(|_| MemoryError::Foreign("it has no length"))?;
     let length = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
     if (stat.st_blocks as u64).saturating_mul(BLOCK_BYTES) < length {
@@ -402,7 +431,7 @@ fn backed_length(file: &File) -> Result<usize, MemoryError> {
 }
 
 /// What the maker says that it can grow to.
-fn announced_most(file: &mut File) -> usize {
-    let at = file.stream_position().unwrap_or(0);
+fn announced_most(file: BorrowedFd<'_>) -> usize {
+    let at = rustix::fs::tell(file).unwrap_or(0);
     usize::try_from(at).unwrap_or(usize::MAX)
 }

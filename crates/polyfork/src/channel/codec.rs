@@ -327,14 +327,14 @@ fn numbered(message: &UserMessage) -> Option<(Word, u64, UserMessage)> {
 /// A handle that is being sent. Our copy lives until the other end has it.
 #[derive(Debug)]
 pub(super) struct Passed {
-    fd: OwnedFd,
+    handle: Handle,
     /// The line it travels with, while it may have to be sent again, and how often.
     again: Option<(Vec<u8>, u8)>,
 }
 
 impl AsFd for Passed {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.handle.as_fd()
     }
 }
 
@@ -417,9 +417,9 @@ impl Outgoing {
     /// The other end received our oldest handle, or did not and it is sent again.
     pub(super) fn acknowledged(&mut self, nack: bool) -> Result<(), ProtocolError> {
         let Outgoing::Node { queue, .. } = self else { return Ok(()) };
-        let Passed { fd, again } = queue.acknowledged(nack)?;
+        let Passed { handle, again } = queue.acknowledged(nack)?;
         if let Some((line, left)) = again.filter(|(_, left)| nack && *left > 0) {
-            queue.push_handle(line.clone(), Passed { fd, again: Some((line, left - 1)) });
+            queue.push_handle(line.clone(), Passed { handle, again: Some((line, left - 1)) });
         }
         Ok(())
     }
@@ -498,8 +498,7 @@ fn push_native<T: Serialize + ?Sized>(
     for handle in &handles {
         handle.prepare()?;
     }
-    let handles =
-        handles.into_iter().map(|handle| Passed { fd: handle.into(), again: None }).collect();
+    let handles = handles.into_iter().map(|handle| Passed { handle, again: None }).collect();
     let pushed = queue.push_with(handles, most, |to| {
         match kind {
             Kind::Message => PortFrame::Message(&[]),
@@ -655,7 +654,7 @@ fn at_most_one(handles: Vec<Handle>) -> Result<Option<ForNode>, SendError> {
 
 fn push_handle(queue: &mut Outbox<Passed>, bytes: Vec<u8>, handle: Handle, kind: &HandleKind) {
     let again = (*kind == HandleKind::NetSocket).then(|| (bytes.clone(), RETRANSMISSIONS));
-    queue.push_handle(bytes, Passed { fd: handle.into(), again });
+    queue.push_handle(bytes, Passed { handle, again });
 }
 
 /// A line of our own in the encoding of the channel.

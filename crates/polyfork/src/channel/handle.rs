@@ -9,6 +9,7 @@
 //! Behaviour follows: Node `lib/internal/child_process.js` (`handleConversion`).
 
 use std::fs::File;
+use std::io;
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,6 +19,7 @@ use polyfork_wire::node::message::{DgramType, HandleKind};
 use rustix::net::{AddressFamily, sockopt};
 
 use super::SendError;
+use crate::shared_memory::{MOST_RECEIVED_BYTES, SharedArrayBuffer};
 
 /// How long the accept queue is of a socket that we make listen, as in Node.
 const BACKLOG: i32 = 511;
@@ -34,6 +36,7 @@ const BACKLOG: i32 = 511;
 /// | [`UdpSocket`](Self::UdpSocket) | `dgram.Socket` |
 /// | [`BoundTcp`](Self::BoundTcp) | `net.BoundSocket`; Node 25 and older end with an error |
 /// | [`File`](Self::File), [`Fd`](Self::Fd) | refused before anything is sent: Node would abort |
+/// | [`Memory`](Self::Memory) | refused before anything is sent: Node shares memory between threads only |
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Handle {
@@ -53,6 +56,10 @@ pub enum Handle {
     BoundTcp(OwnedFd),
     /// A regular file. Between two Rust programs only.
     File(File),
+    /// Memory that both processes have from then on. Between two Rust programs only. What comes is this only if
+    /// it is sealed as it must be and not longer than
+    /// [`MOST_RECEIVED_BYTES`](crate::shared_memory::MOST_RECEIVED_BYTES), else it is a [`File`](Self::File).
+    Memory(SharedArrayBuffer),
     /// Anything else that has a descriptor. Between two Rust programs only.
     Fd(OwnedFd),
 }
@@ -71,22 +78,46 @@ impl Handle {
             Ok(FdKind::UnixListener) => socket(fd, |fd| Handle::UnixListener(fd.into())),
             Ok(FdKind::UnixStream) => socket(fd, |fd| Handle::UnixStream(fd.into())),
             Ok(FdKind::Udp) => socket(fd, |fd| Handle::UdpSocket(fd.into())),
-            Ok(FdKind::File) => Handle::File(fd.into()),
+            Ok(FdKind::File) => Handle::look_at_file(fd),
             _ => Handle::Fd(fd),
         }
+    }
+
+    fn look_at_file(fd: OwnedFd) -> Handle {
+        match SharedArrayBuffer::adopt(fd, MOST_RECEIVED_BYTES) {
+            Ok(memory) => Handle::Memory(memory),
+            Err((_, fd)) => Handle::File(fd.into()),
+        }
+    }
+
+    /// Its descriptor.
+    ///
+    /// # Errors
+    /// Of [`Memory`](Self::Memory), which may be in use elsewhere, this is a copy: no descriptors left.
+    pub fn into_fd(self) -> io::Result<OwnedFd> {
+        Ok(match self {
+            Handle::TcpListener(it) => it.into(),
+            Handle::TcpStream(it) => it.into(),
+            Handle::UnixListener(it) => it.into(),
+            Handle::UnixStream(it) => it.into(),
+            Handle::UdpSocket(it) => it.into(),
+            Handle::File(it) => it.into(),
+            Handle::Memory(it) => it.as_fd().try_clone_to_owned()?,
+            Handle::BoundTcp(it) | Handle::Fd(it) => it,
+        })
     }
 
     /// What came from a Node process that announced this; `None`, and closed, for what Node does not send.
     pub(super) fn from_node(fd: OwnedFd, announced: &HandleKind) -> Option<Handle> {
         let handle = Handle::look(fd);
         match handle {
-            Handle::File(_) | Handle::Fd(_) => None,
+            Handle::File(_) | Handle::Memory(_) | Handle::Fd(_) => None,
             Handle::TcpStream(stream) if *announced == HandleKind::NetBoundSocket => {
                 Some(Handle::BoundTcp(stream.into()))
             }
             // Node listens again on what it receives as a server, so a bound socket may come as well.
             Handle::TcpStream(_) | Handle::UnixStream(_) if *announced == HandleKind::NetServer => {
-                let fd = OwnedFd::from(handle);
+                let fd = handle.into_fd().ok()?;
                 rustix::net::listen(&fd, BACKLOG).is_ok().then(|| Handle::look(fd))
             }
             handle => Some(handle),
@@ -95,7 +126,7 @@ impl Handle {
 
     /// Makes it fit for sending.
     pub(crate) fn prepare(&self) -> Result<(), SendError> {
-        if matches!(self, Handle::File(_) | Handle::Fd(_)) {
+        if matches!(self, Handle::File(_) | Handle::Memory(_) | Handle::Fd(_)) {
             return Ok(());
         }
         set_nonblocking(self.as_fd(), true)
@@ -113,6 +144,9 @@ impl Handle {
             Handle::UdpSocket(_) => is(FdKind::Udp),
             Handle::BoundTcp(fd) => is(FdKind::TcpStream) && rustix::net::getpeername(fd).is_err(),
             Handle::File(_) => return Err(SendError::Handle("Node aborts on a file")),
+            Handle::Memory(_) => {
+                return Err(SendError::Handle("Node shares memory between threads only"));
+            }
             Handle::Fd(_) => return Err(SendError::Handle("Node takes only sockets")),
         };
         if !sound {
@@ -141,21 +175,8 @@ impl AsFd for Handle {
             Handle::UdpSocket(it) => it.as_fd(),
             Handle::BoundTcp(it) => it.as_fd(),
             Handle::File(it) => it.as_fd(),
+            Handle::Memory(it) => it.as_fd(),
             Handle::Fd(it) => it.as_fd(),
-        }
-    }
-}
-
-impl From<Handle> for OwnedFd {
-    fn from(handle: Handle) -> OwnedFd {
-        match handle {
-            Handle::TcpListener(it) => it.into(),
-            Handle::TcpStream(it) => it.into(),
-            Handle::UnixListener(it) => it.into(),
-            Handle::UnixStream(it) => it.into(),
-            Handle::UdpSocket(it) => it.into(),
-            Handle::File(it) => it.into(),
-            Handle::BoundTcp(it) | Handle::Fd(it) => it,
         }
     }
 }
@@ -177,5 +198,6 @@ from! {
     UnixStream(UnixStream),
     UdpSocket(UdpSocket),
     File(File),
+    Memory(SharedArrayBuffer),
     Fd(OwnedFd),
 }

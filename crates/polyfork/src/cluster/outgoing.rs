@@ -100,7 +100,8 @@ impl Attached {
         };
         let (kind, family) = handle.node_kind().map_err(refused)?;
         handle.prepare().map_err(refused)?;
-        Ok(Attached { fd: Arc::new(handle.into()), kind, family })
+        let fd = handle.into_fd().map_err(|_| SendError::Handle("no descriptors are left"))?;
+        Ok(Attached { fd: Arc::new(fd), kind, family })
     }
 }
 
