@@ -12,7 +12,7 @@
 //!    +-----------+---------+-----------+-----------+-------------+----------------> Gone
 //! ```
 //!
-//! It only moves to the right, may skip states, and ends from any of them. Admit comes with Ready, Suspend when Ready (or
+//! (A reload puts Trial before Ready, see `reload`.) It only moves to the right, may skip states, and ends from any of them. Admit comes with Ready, Suspend when Ready (or
 //! what came before it) is left for anything but Gone; so a worker gets no connection before it is ready and none after it
 //! was told to stop.
 //!
@@ -44,12 +44,15 @@ use crate::time::Time;
 
 mod api;
 mod record;
+mod reload;
 
 pub use api::{
     Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, WorkerState,
     WorkerView,
 };
 use record::{Manner, Pending, Slot, Wait, Worker};
+use reload::Reload;
+pub use reload::{READY_LIMIT, ReloadFault, ReloadPlan};
 
 /// How long [`Input::Drained`] is waited for.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -91,6 +94,11 @@ pub struct Supervisor {
     ever_ready: bool,
     first_reason: Option<Reason>,
     last_reason: Option<Reason>,
+    /// What new slots begin with.
+    generation: u32,
+    /// The highest that was ever begun.
+    latest_generation: u32,
+    reload: Option<Reload>,
 }
 
 impl Supervisor {
@@ -108,6 +116,9 @@ impl Supervisor {
             ever_ready: false,
             first_reason: None,
             last_reason: None,
+            generation: 1,
+            latest_generation: 1,
+            reload: None,
         }
     }
 
@@ -121,6 +132,7 @@ impl Supervisor {
         }
         self.take(input, out);
         self.do_what_is_due(out);
+        self.advance_reload(out);
         self.settle(out);
     }
 
@@ -128,7 +140,7 @@ impl Supervisor {
     pub fn deadline(&self) -> Option<Time> {
         let workers = self.workers.values().filter_map(|worker| worker.deadline);
         let slots = self.slots.values().filter_map(|slot| slot.waiting.map(|wait| wait.until));
-        workers.chain(slots).min()
+        workers.chain(slots).chain(self.reload_deadline()).min()
     }
 
     /// What is known of a worker that is not gone.
@@ -200,6 +212,7 @@ impl Supervisor {
             | Input::AddOne
             | Input::RemoveOne
             | Input::Fork
+            | Input::Reload(_)
             | Input::Restart { .. } => self.wish(input, out),
         }
     }
@@ -218,6 +231,7 @@ impl Supervisor {
             Input::RemoveOne => self.scale(self.target() - 1, out),
             Input::Fork => self.fork(out),
             Input::Restart { slot } => self.restart(slot, out),
+            Input::Reload(plan) => self.begin_reload(plan),
             _ => {}
         }
     }
@@ -260,16 +274,20 @@ impl Supervisor {
 
     fn open_slot(&mut self, id: SlotId, counted: bool) {
         let leaving = self.slots.remove(&id).map(|slot| slot.leaving).unwrap_or_default();
-        let mut slot = Slot::new(id);
+        let mut slot = Slot::new(id, self.generation);
         slot.counted = counted;
         slot.supervised = counted && self.plan.supervise;
         slot.leaving = leaving;
         slot.waiting = Some(Wait { until: self.now, counts: false });
         self.slots.insert(id, slot);
+        if counted {
+            self.reload_adds(id);
+        }
     }
 
     /// Takes a slot out of the cluster; it disappears with its last worker.
     fn retire(&mut self, id: SlotId, out: &mut Vec<Action>) {
+        self.reload_drops(id, out);
         let Some(slot) = self.slots.get_mut(&id) else { return };
         slot.wanted = false;
         slot.waiting = None;
@@ -308,8 +326,9 @@ impl Supervisor {
             slot.history.restarted(&self.plan.restart, now);
         }
         slot.current = Some(worker);
-        self.workers.insert(worker, Worker::new(worker, id, now));
-        out.push(Action::Spawn { slot: id, worker, attempt: slot.history.attempt() });
+        let (generation, attempt) = (slot.generation, slot.history.attempt());
+        self.workers.insert(worker, Worker::new(worker, id, generation, now));
+        out.push(Action::Spawn { slot: id, worker, generation, attempt });
     }
 
     /// The slot has lost its current worker, so it was wanted: what now?
@@ -395,10 +414,12 @@ impl Supervisor {
 /// Workers: from Spawn to Gone.
 impl Supervisor {
     fn spawned(&mut self, id: WorkerId, out: &mut Vec<Action>) {
-        let deadline = self.plan.ready_timeout.and_then(|limit| self.now.after(limit));
+        let (now, limit) = (self.now, self.plan.ready_timeout);
         let Some(worker) = self.in_state(id, WorkerState::Spawning) else { return };
         worker.view.state = WorkerState::Starting;
-        worker.deadline = deadline;
+        // Somebody waits for a candidate.
+        let limit = if worker.view.candidate { limit.or(Some(READY_LIMIT)) } else { limit };
+        worker.deadline = limit.and_then(|limit| now.after(limit));
         let (pending, signal) = (worker.pending, worker.pending_signal.take());
         if let Some(signal) = signal {
             out.push(Action::Signal { worker: id, signal });
@@ -428,6 +449,11 @@ impl Supervisor {
         // The shell hears from a process before it has entered its start: enter it now.
         self.spawned(id, out);
         let Some(worker) = self.in_state(id, WorkerState::Starting) else { return };
+        if worker.view.candidate {
+            worker.view.state = WorkerState::Trial;
+            worker.deadline = None;
+            return;
+        }
         worker.view.state = WorkerState::Ready;
         worker.view.ready = Some(now);
         worker.deadline = None;
@@ -580,6 +606,7 @@ impl Supervisor {
         let reason = reason_of(&worker, exit, out_of_memory);
         self.first_reason.get_or_insert(reason);
         self.last_reason = Some(reason);
+        self.reload_lost(slot_id, id, reason);
         let was_current = self.forget(slot_id, id);
         let decision = if was_current {
             self.succession(slot_id, reason, worker.view.started, worker.served(self.now))
@@ -624,6 +651,7 @@ impl Supervisor {
             return;
         }
         self.phase = Phase::Stopping;
+        self.reload_stops();
         self.cancel_starts();
         for id in self.worker_ids() {
             self.ask_to_stop(id, Reason::Asked, Manner::Tell, true, out);
@@ -632,6 +660,7 @@ impl Supervisor {
 
     fn stop_now(&mut self, out: &mut Vec<Action>) {
         self.phase = Phase::Killing;
+        self.reload_stops();
         self.cancel_starts();
         for id in self.worker_ids() {
             if let Some(worker) = self.workers.get_mut(&id) {
@@ -680,7 +709,7 @@ impl Supervisor {
         let Some(worker) = self.workers.get_mut(&id) else { return };
         worker.deadline = None;
         match worker.view.state {
-            WorkerState::Spawning | WorkerState::Ready => {}
+            WorkerState::Spawning | WorkerState::Trial | WorkerState::Ready => {}
             WorkerState::Starting => self.unfit(id, Reason::NeverReady, out),
             WorkerState::Suspended => self.tell_stop(id, out),
             // It never served anybody, so nothing is cut: it was only too busy starting to listen to us.

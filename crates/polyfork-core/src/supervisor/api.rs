@@ -10,6 +10,8 @@ use crate::id::{SlotId, WorkerId};
 use crate::restart::RestartPolicy;
 use crate::time::Time;
 
+use super::reload::{ReloadFault, ReloadPlan};
+
 /// What a cluster is asked to be.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -218,6 +220,9 @@ pub enum Input {
         /// Which.
         slot: SlotId,
     },
+    /// Bring the next generation up and let it take over. Ignored while another reload is under way
+    /// ([`super::Supervisor::reloading`]) and without supervision.
+    Reload(ReloadPlan),
     /// Let every worker finish and leave. A second one means now.
     Stop,
     /// End every worker now.
@@ -235,6 +240,8 @@ pub enum Action {
         slot: SlotId,
         /// Under this name.
         worker: WorkerId,
+        /// With what this generation is started with.
+        generation: u32,
         /// 1 at first, one more for each restart since the slot last held a stable worker.
         attempt: u32,
     },
@@ -301,6 +308,29 @@ pub enum Action {
     SlotRetired {
         /// Which.
         slot: SlotId,
+    },
+    /// A batch of the new generation has taken over; the workers before it are being told to stop.
+    Switched {
+        /// The new generation.
+        generation: u32,
+        /// How many of its workers have taken over by now.
+        workers: u32,
+    },
+    /// A reload is done: every slot has a worker of the new generation, and the ones before are gone.
+    Reloaded {
+        /// The new generation, which later workers belong to.
+        generation: u32,
+        /// How many workers took over.
+        replaced: u32,
+    },
+    /// A reload ended early. Its candidates are being stopped; who served goes on serving.
+    ReloadFailed {
+        /// The generation that did not make it.
+        generation: u32,
+        /// How many of its workers have taken over and stay.
+        replaced: u32,
+        /// Why.
+        fault: ReloadFault,
     },
     /// Something people may want to read.
     Report(Report),
@@ -391,6 +421,8 @@ pub enum WorkerState {
     Spawning,
     /// The process runs and is not ready.
     Starting,
+    /// It is ready and belongs to a generation that has not taken over: it gets no connections yet.
+    Trial,
     /// It takes connections.
     Ready,
     /// It gets no new ones; those that wait for it are awaited.
@@ -410,6 +442,10 @@ pub struct WorkerView {
     pub id: WorkerId,
     /// Where it runs.
     pub slot: SlotId,
+    /// Which generation it belongs to, from 1.
+    pub generation: u32,
+    /// Whether it is to take over from another worker of its slot and has not yet.
+    pub candidate: bool,
     /// Where it is in its life.
     pub state: WorkerState,
     /// Whether its program connected to the channel.
@@ -451,6 +487,8 @@ pub struct SlotView<'a> {
     pub state: SlotState,
     /// The worker that takes connections here, or will.
     pub current: Option<WorkerId>,
+    /// The worker of the next generation, during a reload.
+    pub candidate: Option<WorkerId>,
     /// The ones that still finish, oldest first.
     pub leaving: &'a [WorkerId],
     /// Whether an ended worker is replaced here.

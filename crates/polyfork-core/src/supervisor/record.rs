@@ -44,10 +44,12 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(id: WorkerId, slot: SlotId, now: Time) -> Worker {
+    pub(super) fn new(id: WorkerId, slot: SlotId, generation: u32, now: Time) -> Worker {
         let view = WorkerView {
             id,
             slot,
+            generation,
+            candidate: false,
             state: WorkerState::Spawning,
             online: false,
             started: now,
@@ -103,6 +105,10 @@ pub(super) struct Slot {
     pub(super) counted: bool,
     pub(super) supervised: bool,
     pub(super) current: Option<WorkerId>,
+    /// The worker of the next generation, until it takes over.
+    pub(super) candidate: Option<WorkerId>,
+    /// What its next worker belongs to.
+    pub(super) generation: u32,
     /// Oldest first.
     pub(super) leaving: Vec<WorkerId>,
     pub(super) waiting: Option<Wait>,
@@ -120,13 +126,15 @@ pub(super) struct Wait {
 }
 
 impl Slot {
-    pub(super) fn new(id: SlotId) -> Slot {
+    pub(super) fn new(id: SlotId, generation: u32) -> Slot {
         Slot {
             id,
             wanted: true,
             counted: true,
             supervised: true,
             current: None,
+            candidate: None,
+            generation,
             leaving: Vec::new(),
             waiting: None,
             failed: false,
@@ -136,7 +144,10 @@ impl Slot {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.current.is_none() && self.leaving.is_empty() && self.waiting.is_none()
+        self.current.is_none()
+            && self.candidate.is_none()
+            && self.leaving.is_empty()
+            && self.waiting.is_none()
     }
 
     pub(super) fn view(&self, current: Option<WorkerState>) -> SlotView<'_> {
@@ -144,6 +155,7 @@ impl Slot {
             id: self.id,
             state: self.state(current),
             current: self.current,
+            candidate: self.candidate,
             leaving: &self.leaving,
             supervised: self.supervised,
             wanted: self.wanted,
@@ -154,7 +166,9 @@ impl Slot {
 
     fn state(&self, current: Option<WorkerState>) -> SlotState {
         match (current, self.waiting) {
-            (Some(WorkerState::Spawning | WorkerState::Starting), _) => SlotState::Starting,
+            (Some(WorkerState::Spawning | WorkerState::Starting | WorkerState::Trial), _) => {
+                SlotState::Starting
+            }
             (Some(WorkerState::Ready), _) => SlotState::Ready,
             (Some(_), _) => SlotState::Draining,
             (None, Some(wait)) => SlotState::Waiting { until: wait.until },

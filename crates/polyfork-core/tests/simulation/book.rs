@@ -27,6 +27,12 @@ pub(crate) struct Book {
     /// Slots whose next start is free: new ones, or asked for.
     forgiven: BTreeSet<SlotId>,
     failed: BTreeSet<SlotId>,
+    /// The generation that a slot has been switched to.
+    switched: BTreeMap<SlotId, u32>,
+    /// The generation of slots that are opened now.
+    generation: u32,
+    /// Workers of a generation that has not taken over.
+    candidates: BTreeMap<WorkerId, u32>,
     pub(crate) spawned: u64,
     pub(crate) gone: u64,
     pub(crate) stop_asked: bool,
@@ -35,7 +41,7 @@ pub(crate) struct Book {
 
 impl Book {
     pub(crate) fn new(plan: Plan) -> Book {
-        Book { plan, ..Book::default() }
+        Book { plan, generation: 1, ..Book::default() }
     }
 
     pub(crate) fn forgive(&mut self, slot: SlotId) {
@@ -70,8 +76,20 @@ impl Book {
     pub(crate) fn enter(&mut self, now: Time, action: &Action) {
         assert_eq!(self.finished, None, "{action:?} after the end");
         match *action {
-            Action::Spawn { slot, worker, attempt } => self.spawn(now, slot, worker, attempt),
+            Action::Spawn { slot, worker, generation, attempt } => {
+                self.spawn(now, slot, worker, generation, attempt);
+            }
+            Action::Switched { .. } => {}
+            Action::Reloaded { generation, .. } => {
+                assert!(generation > self.generation, "generation {generation} again");
+                self.candidates.clear();
+                self.generation = generation;
+                // What was switched by a reload that failed later is behind, too.
+                self.switched.retain(|_, of| *of >= generation);
+            }
+            Action::ReloadFailed { .. } => self.candidates.clear(),
             Action::Admit { worker } => {
+                self.take_over(worker);
                 let seen = self.process(worker);
                 assert!(seen.ready_said, "{worker} admitted before it was ready");
                 assert!(!seen.suspended, "{worker} admitted after Suspend");
@@ -110,6 +128,7 @@ impl Book {
             Action::SlotRetired { slot } => {
                 assert!(!self.alive.values().any(|(of, _)| *of == slot), "{slot} left a worker");
                 self.restarts.remove(&slot);
+                self.switched.remove(&slot);
                 self.forgive(slot);
             }
             Action::Report(_) => {}
@@ -117,14 +136,36 @@ impl Book {
         }
     }
 
-    fn spawn(&mut self, now: Time, slot: SlotId, worker: WorkerId, attempt: u32) {
+    /// Candidates that are none any more, though they did not take over: their slot was scaled away.
+    pub(crate) fn forget_candidates(&mut self, gone: impl Fn(WorkerId) -> bool) {
+        self.candidates.retain(|worker, _| !gone(*worker));
+    }
+
+    /// A candidate gets connections: the whole batch must have said that it is ready.
+    fn take_over(&mut self, worker: WorkerId) {
+        let Some(generation) = self.candidates.remove(&worker) else { return };
+        assert!(generation > self.generation, "{worker} of an old generation takes over");
+        let slot = self.alive.get(&worker).map(|(slot, _)| *slot).expect("it lives");
+        for other in self.candidates.keys() {
+            let ready = self.alive.get(other).is_some_and(|(_, seen)| seen.ready_said);
+            assert!(ready, "{worker} takes over while {other} is not ready");
+        }
+        self.switched.insert(slot, generation);
+        self.forgive(slot);
+    }
+
+    fn spawn(&mut self, now: Time, slot: SlotId, worker: WorkerId, generation: u32, attempt: u32) {
         assert!(!self.stop_asked, "{worker} started after Stop");
         assert!(attempt >= 1);
         assert!(worker.0 > self.last_worker, "{worker} used again");
-        assert!(!self.failed.contains(&slot), "{worker} started in failed {slot}");
         self.last_worker = worker.0;
         self.spawned += 1;
         self.alive.insert(worker, (slot, Seen::default()));
+        if generation > self.switched.get(&slot).copied().unwrap_or(self.generation) {
+            self.candidates.insert(worker, generation);
+            return;
+        }
+        assert!(!self.failed.contains(&slot), "{worker} started in failed {slot}");
         let first = !self.restarts.contains_key(&slot);
         let starts = self.restarts.entry(slot).or_default();
         if self.forgiven.remove(&slot) || first {
@@ -145,6 +186,7 @@ impl Book {
         let entry = self.alive.remove(&worker);
         let (of, _) = entry.unwrap_or_else(|| panic!("{worker} gone twice or never started"));
         assert_eq!(of, slot);
+        self.candidates.remove(&worker);
         assert!(will_restart.is_none() || !self.stop_asked, "{worker} to be restarted after Stop");
         self.gone += 1;
     }

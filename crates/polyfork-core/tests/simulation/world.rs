@@ -14,7 +14,8 @@ use std::time::Duration;
 use polyfork_core::restart::Jitter;
 use polyfork_core::{
     Action, Assignment, Exit, Handoff, HandoffConfig, HandoffFault, Input, Outcome, Plan, Reason,
-    RestartPolicy, SlotId, SlotState, Supervisor, Time, WorkerId, WorkerState,
+    ReloadFault, ReloadPlan, RestartPolicy, SlotId, SlotState, Supervisor, Time, WorkerId,
+    WorkerState,
 };
 
 use crate::book::Book;
@@ -35,6 +36,10 @@ pub(crate) struct Sums {
     pub(crate) slots_failed: u64,
     pub(crate) spawn_failures: u64,
     pub(crate) scaled: u64,
+    pub(crate) reloads: u64,
+    pub(crate) reloads_failed: u64,
+    pub(crate) reloads_stopped: u64,
+    pub(crate) switched: u64,
     pub(crate) clock_jumps: u64,
     pub(crate) calms: u64,
     pub(crate) offered: u64,
@@ -175,6 +180,10 @@ impl Life {
             11 if self.one_in(8) => Input::Stop,
             12 if self.one_in(8) => Input::StopNow,
             13 => Input::Unfit { worker, reason: Reason::Watchdog },
+            14 | 15 => {
+                let (at_a_time, probation) = (self.draw(4) as u32, self.draw(1500));
+                Input::Reload(ReloadPlan { at_a_time, probation: Duration::from_millis(probation) })
+            }
             _ => Input::Start,
         };
         self.sums.scaled += u64::from(matches!(input, Input::Scale { .. }));
@@ -522,6 +531,11 @@ impl Life {
         }
         let mut out = Vec::new();
         self.supervisor.handle(self.clock, input, &mut out);
+        let supervisor = &self.supervisor;
+        self.book.forget_candidates(|worker| {
+            let view = supervisor.worker(worker);
+            view.is_none_or(|view| !view.candidate && view.state != WorkerState::Ready)
+        });
         for action in out {
             self.book.enter(self.told, &action);
             self.obey(action);
@@ -555,6 +569,15 @@ impl Life {
                 self.suspended.retain(|id| *id != worker);
                 assert_eq!(self.handoff.in_flight(worker), 0, "connections with the dead");
             }
+            Action::Switched { .. } => self.sums.switched += 1,
+            Action::Reloaded { generation, .. } => {
+                self.sums.reloads += 1;
+                self.everybody_is_of(generation);
+            }
+            Action::ReloadFailed { fault: ReloadFault::Stopping, .. } => {
+                self.sums.reloads_stopped += 1;
+            }
+            Action::ReloadFailed { .. } => self.sums.reloads_failed += 1,
             Action::SlotFailed { .. } => self.sums.slots_failed += 1,
             Action::Finished { outcome } => match outcome {
                 Outcome::Stopped => {}
@@ -567,6 +590,19 @@ impl Life {
 
     fn with(&mut self, worker: WorkerId, change: impl FnOnce(&mut Process)) {
         change(self.processes.get_mut(&worker).expect("only processes that run are acted upon"));
+    }
+
+    /// After a reload nobody of an earlier generation serves, but those that no reload is for.
+    fn everybody_is_of(&self, generation: u32) {
+        let left = self.supervisor.workers().find(|worker| worker.candidate);
+        assert!(
+            left.is_none() || self.supervisor.reloading().is_some(),
+            "still on trial: {left:?}"
+        );
+        for worker in self.supervisor.live_workers() {
+            let counted = self.supervisor.slot(worker.slot).is_some_and(|slot| slot.supervised);
+            assert!(!counted || worker.generation == generation, "left behind: {worker:?}");
+        }
     }
 
     // What must hold at any time.
@@ -624,7 +660,7 @@ impl Life {
     fn check_memory(&mut self) {
         let processes = self.supervisor.workers().count();
         let slots = self.supervisor.slots().count();
-        assert!(processes <= slots * 17, "{processes} workers in {slots} slots");
+        assert!(processes <= slots * 18, "{processes} workers in {slots} slots");
         self.sums.most_processes = self.sums.most_processes.max(processes as u64);
         // What came back from the dead comes on top of the queue: never more than was once under way.
         let under_way = self.sums.most_processes as usize * HandoffConfig::MAX_WINDOW;
@@ -707,7 +743,9 @@ impl Life {
         let slots = self.supervisor.slots().all(|s| settled(s.state) && s.leaving.is_empty());
         let counters = self.handoff.counters();
         let nobody = self.supervisor.live_workers().next().is_none();
-        slots && (nobody || counters.queued + counters.in_flight == 0)
+        slots
+            && self.supervisor.reloading().is_none()
+            && (nobody || counters.queued + counters.in_flight == 0)
     }
 
     /// Stop always comes to an end, however the processes behave.
@@ -776,6 +814,10 @@ impl Life {
         sums.slots_failed += mine.slots_failed;
         sums.spawn_failures += mine.spawn_failures;
         sums.scaled += mine.scaled;
+        sums.reloads += mine.reloads;
+        sums.reloads_failed += mine.reloads_failed;
+        sums.reloads_stopped += mine.reloads_stopped;
+        sums.switched += mine.switched;
         sums.clock_jumps += mine.clock_jumps;
         sums.calms += mine.calms;
         sums.offered += counters.offered;
