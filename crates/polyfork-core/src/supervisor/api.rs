@@ -491,6 +491,8 @@ pub struct SlotView<'a> {
     pub candidate: Option<WorkerId>,
     /// The ones that still finish, oldest first.
     pub leaving: &'a [WorkerId],
+    /// What its next worker belongs to.
+    pub generation: u32,
     /// Whether an ended worker is replaced here.
     pub supervised: bool,
     /// Whether the slot is part of the cluster; when not, it goes with its last worker.

@@ -157,6 +157,7 @@ impl Slot {
             current: self.current,
             candidate: self.candidate,
             leaving: &self.leaving,
+            generation: self.generation,
             supervised: self.supervised,
             wanted: self.wanted,
             restarts: self.history.total(),

@@ -72,6 +72,11 @@ impl Supervisor {
         self.reload.as_ref().map(|reload| reload.generation)
     }
 
+    /// The number of the generation that the next reload brings up.
+    pub fn next_generation(&self) -> u32 {
+        self.latest_generation + 1
+    }
+
     /// When a reload goes on by itself.
     pub(super) fn reload_deadline(&self) -> Option<Time> {
         self.reload.as_ref()?.until

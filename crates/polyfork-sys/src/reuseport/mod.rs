@@ -338,6 +338,15 @@ impl Group {
         queue_depth(self.member(slot)?.socket.as_fd())
     }
 
+    /// Connections that the kernel turned away because this slot's queue was full, since the slot was added.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`: no such slot.
+    pub fn dropped(&self, slot: u32) -> io::Result<u64> {
+        dropped(self.member(slot)?.socket.as_fd())
+    }
+
     /// Moves what waits in the queue of a slot that is not live to the queues of live ones.
     ///
     /// The slot's socket listens again afterwards, as the same socket: a worker's copy stays good. A
@@ -541,6 +550,26 @@ pub fn queue_depth(listener: BorrowedFd<'_>) -> io::Result<u32> {
     let info = unsafe { info.assume_init() };
     // For a listening socket the kernel reports its queue here (`tcp_get_info`, `sk_ack_backlog`).
     Ok(info.tcpi_unacked)
+}
+
+/// Connections that the kernel turned away on a listening socket because its queue was full, since it exists.
+///
+/// # Errors
+///
+/// Those of getsockopt(2).
+pub fn dropped(listener: BorrowedFd<'_>) -> io::Result<u64> {
+    // `SK_MEMINFO_DROPS` of linux/sock_diag.h.
+    const DROPS: usize = 8;
+    let mut counts = [0u32; DROPS + 1];
+    let mut length = size_of_val(&counts) as libc::socklen_t;
+    let (fd, place) = (listener.as_raw_fd(), counts.as_mut_ptr().cast());
+    // SAFETY: `place` has room for `length` bytes, and the kernel writes no more than that.
+    let result =
+        unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, place, &raw mut length) };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(u64::from(counts[DROPS]))
 }
 
 /// Sets an option of the socket level.

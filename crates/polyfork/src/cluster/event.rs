@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast;
 
+use super::reload::{ReloadError, ReloadReport};
 use super::settings::{Address, Dialect, Policy};
 
 /// Something that happened in a cluster.
@@ -116,6 +117,27 @@ pub enum Event {
         who: Who,
         /// The text, as the worker sent it.
         text: String,
+    },
+    /// A reload began: a new generation is being started.
+    Reloading {
+        /// Its number.
+        generation: u32,
+    },
+    /// New workers have taken over; the ones before are told to stop.
+    Switched {
+        /// The new generation.
+        generation: u32,
+        /// How many of its workers have taken over by now.
+        workers: u32,
+    },
+    /// A reload is done, and what it cost.
+    Reloaded(ReloadReport),
+    /// A reload ended early; workers that served go on serving.
+    ReloadFailed {
+        /// The generation that did not make it.
+        generation: u32,
+        /// Why.
+        error: ReloadError,
     },
     /// Something a person should know.
     Notice(Notice),

@@ -35,6 +35,7 @@ mod preload;
 mod primary;
 pub(crate) mod process;
 pub(crate) mod register;
+mod reload;
 mod settings;
 mod signals;
 mod stuck;
@@ -50,6 +51,7 @@ pub use listener::RemoteAddr;
 pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
+pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
     Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
     Serialization, Settings, Stream, default_workers, usable_cpus,
@@ -106,6 +108,8 @@ pub struct WorkerStatus {
     pub pid: u32,
     /// `starting`, `online`, `ready` or `draining`.
     pub state: &'static str,
+    /// How many reloads there had been when it was started, plus one.
+    pub generation: u32,
     /// Time since the process was started.
     pub uptime: Duration,
     /// Whether its channel is open (Node: `worker.isConnected()`).
@@ -296,6 +300,42 @@ impl Cluster {
     /// not exist is passed over. The events tell the rest.
     pub async fn restart_slot(&self, slot: u32) {
         self.command(Command::RestartSlot(slot)).await;
+    }
+
+    /// Brings up a new generation of workers beside the present one and lets it take over: what was changed in the
+    /// program takes effect, and so do [`ReloadOptions::settings`]. The listening sockets stay. Returns when the last
+    /// worker of the old generation is gone, which may take the grace period; the future may be dropped before, the
+    /// reload goes on.
+    ///
+    /// New workers get connections when all of them (or a batch, see [`ReloadOptions::at_a_time`]) are ready and have
+    /// stayed so for the probation. On a socket that all workers share (UDP, [`Policy::Shared`], a program that
+    /// binds for itself) nobody can keep them from taking something earlier.
+    ///
+    /// # Errors
+    /// [`ReloadError`]. Whatever fails, workers that serve go on serving.
+    ///
+    /// ```no_run
+    /// # async fn example(cluster: polyfork::cluster::Cluster) -> Result<(), polyfork::cluster::ReloadError> {
+    /// use polyfork::cluster::ReloadOptions;
+    ///
+    /// let report = cluster.reload(ReloadOptions::new()).await?;
+    /// assert_eq!((report.refused, report.reset), (0, 0));
+    /// # Ok(()) }
+    /// ```
+    pub async fn reload(&self, options: ReloadOptions) -> Result<ReloadReport, ReloadError> {
+        let detected = match &options.settings {
+            None => None,
+            Some(settings) => {
+                let look = look_at(settings).map_err(|e| ReloadError::Settings(e.to_string()))?;
+                let dialect = settings.dialect.unwrap_or(look.dialect);
+                primary::check_pipes(settings, dialect)
+                    .map_err(|e| ReloadError::Settings(e.to_string()))?;
+                Some(Box::new(Detected { dialect, ..look }))
+            }
+        };
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Reload { options: Box::new(options), detected, reply }).await;
+        answer.await.unwrap_or(Err(ReloadError::Ended))
     }
 
     /// Starts one more worker in a slot of its own, with these variables on top of its environment (Node:

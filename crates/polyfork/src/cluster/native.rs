@@ -18,7 +18,7 @@ use super::event::{Encoded, Event};
 use super::link::{Link, NativeLink, Passed};
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::Primary;
-use super::settings::{Address, Ready};
+use super::settings::Address;
 
 impl Primary {
     pub(crate) fn on_native(&mut self, worker: WorkerId, message: ToPrimary) {
@@ -150,7 +150,7 @@ impl Primary {
         let (Some(w), Some(port)) = (self.workers.get(&worker), self.ports.get(id)) else { return };
         let (who, address, by) = (w.who, port.address.clone(), Arc::clone(&port.via));
         self.emit(Event::Listening { who, address, by });
-        if matches!(self.settings.ready, Ready::Auto | Ready::Listening) {
+        if self.is_ready_by_listening(worker) {
             self.became_ready(worker);
         }
         self.refresh_ports();

@@ -24,7 +24,7 @@ use super::event::{Encoded, Event};
 use super::link::{Link, NodeLink, Passed};
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::Primary;
-use super::settings::{Address, Ready};
+use super::settings::Address;
 
 /// libuv's flags in a request.
 const UV_TCP_IPV6ONLY: u32 = 1;
@@ -225,7 +225,7 @@ impl Primary {
             self.ports.book.listening(worker, id);
         }
         self.emit(Event::Listening { who, address, by });
-        if matches!(self.settings.ready, Ready::Auto | Ready::Listening) {
+        if self.is_ready_by_listening(worker) {
             self.became_ready(worker);
         }
         self.refresh_ports();

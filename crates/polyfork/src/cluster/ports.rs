@@ -164,6 +164,10 @@ pub(crate) struct Ports {
     policy: Policy,
     mechanism: Mechanism,
     by_hand: bool,
+    /// Connections that were lost because their socket was closed and nobody could take them.
+    pub(crate) reset: u64,
+    /// What sockets that are closed by now had refused.
+    refused_before: u64,
 }
 
 impl Ports {
@@ -371,6 +375,32 @@ impl Ports {
         self.open.remove(&id).map(|port| port.address)
     }
 
+    /// Connections that the kernel turned away so far because a queue was full.
+    pub(crate) fn refused(&self) -> u64 {
+        let dropped = |fd: BorrowedFd<'_>| reuseport::dropped(fd).unwrap_or(0);
+        let of = |port: &Port| match &port.kind {
+            Kind::Slots { group, .. } => {
+                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
+            }
+            Kind::Shared(fd) => dropped(fd.as_fd()),
+            Kind::SharedUnix(_) => 0,
+            Kind::Turns(turns) => dropped(turns.socket.get_ref().as_fd()),
+        };
+        self.refused_before + self.open.values().map(of).sum::<u64>()
+    }
+
+    /// How many wait in the queue of each seat.
+    pub(crate) fn queues(&self) -> Vec<((ListenerId, Seat), u32)> {
+        let mut queues = Vec::new();
+        for (id, port) in &self.open {
+            if let Kind::Slots { group, .. } = &port.kind {
+                let depth = |seat: u32| Some(((*id, Seat(seat)), group.queue_depth(seat).ok()?));
+                queues.extend(group.slots().filter_map(depth));
+            }
+        }
+        queues
+    }
+
     // ---- stuck workers ----
 
     /// What waits in the live slots of every port that counts its turns.
@@ -500,6 +530,12 @@ impl Ports {
                     && group.selection() == Selection::Classic
                 {
                     strand(group, &[seat.0], now, stranded);
+                }
+                if let Kind::Slots { group, .. } = &port.kind {
+                    self.refused_before += group.dropped(seat.0).unwrap_or(0);
+                    if group.live().is_empty() || group.selection() == Selection::Classic {
+                        self.reset += u64::from(group.queue_depth(seat.0).unwrap_or(0));
+                    }
                 }
             }
             failures.extend(self.each_group(|group| group.remove_slot(seat.0), seat, "remove"));

@@ -28,6 +28,7 @@ use super::link::Item;
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
+use super::reload::{self, Launch, ReloadOptions, Reloading};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
 use super::stuck::Watch;
 use super::{SendError, StartError, WorkerStatus};
@@ -69,15 +70,38 @@ pub(crate) enum Command {
     AddOne,
     RemoveOne,
     RestartSlot(u32),
-    Fork { env: Vec<(OsString, OsString)>, reply: oneshot::Sender<Option<WorkerId>> },
+    Fork {
+        env: Vec<(OsString, OsString)>,
+        reply: oneshot::Sender<Option<WorkerId>>,
+    },
     Disconnect(WorkerId),
     Kill(WorkerId, i32),
-    Send { to: WorkerId, message: Outgoing, reply: Answer },
-    Broadcast { message: Outgoing, reply: Answer },
-    TakePipe { of: WorkerId, number: u32, reply: oneshot::Sender<Option<OwnedFd>> },
+    Send {
+        to: WorkerId,
+        message: Outgoing,
+        reply: Answer,
+    },
+    Broadcast {
+        message: Outgoing,
+        reply: Answer,
+    },
+    TakePipe {
+        of: WorkerId,
+        number: u32,
+        reply: oneshot::Sender<Option<OwnedFd>>,
+    },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
-    Setup { settings: Box<Settings>, detected: Box<Detected>, reply: oneshot::Sender<bool> },
+    Setup {
+        settings: Box<Settings>,
+        detected: Box<Detected>,
+        reply: oneshot::Sender<bool>,
+    },
     Settings(oneshot::Sender<Settings>),
+    Reload {
+        options: Box<ReloadOptions>,
+        detected: Option<Box<Detected>>,
+        reply: oneshot::Sender<reload::Answer>,
+    },
     ReapStrangers,
 }
 
@@ -98,12 +122,17 @@ pub(crate) enum Timer {
     Goodbye(WorkerId, u64),
     Doors,
     Stuck,
+    Queues,
 }
 
 /// A worker that has been started and is not gone yet.
 pub(crate) struct Worker {
     pub(crate) who: Who,
     pub(crate) running: Running,
+    /// How many reloads there had been when it was started, plus one.
+    pub(crate) generation: u32,
+    /// What makes it ready.
+    pub(crate) ready_by: Ready,
     pub(crate) started: Instant,
     pub(crate) online: bool,
     /// Said to be ready, or found to be.
@@ -145,7 +174,10 @@ pub(crate) struct Primary {
     pub(crate) io: mpsc::Sender<FromIo>,
     /// The address that could not be had, if that is why no worker comes up.
     pub(crate) bind_failure: Option<(Address, Arc<std::io::Error>)>,
-    supervisor: Supervisor,
+    pub(crate) supervisor: Supervisor,
+    /// What generations other than the present one are started with.
+    pub(crate) launches: BTreeMap<u32, Launch>,
+    pub(crate) reloading: Option<Reloading>,
     actions: Vec<Action>,
     commands: mpsc::Receiver<Command>,
     from_io: mpsc::Receiver<FromIo>,
@@ -156,7 +188,7 @@ pub(crate) struct Primary {
     /// Numbers of our own cluster messages (Node: one counter per sending process).
     sequence: u64,
     forking: VecDeque<Forking>,
-    environment: Environment,
+    pub(crate) environment: Environment,
     /// What messages have to be written in; shared with those who write them.
     spoken: Arc<Spoken>,
     output: process::OutputTasks,
@@ -229,6 +261,8 @@ impl Primary {
                 detected.dialect != Dialect::Sockets,
             ),
             supervisor: Supervisor::new(plan),
+            launches: BTreeMap::new(),
+            reloading: None,
             actions: Vec::new(),
             workers: BTreeMap::new(),
             commands,
@@ -275,8 +309,18 @@ impl Primary {
         if detected.dialect != self.detected.dialect {
             return false;
         }
+        self.settings = self.later_settings(settings);
+        self.environment = Environment::new(&self.settings, &detected);
+        self.speak(&detected, &self.settings);
+        self.detected = detected;
+        self.tell_setup();
+        true
+    }
+
+    /// Settings for workers to come: what the supervisor and the sockets were built with stays.
+    pub(crate) fn later_settings(&self, settings: Settings) -> Settings {
         let old = &self.settings;
-        self.settings = Settings {
+        Settings {
             workers: old.workers,
             policy: old.policy,
             mechanism: old.mechanism,
@@ -286,12 +330,16 @@ impl Primary {
             grace: old.grace,
             ready_timeout: old.ready_timeout,
             ..settings
-        };
-        self.environment = Environment::new(&self.settings, &detected);
-        self.spoken.note(Encoding::of(detected.dialect, self.settings.serialization));
-        self.detected = detected;
-        self.tell_setup();
-        true
+        }
+    }
+
+    /// Messages to all are written in what these workers speak, too.
+    pub(crate) fn speak(&self, detected: &Detected, settings: &Settings) {
+        self.spoken.note(Encoding::of(detected.dialect, settings.serialization));
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping
     }
 
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
@@ -373,8 +421,15 @@ impl Primary {
                 Timer::Goodbye(worker, seq) => self.answer_goodbye(worker, seq),
                 Timer::Doors => self.check_doors(),
                 Timer::Stuck => self.look_for_stuck(),
+                Timer::Queues => self.look_at_queues(),
             }
         }
+    }
+
+    /// Whether it is ready once it listens.
+    pub(crate) fn is_ready_by_listening(&self, worker: WorkerId) -> bool {
+        let ready_by = self.workers.get(&worker).map(|w| w.ready_by);
+        matches!(ready_by, Some(Ready::Auto | Ready::Listening))
     }
 
     /// Tells the supervisor, and does what it says.
@@ -393,7 +448,7 @@ impl Primary {
 
     fn act(&mut self, action: Action) {
         match action {
-            Action::Spawn { slot, worker, .. } => self.spawn(slot, worker),
+            Action::Spawn { slot, worker, generation, .. } => self.spawn(slot, worker, generation),
             Action::Admit { worker } => self.admit(worker),
             Action::Suspend { worker } => self.suspend(worker),
             Action::TellStop { worker, grace } => self.tell_stop(worker, grace),
@@ -410,6 +465,13 @@ impl Primary {
                 self.trim_seats();
                 self.emit(Event::SlotRetired { slot: slot.0 });
                 self.check_all_ready();
+            }
+            Action::Switched { generation, workers } => {
+                self.emit(Event::Switched { generation, workers });
+            }
+            Action::Reloaded { generation, replaced } => self.reloaded(generation, replaced),
+            Action::ReloadFailed { generation, replaced, fault } => {
+                self.reload_failed(generation, replaced, fault);
             }
             Action::Finished { outcome } => self.outcome = Some(self.told_outcome(outcome)),
             Action::Report(report) => self.report(report),
@@ -503,6 +565,9 @@ impl Primary {
                 // The asker may have gone.
                 let _ = reply.send(self.set_up(*settings, *detected));
             }
+            Command::Reload { options, detected, reply } => {
+                self.reload(*options, detected.map(|detected| *detected), reply);
+            }
             Command::Settings(reply) => {
                 // The asker may have gone.
                 let _ = reply.send(self.settings.clone());
@@ -541,7 +606,7 @@ impl Primary {
 
     // ---- life of a worker ----
 
-    fn spawn(&mut self, slot: SlotId, worker: WorkerId) {
+    fn spawn(&mut self, slot: SlotId, worker: WorkerId, generation: u32) {
         // A restart that is due at the same moment is not what was asked for: forked slots are never restarted.
         let restartable = self.supervisor.slot(slot).is_some_and(|slot| slot.supervised);
         let forked = if restartable { None } else { self.forking.pop_front() };
@@ -554,19 +619,24 @@ impl Primary {
             Dialect::Sockets => self.ports.inherited_by(worker),
             _ => Ok(Vec::new()),
         };
+        let (settings, detected, environment) = match self.launches.get(&generation) {
+            Some(launch) => (&launch.settings, &launch.detected, &launch.environment),
+            None => (&self.settings, &self.detected, &self.environment),
+        };
+        let ready_by = settings.ready;
         let request = process::Request {
             slot,
             worker,
-            settings: &self.settings,
-            detected: &self.detected,
-            environment: &self.environment,
+            settings,
+            detected,
+            environment,
             extra_env: extra,
             inherited,
             io: &self.io,
             output: &mut self.output,
         };
         match process::start(request) {
-            Ok(running) => self.spawned(slot, worker, running),
+            Ok(running) => self.spawned(slot, worker, generation, ready_by, running),
             Err(error) => {
                 let transient = error.is_transient();
                 self.notice(
@@ -583,7 +653,14 @@ impl Primary {
         }
     }
 
-    fn spawned(&mut self, slot: SlotId, worker: WorkerId, running: Running) {
+    fn spawned(
+        &mut self,
+        slot: SlotId,
+        worker: WorkerId,
+        generation: u32,
+        ready_by: Ready,
+        running: Running,
+    ) {
         let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
         let has_channel = running.link.exists();
         self.workers.insert(
@@ -591,6 +668,8 @@ impl Primary {
             Worker {
                 who,
                 running,
+                generation,
+                ready_by,
                 started: Instant::now(),
                 online: false,
                 ready: false,
@@ -612,13 +691,17 @@ impl Primary {
             },
         );
         self.emit(Event::Fork(who));
-        self.all_ready = false;
+        if self.supervisor.reloading() == Some(generation) {
+            self.started_anew(worker, who);
+        } else {
+            self.all_ready = false;
+        }
         if self.runtime().binds_itself() {
             self.is_bun(worker);
         }
         self.feed(Input::Spawned { worker });
         self.join_pinned(worker);
-        match (self.settings.ready, self.detected.dialect) {
+        match (ready_by, self.detected.dialect) {
             (Ready::Delay(delay), _) => self.after(delay, Timer::ReadyByAge(worker)),
             (Ready::Auto, Dialect::Sockets) => self.after(SOCKETS_DELAY, Timer::ReadyByAge(worker)),
             (Ready::Auto | Ready::Listening, Dialect::Node) => {
@@ -980,8 +1063,8 @@ impl Primary {
 
     pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
         let Some(w) = self.workers.get(&worker) else { return };
-        let who = w.who;
-        if self.settings.ready == Ready::Message
+        let (who, ready_by) = (w.who, w.ready_by);
+        if ready_by == Ready::Message
             && match &message {
                 Encoded::Json(text) => &**text == "\"ready\"",
                 Encoded::Advanced(value) => value.as_str() == Some("ready"),
@@ -997,7 +1080,7 @@ impl Primary {
 
     fn on_notified(&mut self, worker: WorkerId, text: &[u8]) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
-        let who = w.who;
+        let (who, ready_by) = (w.who, w.ready_by);
         let state = Notification::parse(text);
         if state.watchdog == Some(Alive::Alive) {
             w.last_watchdog = Instant::now();
@@ -1011,7 +1094,7 @@ impl Primary {
             w.leaving = true;
             self.feed(Input::Leaving { worker });
         }
-        if state.ready && matches!(self.settings.ready, Ready::Auto | Ready::Notify) {
+        if state.ready && matches!(ready_by, Ready::Auto | Ready::Notify) {
             self.became_ready(worker);
         }
         if state.watchdog == Some(Alive::Trigger) {
@@ -1131,6 +1214,7 @@ impl Primary {
                 worker: w.who.worker,
                 pid: w.who.pid,
                 state: state(w),
+                generation: w.generation,
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
             })

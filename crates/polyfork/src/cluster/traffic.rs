@@ -183,10 +183,13 @@ impl Primary {
             return;
         }
         let outcome = if took {
-            handoff.acknowledged(worker, seq).map(drop)
+            handoff.acknowledged(worker, seq).map(|accepted| Some(accepted.waited))
         } else {
-            handoff.refused(now, worker, seq)
+            handoff.refused(now, worker, seq).map(|()| None)
         };
+        if let Ok(Some(waited)) = outcome {
+            self.was_handed_over(waited);
+        }
         if let Err(fault) = outcome {
             self.protocol_fault(worker, &fault.to_string());
         }
