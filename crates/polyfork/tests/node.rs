@@ -26,6 +26,18 @@ macro_rules! on_every_node {
     )+};
 }
 
+/// For what does not depend on the version of Node.
+macro_rules! on_nodes_20_and_26 {
+    ($($scenario:ident),+ $(,)?) => {$(
+        mod $scenario {
+            #[test]
+            fn node20() { crate::support::play(module_path!(), "node20", super::$scenario); }
+            #[test]
+            fn node26() { crate::support::play(module_path!(), "node26", super::$scenario); }
+        }
+    )+};
+}
+
 #[path = "node/client.rs"]
 mod client;
 #[path = "node/clusters.rs"]
@@ -44,6 +56,8 @@ mod life;
 mod listening;
 #[path = "node/others.rs"]
 mod others;
+#[path = "node/reload.rs"]
+mod reload;
 #[path = "node/remote.rs"]
 mod remote;
 #[path = "node/support.rs"]
