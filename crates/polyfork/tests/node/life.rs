@@ -2,9 +2,13 @@
 //!
 //! How it ends is in `leaving`, where it listens in `listening`.
 
+use std::net::{TcpListener, UdpSocket};
+use std::os::unix::net::UnixStream;
+
 use polyfork::channel::advanced::Value;
-use polyfork::cluster::{Event, Serialization, Stream};
+use polyfork::cluster::{Event, SendError, Serialization, Stream};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::client::{get, greeting, reach};
 use super::support::{Mode, Rig, Runtime};
@@ -22,6 +26,9 @@ on_every_node! {
     messages_with_internal_names_reach_nobody,
     handles_from_a_worker_are_acknowledged_and_closed,
     handles_in_both_directions_do_not_deadlock,
+    a_socket_that_came_by_message_is_served_by_http,
+    sockets_of_every_kind_are_sent_to_a_worker,
+    further_pipes_carry_bytes_both_ways,
 }
 
 /// fork, online, listening, then disconnect and exit; with the right arguments, and the state follows.
@@ -358,6 +365,101 @@ async fn handles_in_both_directions_do_not_deadlock(runtime: Runtime) {
         (messages(rig).iter().filter(|m| m["got"] == "one").count() == number).then_some(())
     })
     .await;
+    rig.end().await;
+}
+
+/// Node: `worker.send(message, socket)` in the primary, `server.emit('connection', socket)` in the worker.
+async fn a_socket_that_came_by_message_is_served_by_http(runtime: Runtime) {
+    for serialization in [Serialization::Json, Serialization::Advanced] {
+        let rig = Rig::start(&runtime, "actor.cjs", |s| {
+            s.supervise(false).ready_timeout(None).serialization(serialization)
+        });
+        let worker = rig.fork().await;
+        rig.js(
+            worker,
+            "keep.s = http.createServer((request, response) => response.end(`served ${request.url}`));
+            process.on('message', (m, socket) => {
+              if (m?.take === 'this') keep.s.emit('connection', socket);
+            });",
+        )
+        .await;
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let to = listener.local_addr().expect("its address");
+        // One more than are on their way at once.
+        for number in 0..70 {
+            let path = format!("/{number}");
+            let asking = tokio::spawn(async move { get(to, &path).await });
+            let (listening, handle) = (listener.try_clone().expect("a copy"), rig.worker(worker));
+            let accepting = tokio::task::spawn_blocking(move || listening.accept());
+            let (connection, _) = accepting.await.expect("no panic").expect("a connection");
+            handle.send_with(&json!({ "take": "this" }), connection).await.expect("sent");
+            let answer = asking.await.expect("no panic").expect("an answer");
+            assert_eq!(answer.text(), format!("served /{number}"));
+        }
+        rig.end().await;
+    }
+}
+
+async fn sockets_of_every_kind_are_sent_to_a_worker(runtime: Runtime) {
+    let rig = Rig::actors(&runtime, Mode::Handoff);
+    let worker = rig.fork().await;
+    let code = "process.on('message', (m, handle) => {
+        if (m?.kind) process.send({ kind: m.kind, got: handle?.constructor.name ?? null });
+        handle?.close?.(); handle?.destroy?.();
+    })";
+    rig.js(worker, code).await;
+    let to = rig.worker(worker);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let (unix, _other) = UnixStream::pair().expect("a pair");
+    let udp = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    // A worker of Node 18 asks its primary for the port of a server that it was sent, and there is none.
+    if runtime.major > 18 {
+        to.send_with(&json!({ "kind": "server" }), listener).await.expect("sent");
+    }
+    to.send_with(&json!({ "kind": "socket" }), unix).await.expect("sent");
+    to.send_with(&json!({ "kind": "datagrams" }), udp).await.expect("sent");
+    let all = [("server", "Server"), ("socket", "Socket"), ("datagrams", "Socket")];
+    for (kind, got) in all.into_iter().skip(usize::from(runtime.major <= 18)) {
+        let told = rig.message(worker, |m| m["kind"] == kind).await;
+        assert_eq!(told["got"], got, "{kind}");
+    }
+    // What would end the worker is refused, and it goes on.
+    let file = std::fs::File::open("/dev/null").expect("a file");
+    let refused = to.send_with(&1, file).await.expect_err("Node takes no file");
+    assert!(matches!(refused, SendError::Handle(_)), "{refused}");
+    assert_eq!(rig.js(worker, "return 'still here'").await, "still here");
+    rig.end().await;
+}
+
+/// Node: `stdio: ['pipe', 'pipe', 'pipe', 'ipc', 'pipe', ...]`.
+async fn further_pipes_carry_bytes_both_ways(runtime: Runtime) {
+    let rig = Rig::start(&runtime, "actor.cjs", |s| {
+        s.supervise(false).ready_timeout(None).pipe(4).pipe(9)
+    });
+    for worker in rig.fork_many(2).await {
+        rig.js(
+            worker,
+            "for (const fd of [4, 9]) {
+              const pipe = new net.Socket({ fd, readable: true, writable: true });
+              pipe.on('data', (data) => pipe.write(`${fd}: ${data}`));
+            }",
+        )
+        .await;
+        for number in [4, 9] {
+            let taken = rig.worker(worker).take_pipe(number).await.expect("no error");
+            let mut pipe = taken.expect("a pipe");
+            pipe.write_all(b"hello").await.expect("written");
+            let mut answer = [0; 8];
+            pipe.read_exact(&mut answer).await.expect("an answer");
+            assert_eq!(std::str::from_utf8(&answer), Ok(format!("{number}: hello").as_str()));
+            assert!(rig.worker(worker).take_pipe(number).await.expect("no error").is_none());
+        }
+        assert!(rig.worker(worker).take_pipe(5).await.expect("no error").is_none());
+    }
+    // The channel's own number is not to be had.
+    let settings = rig.cluster.settings().await.expect("settings").pipe(3);
+    let refused = rig.cluster.setup(settings).await.expect_err("3 is the channel");
+    assert!(refused.to_string().contains("choose from 4 on"), "{refused}");
     rig.end().await;
 }
 
