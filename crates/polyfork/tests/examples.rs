@@ -1,0 +1,123 @@
+//! The examples do what they say. Each is run as a user runs it, as a program of its own.
+//!
+//! Cargo builds examples with the tests of a package; a run of this file alone (`--test examples`) does not, so
+//! what is missing is built first.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a panic or a line is the report")]
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polyfork::child_process::{Exec, Output, exec_file};
+use serde_json::Value;
+
+/// Far beyond what any example takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An example's program, next to this one.
+async fn example(name: &str) -> PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let profile = tests.ancestors().nth(2).unwrap().to_owned();
+    let program = profile.join("examples").join(name);
+    if !program.exists() {
+        let mut args: Vec<OsString> =
+            ["build", "-p", "polyfork", "--example", name, "--target-dir"].map(Into::into).into();
+        args.push(profile.parent().unwrap().into());
+        args.extend(profile.ends_with("release").then(|| "--release".into()));
+        let built = exec_file(env!("CARGO"), args).max_buffer(16 << 20).await;
+        built.unwrap_or_else(|error| panic!("{name} is not built: {error}"));
+    }
+    program
+}
+
+/// A Node to test with, or why there is none.
+fn node(name: &str) -> Result<PathBuf, String> {
+    let manifest = std::env::var_os("POLYFORK_PEERS").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.peers/manifest.json"),
+        PathBuf::from,
+    );
+    let text = fs::read_to_string(&manifest)
+        .map_err(|_| "not set up: run `cargo xtask setup`".to_owned())?;
+    let tools: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    let path = tools[name]["path"].as_str().map(PathBuf::from);
+    path.ok_or_else(|| tools[name]["missing"].as_str().unwrap_or("not in the manifest").to_owned())
+}
+
+fn skip(test: &str, reason: &str) {
+    println!("SKIP {test}: {reason}");
+    if let Some(path) = std::env::var_os("POLYFORK_SKIP_LOG") {
+        let log = fs::OpenOptions::new().append(true).create(true).open(path);
+        log.and_then(|mut log| log.write_all(format!("SKIP {test}: {reason}\n").as_bytes()))
+            .expect("the skip log can be written");
+    }
+}
+
+/// Runs it to its end, which must be a good one.
+async fn run(program: Exec) -> String {
+    let Output { stdout, stderr, .. } = program.timeout(PATIENCE).await.unwrap();
+    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    println!("{stdout}{stderr}");
+    stdout
+}
+
+#[tokio::test]
+async fn spawn_stream_shows_each_line_as_it_comes_and_the_end() {
+    let none: [&str; 0] = [];
+    let text = run(exec_file(example("spawn_stream").await, none)).await;
+    let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no {part:?} in {text}"));
+    assert!(text.starts_with("started as process "));
+    assert!(at("out: line 1") < at("out: line 2") && at("out: line 2") < at("out: line 3"));
+    assert!(at("err: a word of warning") < at("closed: everything has been read"));
+    assert!(at("exited: code Some(0), signal None") < at("closed:"));
+}
+
+#[tokio::test]
+async fn exec_timeout_ends_what_takes_too_long_and_shows_what_does_not() {
+    let late = ["0.3", "sh", "-c", "echo so far; exec sleep 1000"];
+    let text = run(exec_file(example("exec_timeout").await, late)).await;
+    assert!(text.starts_with("not in 0.3 s, so Some("), "{text}");
+    assert!(text.ends_with("until then it wrote:\nso far\n"), "{text}");
+    let text = run(exec_file(example("exec_timeout").await, ["60", "echo", "a  b"])).await;
+    assert_eq!(text, "in time:\na  b\n");
+}
+
+#[tokio::test]
+async fn fork_node_talks_to_its_script() {
+    for version in ["node20", "node26"] {
+        let node = match node(version) {
+            Ok(node) => node,
+            Err(reason) => {
+                skip(&format!("examples::fork_node_talks_to_its_script::{version}"), &reason);
+                continue;
+            }
+        };
+        let none: [&str; 0] = [];
+        let program = exec_file(example("fork_node").await, none);
+        let others = std::env::var_os("PATH").unwrap_or_default();
+        let folders = std::iter::once(node.parent().unwrap().to_owned());
+        let path = std::env::join_paths(folders.chain(std::env::split_paths(&others))).unwrap();
+        let text = run(program.env("PATH", path)).await;
+        let hello = format!("the script says \"hello Rust, I am Node v{}", &version[4..]);
+        assert!(text.starts_with(&hello), "{text}");
+        assert!(text.contains("the sum is 6\n"), "{text}");
+        assert!(text.ends_with("it ended with code Some(0)\n"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn rust_worker_for_node_counts_and_serves() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/rust_worker_for_node.mjs");
+    for version in ["node20", "node26"] {
+        let test = "examples::rust_worker_for_node_counts_and_serves";
+        match node(version) {
+            Ok(node) => {
+                let worker = example("rust_worker_for_node").await;
+                let text = run(exec_file(node, [&script, &worker])).await;
+                assert_eq!(text, "{ primes: 9592 }\nserving\nserved by Rust\n\n", "{version}");
+            }
+            Err(reason) => skip(&format!("{test}::{version}"), &reason),
+        }
+    }
+}
