@@ -14,6 +14,7 @@ const acts = {
   argv: () => process.send({ argv: process.argv.slice(2), execArgv: process.execArgv }),
   raw: (m) => require('fs').writeSync(m.fd, Buffer.from(m.bytes)),
   big: (m) => process.send('x'.repeat(m.size)),
+  say: (m) => process.send((0, eval)(`(${m.code})`)),
   ask: (m) => process.send({ polyfork: 'request', id: m.id, body: m.body }),
   // Handles that come.
   server: (m, server) => {
@@ -27,7 +28,25 @@ const acts = {
     kept.push(socket);
     process.send('bound');
   },
+  bound: (m, socket) => {
+    const server = net.createServer((connection) => connection.end('from the child'));
+    server.listen(socket, () => process.send({ listening: server.address().port }));
+  },
+  // A port that others have, too.
+  listen: (m) => {
+    const server = net.createServer((socket) => socket.end(m.name));
+    server.listen({ port: m.port, host: '127.0.0.1', reusePort: true }, () => process.send('listening'));
+  },
+  bind: (m) => {
+    const socket = dgram.createSocket({ type: 'udp4', reusePort: true });
+    socket.on('message', (text, from) => socket.send(m.name, from.port, from.address));
+    socket.bind(m.port, '127.0.0.1', () => process.send('bound'));
+  },
   // Handles that go.
+  'give-bound': () => {
+    const socket = new net.BoundSocket({ host: '127.0.0.1' });
+    process.send({ port: socket.address().port }, socket);
+  },
   'give-server': () => {
     const server = net.createServer();
     server.listen(0, '127.0.0.1', () => process.send({ port: server.address().port }, server));
@@ -51,4 +70,8 @@ process.on('message', (m, handle) => {
   if (m?.polyfork) return process.send({ answered: m });
   acts[m.act](m, handle);
 });
-process.on('disconnect', () => { if (process.env.LINGER) setInterval(() => {}, 1000); });
+process.on('disconnect', () => {
+  if (!process.env.LINGER) return;
+  setInterval(() => {}, 1000);
+  console.log('\nthe detached child goes on');
+});

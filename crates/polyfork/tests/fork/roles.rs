@@ -4,7 +4,7 @@ use std::net::{TcpListener, UdpSocket};
 use std::time::Duration;
 
 use polyfork::channel::{Channel, Handle};
-use polyfork::child_process::{Entry, EntryResult, Port, run_entries};
+use polyfork::child_process::{Entry, EntryResult, ForkNode, Port, Stdio, run_entries};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -176,6 +176,76 @@ fn environment() {
         let text = String::from_utf8(output.stdout).unwrap();
         let names: Vec<_> = text.lines().filter(|line| line.contains("CHANNEL")).collect();
         parent.send(&names).await.unwrap();
+        assert!(parent.recv().await.unwrap().is_none());
+    });
+}
+
+/// One line on standard error; the test harness has the output.
+#[expect(clippy::print_stderr, reason = "a line is the report")]
+fn tell(what: &dyn std::fmt::Display) {
+    eprintln!("told: {what}");
+}
+
+/// Forks a Node script that shall outlive it, tells who that is, and ends with its channel.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn forks_detached() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let mut script = ForkNode::new(std::env::var_os("POLYFORK_TEST_SCRIPT").unwrap());
+        script.exec_path(std::env::var_os("POLYFORK_TEST_NODE").unwrap());
+        script.command().detached(true).env("LINGER", "1").stdin(Stdio::Ignore);
+        let mut forked = script.fork().unwrap();
+        // It runs, and has its listener.
+        forked.channel.send(&json!({"act": "echo", "value": 1})).await.unwrap();
+        next(&mut forked.channel).await;
+        parent.send(&json!({ "pid": forked.child.pid() })).await.unwrap();
+        assert!(parent.recv().await.unwrap().is_none());
+    });
+}
+
+/// Sends as fast as it may to a parent that does not receive; tells how far it came.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn floods() {
+    block_on(async {
+        let parent = polyfork::process::channel().unwrap();
+        let mut sent = 0;
+        // Should the machine be slow, it has sent less than it could have.
+        let pause = Duration::from_secs(2);
+        while let Ok(Ok(())) = tokio::time::timeout(pause, parent.send(&"x".repeat(64 << 10))).await
+        {
+            sent += 1;
+            assert!(sent < 2000, "nobody reads, and all is taken");
+        }
+        tell(&sent);
+        parent.closed().await;
+    });
+}
+
+/// Says what it makes of the variables that name its channel.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn tells_its_channel() {
+    block_on(async {
+        let told = match polyfork::process::channel() {
+            Ok(_) => "a channel".to_owned(),
+            Err(error) => format!("{error:?}"),
+        };
+        tell(&told);
+    });
+}
+
+/// Says what it gets, and how much it can read from its standard input, which must be open all the same.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn deaf_echo() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let said: String = next(&mut parent).await.to().unwrap();
+        let mut input = Vec::new();
+        let length = std::io::Read::read_to_end(&mut std::io::stdin(), &mut input).unwrap();
+        parent.send(&(said, length)).await.unwrap();
         assert!(parent.recv().await.unwrap().is_none());
     });
 }

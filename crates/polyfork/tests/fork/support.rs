@@ -13,7 +13,18 @@ use serde_json::Value;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes scenarios tests, for two Node versions and both encodings of Node.
+///
+/// `only node26:` makes them tests of that version alone, for what came with it.
 macro_rules! on_node {
+    (only node26: $($scenario:ident),+ $(,)?) => {$(
+        mod $scenario {
+            use polyfork::channel::Encoding::{Advanced, Json};
+            #[test]
+            fn node26_json() { crate::support::play(module_path!(), "node26", Json, super::$scenario); }
+            #[test]
+            fn node26_advanced() { crate::support::play(module_path!(), "node26", Advanced, super::$scenario); }
+        }
+    )+};
     ($($scenario:ident),+ $(,)?) => {$(
         mod $scenario {
             use polyfork::channel::Encoding::{Advanced, Json};
