@@ -5,6 +5,8 @@
 //! lets the same code run under a model checker: with `--cfg polyfork_loom` the atomics are loom's, with
 //! `--cfg polyfork_shuttle` shuttle's, and otherwise the standard library's.
 //!
+//! The queue under a message [`port`] is more: it holds the messages, behind a lock that is held for a few instructions.
+//!
 //! Surprising: the configuration flags carry our name, because `--cfg loom` would change tokio as well.
 
 #[cfg(not(any(polyfork_loom, polyfork_shuttle)))]
@@ -17,6 +19,7 @@ pub use loom::sync::{Mutex, MutexGuard, atomic};
 pub use shuttle::sync::{Mutex, MutexGuard, atomic};
 
 pub mod pool;
+pub mod port;
 
 /// Takes a lock, also when a thread panicked while it held it: what we guard is consistent between any two statements
 /// that can panic, so one thread's panic is no reason for another's.
