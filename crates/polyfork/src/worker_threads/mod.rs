@@ -5,6 +5,12 @@
 //!
 //! Behaviour follows: Node `lib/internal/worker.js`, `src/node_messaging.cc`.
 
+mod park;
 pub mod pool;
+mod port;
 
 pub use pool::{Pool, PoolBuilder, Priority, Task, TaskError};
+pub use port::{
+    CyclicTransfer, MessageChannel, MessagePort, PostError, Poster, Transferred, TryPostError,
+    TryReceiveError, receive_message_on_port,
+};
