@@ -18,8 +18,13 @@ pub use loom::sync::{Mutex, MutexGuard, atomic};
 #[cfg(polyfork_shuttle)]
 pub use shuttle::sync::{Mutex, MutexGuard, atomic};
 
+pub mod lease;
+pub mod pool;
+pub mod lease;
 pub mod pool;
 pub mod port;
+pub mod ring;
+pub mod seq;
 
 /// Takes a lock, also when a thread panicked while it held it: what we guard is consistent between any two statements
 /// that can panic, so one thread's panic is no reason for another's.
