@@ -1,10 +1,14 @@
-//! `docs/conformance/*.tsv` are true: every row has a verdict, and every test they name exists and is run.
+//! `docs/conformance/*.tsv` and `docs/faults.tsv` are true: every row has a verdict, and every test they name exists and is
+//! run.
 //!
 //! The tables say, behaviour by behaviour of Node's own tests, where ours are. That those tests pass is for the
 //! test run to say; here the tables are held to the sources, so that a test cannot be renamed or lost under them.
 //!
 //! Columns: id (the middle of the name of Node's test), behaviour in our words, class, verdict, and for `test` the
 //! places as `CRATE/tests/FILE.rs::NAME`, for `n/a` and `later` the reason.
+//!
+//! The list of faults has the number of a fault, what must hold when it happens, the verdict `test` or `later`, and the
+//! places, separated by commas, or the part of the project that will hold them. Numbers that are missing are not in use.
 #![allow(clippy::print_stdout, reason = "a test prints its counts")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,13 +57,19 @@ fn missing(place: &str) -> Option<String> {
 
 /// Whether a source has a test of this name: marked as one, or listed as one for every Node version.
 fn is_run(source: &str, name: &str) -> bool {
-    let marked = format!("#[test]\nfn {name}(");
-    let marked_async = format!("#[tokio::test]\nasync fn {name}(");
-    let listed = |line: &str| line.trim().trim_end_matches(',') == name;
-    let scenario = source.contains(&format!("\nasync fn {name}("));
-    source.contains(&marked)
-        || source.contains(&marked_async)
-        || (scenario && source.lines().any(listed))
+    let begins = [format!("fn {name}("), format!("async fn {name}(")];
+    let lines: Vec<&str> = source.lines().map(str::trim).collect();
+    let marked = |at: usize| {
+        // Attributes and comments stand between the mark and the name.
+        let of_it = |line: &&&str| line.starts_with("#[") || line.starts_with("//");
+        let above: Vec<_> = lines[..at].iter().rev().take_while(of_it).collect();
+        let has = |mark: &str| above.iter().any(|line| line.starts_with(mark));
+        (has("#[test]") || has("#[tokio::test")) && !has("#[ignore")
+    };
+    let is_named = |line: &&str| begins.iter().any(|begin| line.starts_with(begin));
+    let found: Vec<usize> = (0..lines.len()).filter(|at| is_named(&lines[*at])).collect();
+    let listed = |line: &&str| line.trim_end_matches(',') == name;
+    found.iter().any(|at| marked(*at)) || (!found.is_empty() && lines.iter().any(listed))
 }
 
 #[test]
@@ -107,4 +117,65 @@ fn faults_in_a_table_are_found() {
     }
     let mut ids = BTreeSet::from(["a".to_owned()]);
     assert!(fault(&good, &mut ids).is_some_and(|found| found.contains("twice")));
+}
+
+const FAULTS_HEADER: &str = "number\tfault\thow\twhere or why";
+
+/// What is wrong with one row of the list of faults; `last` is the number before it.
+fn wrong(row: &str, last: &mut u32) -> Option<String> {
+    let columns: Vec<&str> = row.split('\t').collect();
+    let [number, fault, how, detail] = columns[..] else {
+        return Some(format!("{} columns", columns.len()));
+    };
+    let Ok(number) = number.parse::<u32>() else { return Some("no number".to_owned()) };
+    if number <= std::mem::replace(last, number) {
+        return Some("the numbers do not ascend".to_owned());
+    }
+    if !fault.ends_with('.') || detail.trim().is_empty() {
+        return Some("no sentence, or an empty column".to_owned());
+    }
+    match how {
+        "later" => None,
+        "test" => detail.split(", ").find_map(missing),
+        _ => Some(format!("no verdict: {how:?}")),
+    }
+}
+
+#[test]
+fn every_fault_has_a_verdict_and_every_named_test_is_run() {
+    let path = root().join("docs/faults.tsv");
+    let text = fs::read_to_string(&path).expect("the list");
+    let mut rows = text.lines();
+    assert_eq!(rows.next(), Some(FAULTS_HEADER));
+    let (mut last, mut counts) = (0, BTreeMap::<&str, u32>::new());
+    let mut faults = Vec::new();
+    for row in rows {
+        faults.extend(wrong(row, &mut last).map(|fault| format!("{row}\n    {fault}")));
+        *counts.entry(row.split('\t').nth(2).unwrap_or("none")).or_default() += 1;
+    }
+    println!("{}: {counts:?}", path.display());
+    assert!(faults.is_empty(), "{}:\n{}", path.display(), faults.join("\n"));
+}
+
+#[test]
+fn faults_in_the_list_of_faults_are_found() {
+    let here = "polyfork/tests/conformance.rs::faults_in_the_list_of_faults_are_found";
+    let good = format!("7\tIt holds.\ttest\t{here}, {here}");
+    assert_eq!(wrong(&good, &mut 6), None);
+    for (bad, part) in [
+        ("7\tIt holds.\tlater", "3 columns"),
+        ("x\tIt holds.\tlater\tsoon", "no number"),
+        ("6\tIt holds.\tlater\tsoon", "ascend"),
+        ("7\tIt holds\tlater\tsoon", "sentence"),
+        ("7\tIt holds.\tlater\t ", "empty"),
+        ("7\tIt holds.\tn/a\tno", "verdict"),
+        ("7\tIt holds.\ttest\tpolyfork/tests/none.rs::x", "no such file"),
+        ("7\tIt holds.\ttest\tpolyfork/tests/conformance.rs::missing", "no such test"),
+    ] {
+        let found = wrong(bad, &mut 6);
+        assert!(found.as_ref().is_some_and(|found| found.contains(part)), "{bad}: {found:?}");
+    }
+    let ignored =
+        "#[test]\n#[ignore = \"why\"]\nfn a() {}\n    #[test]\n    // Why.\n    async fn b() {}";
+    assert!(!is_run(ignored, "a") && is_run(ignored, "b") && !is_run(ignored, "c"));
 }
