@@ -47,8 +47,9 @@ Examples:
   polyfork run --json server.js | jq .       events and output as JSON lines, see docs/events.md
 
 Signals:
-  TERM, INT, HUP  stop: workers get nothing new, finish what they serve, then polyfork ends
+  TERM, INT       stop: workers get nothing new, finish what they serve, then polyfork ends
   a second one    end now: workers are killed
+  HUP             reload: new workers take over once they are ready; with a terminal: stop
   QUIT            end now
   TTIN, TTOU      one worker more, one worker less; of many at once some may count as one";
 

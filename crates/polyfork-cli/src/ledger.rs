@@ -58,6 +58,10 @@ impl Ledger {
             return;
         }
         let slot = self.slots.entry(line.slot).or_default();
+        // One that still finishes beside its successor explains nothing.
+        if line.worker < slot.worker {
+            return;
+        }
         if slot.worker != line.worker {
             slot.worker = line.worker;
             slot.lines.clear();

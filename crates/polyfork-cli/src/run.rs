@@ -440,7 +440,9 @@ impl Watch {
         let mut events = cluster.events();
         while let Some(event) = events.next().await {
             match event {
-                Event::SlotFailed { .. } => self.last_lines(LAST_LINES).await,
+                Event::SlotFailed { .. } | Event::ReloadFailed { .. } => {
+                    self.last_lines(LAST_LINES).await;
+                }
                 Event::Exit { voluntary: false, .. } => self.last_lines(LAST_LINES_STEP).await,
                 _ => {}
             }

@@ -5,7 +5,7 @@
 
 use std::io;
 
-use polyfork::cluster::{Address, Carried, Exit, Policy, Reason, Via};
+use polyfork::cluster::{Address, Carried, Exit, Policy, Reason, ReloadReport, Via};
 
 use crate::exit::Code;
 
@@ -190,6 +190,21 @@ pub(crate) fn harmless(text: &str) -> String {
     text.chars()
         .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
         .collect()
+}
+
+/// The proof at the end of a reload, in one line.
+pub(crate) fn reloaded(report: &ReloadReport) -> String {
+    let workers = match report.workers {
+        1 => "1 worker".to_owned(),
+        n => format!("{n} workers"),
+    };
+    format!(
+        "reloaded: {workers} replaced in {} ms, {} connections refused, {} reset, slowest wait {} ms",
+        report.took.as_millis(),
+        report.refused,
+        report.reset,
+        report.slowest_wait.as_millis()
+    )
 }
 
 #[cfg(test)]

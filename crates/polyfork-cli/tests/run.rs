@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, Read};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
@@ -51,6 +51,33 @@ fn events_tell_the_life_of_a_cluster_in_order() {
     for event in &cluster.seen {
         assert!(event["event"].is_string() && event["time"].is_string(), "{event}");
     }
+}
+
+#[test]
+fn hang_up_reloads_and_a_bad_version_leaves_the_old_one_serving() {
+    let place = Place::with_server();
+    let mut cluster = place.events(["-w", "2", "server.js"]);
+    let address = cluster.address();
+    cluster.wait_for("ready");
+    cluster.running.signal(Signal::HUP);
+    let report = cluster.wait_for("reloaded");
+    assert_eq!((&report["generation"], &report["workers"]), (&2.into(), &2.into()));
+    assert_eq!((&report["refused"], &report["reset"]), (&0.into(), &0.into()));
+    let old = cluster.seen.iter().filter(|event| event["event"] == "exit");
+    assert_eq!(
+        old.filter_map(|event| event["worker"].as_u64()).collect::<BTreeSet<_>>(),
+        [1, 2].into()
+    );
+
+    place.file("server.js", "console.error('half a deployment'); process.exit(3)");
+    cluster.running.signal(Signal::HUP);
+    let failed = cluster.wait_for("reload_failed");
+    assert!(failed["worker"].as_u64().is_some_and(|worker| worker > 4), "{failed}");
+    assert_eq!(failed["last_lines"], serde_json::json!(["half a deployment"]));
+    assert!(failed["text"].as_str().is_some_and(|text| text.contains("exited with code 3")));
+    assert!(get(address, "/").contains("pid"));
+    cluster.running.signal(Signal::TERM);
+    assert_eq!(cluster.end().0, 0);
 }
 
 #[test]

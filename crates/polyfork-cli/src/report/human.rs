@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use polyfork::cluster::{Address, Event, Exit, OutputLine, Reason, Stream, Via, Who};
+use polyfork::cluster::{Address, Event, Exit, OutputLine, Reason, ReloadError, Stream, Via, Who};
 
 use super::Start;
 use crate::demo;
@@ -104,6 +104,23 @@ impl Human {
                 self.with_last_lines(what, ledger.last_lines(*slot))
             }
             Event::SlotRetired { slot } => vec![self.own(None, &format!("slot {slot}: closed"))],
+            Event::Reloading { generation } => {
+                let text = format!("reload: starting generation {generation}");
+                vec![self.own(None, &text)]
+            }
+            Event::Switched { generation, workers } => {
+                let text = format!("generation {generation} serves ({workers})");
+                vec![self.own(Some(Ink::Good), &text)]
+            }
+            Event::Reloaded(report) => vec![self.own(Some(Ink::Good), &words::reloaded(report))],
+            Event::ReloadFailed { error, .. } => {
+                let what = format!("reload failed: {error}");
+                let lines = match error {
+                    ReloadError::Failed { who, .. } => ledger.last_lines(who.slot).collect(),
+                    _ => Vec::new(),
+                };
+                self.with_last_lines(what, lines.into_iter())
+            }
             Event::Status { who, text } => {
                 vec![self.own(None, &format!("slot {}: {}", who.slot, words::harmless(text)))]
             }

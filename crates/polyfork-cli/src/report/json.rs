@@ -6,7 +6,9 @@
 //!
 //! The surprising rule: output that is not UTF-8 is told twice, readable in `line` and exact in `base64`.
 
-use polyfork::cluster::{Address, Detected, Event, OutputLine, Runtime, Stream, Via, Who};
+use polyfork::cluster::{
+    Address, Detected, Event, OutputLine, ReloadError, Runtime, Stream, Via, Who,
+};
 use serde::Serialize;
 
 use super::Start;
@@ -137,6 +139,30 @@ impl Json {
                 .address(address)
                 .with("error", &error.to_string())
                 .with("text", &words::bind_failed(address, error)),
+            Event::Reloading { generation } => {
+                Line::new("reloading").with("generation", generation)
+            }
+            Event::Switched { generation, workers } => {
+                Line::new("switched").with("generation", generation).with("workers", workers)
+            }
+            Event::Reloaded(report) => Line::new("reloaded")
+                .with("generation", &report.generation)
+                .with("workers", &report.workers)
+                .with("refused", &report.refused)
+                .with("reset", &report.reset)
+                .with("slowest_wait_ms", &report.slowest_wait.as_millis())
+                .with("took_ms", &report.took.as_millis()),
+            Event::ReloadFailed { generation, error } => {
+                let who = match error {
+                    ReloadError::Failed { who, .. } => Some(who),
+                    _ => None,
+                };
+                let lines = who.map(|who| ledger.last_lines(who.slot).collect::<Vec<_>>());
+                maybe_about("reload_failed", who)
+                    .with("generation", generation)
+                    .with("text", &error.to_string())
+                    .with("last_lines", &lines)
+            }
             Event::Status { who, text } => Line::about("status", who).with("text", text),
             Event::Notice(notice) => maybe_about("notice", notice.who.as_ref())
                 .with("code", notice.code)

@@ -181,15 +181,11 @@ impl Primary {
         detected: Option<Detected>,
         reply: oneshot::Sender<Answer>,
     ) {
-        let refuse = |reply: oneshot::Sender<Answer>, why| {
-            // The asker may have gone.
-            let _ = reply.send(Err(why));
-        };
         if let Some(generation) = self.supervisor.reloading() {
-            return refuse(reply, ReloadError::Busy { generation });
+            return self.refuse(reply, ReloadError::Busy { generation });
         }
         if self.is_stopping() {
-            return refuse(reply, ReloadError::Stopping);
+            return self.refuse(reply, ReloadError::Stopping);
         }
         let ReloadOptions { settings, at_a_time, probation } = options;
         let detected = detected.unwrap_or_else(|| self.detected.clone());
@@ -198,7 +194,7 @@ impl Primary {
                 "the new program speaks the {} dialect, the running one {}: stop it and start the new one",
                 detected.dialect, self.detected.dialect
             );
-            return refuse(reply, ReloadError::Settings(text));
+            return self.refuse(reply, ReloadError::Settings(text));
         }
         let settings = self.later_settings(settings.unwrap_or_else(|| self.settings.clone()));
         let environment = Environment::new(&settings, &detected);
@@ -214,8 +210,15 @@ impl Primary {
             self.look_at_queues();
         } else if let Some(reloading) = self.reloading.take() {
             self.launches.remove(&generation);
-            refuse(reloading.reply, ReloadError::Unsupervised);
+            self.refuse(reloading.reply, ReloadError::Unsupervised);
         }
+    }
+
+    /// Nothing was begun.
+    fn refuse(&self, reply: oneshot::Sender<Answer>, why: ReloadError) {
+        self.notice("reload", None, format!("not reloaded: {why}"));
+        // The asker may have gone.
+        let _ = reply.send(Err(why));
     }
 
     /// Looks at the queues for as long as a reload goes on.

@@ -2,7 +2,8 @@
 //!
 //! | signal | meaning |
 //! | --- | --- |
-//! | TERM, INT, HUP | drain: workers finish what they serve; a second one, 100 ms later or more, ends them now |
+//! | TERM, INT | drain: workers finish what they serve; a second one, 100 ms later or more, ends them now |
+//! | HUP | reload, as daemons do; where a terminal is attached, which hangs up when it is closed: as TERM |
 //! | QUIT | end now |
 //! | TTIN, TTOU | one worker more, one less |
 //! | PIPE | ignored (Rust's start-up code does it); writes report the error instead |
@@ -10,12 +11,12 @@
 //!
 //! Reference: signal(7).
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::Cluster;
+use super::{Cluster, ReloadOptions};
 
 struct Signals {
     terminate: Signal,
@@ -49,7 +50,7 @@ impl Signals {
             tokio::select! {
                 _ = self.terminate.recv() => stop.ask(cluster).await,
                 _ = self.interrupt.recv() => stop.ask(cluster).await,
-                _ = self.hang_up.recv() => stop.ask(cluster).await,
+                _ = self.hang_up.recv() => hang_up(cluster, &mut stop).await,
                 _ = self.quit.recv() => cluster.stop_now().await,
                 _ = self.more.recv() => cluster.add_worker().await,
                 _ = self.fewer.recv() => cluster.remove_worker().await,
@@ -75,6 +76,19 @@ impl Stop {
     }
 }
 
+/// Nobody else can tell whether a terminal went away or somebody wants a reload.
+async fn hang_up(cluster: &Cluster, stop: &mut Stop) {
+    if io::stdin().is_terminal() || io::stdout().is_terminal() || io::stderr().is_terminal() {
+        stop.ask(cluster).await;
+        return;
+    }
+    let cluster = cluster.clone();
+    tokio::spawn(async move {
+        // The events tell what becomes of it.
+        let _ = cluster.reload(ReloadOptions::new()).await;
+    });
+}
+
 async fn recv(signal: &mut Option<Signal>) -> Option<()> {
     match signal {
         Some(signal) => signal.recv().await,
@@ -83,9 +97,9 @@ async fn recv(signal: &mut Option<Signal>) -> Option<()> {
 }
 
 impl Cluster {
-    /// Obeys signals until the cluster has ended: TERM, INT and HUP let workers finish what they serve, a
-    /// second one ends them now, QUIT ends them now, TTIN and TTOU mean one worker more or less. As PID 1,
-    /// orphans are reaped.
+    /// Obeys signals until the cluster has ended: TERM and INT let workers finish what they serve, a second one ends
+    /// them now, QUIT ends them now, HUP reloads (or, where one of the three standard streams is a terminal, is taken
+    /// as TERM: the terminal was closed), TTIN and TTOU mean one worker more or less. As PID 1, orphans are reaped.
     ///
     /// From the first call on, these signals no longer have their default effect on this process.
     pub async fn obey_signals(&self) {
