@@ -20,8 +20,6 @@ pub use shuttle::sync::{Mutex, MutexGuard, atomic};
 
 pub mod lease;
 pub mod pool;
-pub mod lease;
-pub mod pool;
 pub mod port;
 pub mod ring;
 pub mod seq;
