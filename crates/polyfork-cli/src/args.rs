@@ -7,16 +7,19 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
 
+use crate::control::name;
+use crate::control::protocol::Scale;
 use crate::exit;
 use crate::style::Paint;
-use crate::values::{self, Workers};
+use crate::values::{self, Lines, Workers};
+use crate::words;
 
 const ABOUT: &str = "Every core behind one port, from any program.";
 
@@ -34,6 +37,7 @@ Examples:
   polyfork run -w 4 node --inspect app.js   four workers; options of the program follow the program
   polyfork run --listen :8000 -- uvicorn --fd 3 app:app
                                             each worker inherits a socket for port 8000
+  polyfork start server.js                  in the background; then ls, status, logs, stop
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
@@ -79,6 +83,237 @@ pub(crate) enum Verb {
     Run(Box<RunArgs>),
     /// Run a built-in HTTP server on all cores and show who answers
     Demo(DemoArgs),
+    /// Run a program as `run` does, in the background; return when it is ready
+    #[command(override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...")]
+    Start(Box<StartArgs>),
+    /// The background's end of `start`
+    #[command(hide = true, override_usage = "polyfork primary [OPTIONS] PROGRAM [ARGS]...")]
+    Primary(Box<StartArgs>),
+    /// List apps
+    #[command(visible_alias = "list")]
+    Ls(LsArgs),
+    /// Tell all about apps
+    Status(AppArgs),
+    /// Replace every worker, slot by slot
+    Restart(WaitArgs),
+    /// Change the number of workers
+    Scale(ScaleArgs),
+    /// Let workers finish, then end apps
+    Stop(StopArgs),
+    /// End apps at once
+    Kill(KillArgs),
+    /// Show what workers wrote
+    Logs(LogsArgs),
+    /// Follow what happens, as JSON lines
+    Events(EventsArgs),
+}
+
+/// `polyfork start`.
+#[derive(Debug, Args)]
+pub(crate) struct StartArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Where and how what workers write is kept.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogArgs {
+    /// Folder of all logs; an app has a folder of its name in it
+    ///
+    /// Default: polyfork in XDG_STATE_HOME, or ~/.local/state/polyfork, or /var/log/polyfork for root.
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "POLYFORK_LOG_DIR",
+        hide_env_values = true,
+        help_heading = "Logs"
+    )]
+    pub(crate) log_dir: Option<PathBuf>,
+
+    /// Begin a new file when one has this size
+    #[arg(long, value_name = "SIZE", default_value = "10MiB", value_parser = values::size,
+          env = "POLYFORK_LOG_SIZE", allow_hyphen_values = true, hide_env_values = true, help_heading = "Logs")]
+    pub(crate) log_size: usize,
+
+    /// Begin a new file when one is this old; none for never
+    #[arg(long, value_name = "DURATION", default_value = "1d", value_parser = limit,
+          env = "POLYFORK_LOG_AGE", allow_hyphen_values = true, hide_env_values = true, help_heading = "Logs")]
+    pub(crate) log_age: Limit,
+
+    /// Old files that are kept for each slot, compressed
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u16).range(0..=10_000),
+          env = "POLYFORK_LOG_KEEP", allow_hyphen_values = true, hide_env_values = true, help_heading = "Logs")]
+    pub(crate) log_keep: u16,
+
+    /// How lines are written
+    #[arg(
+        long,
+        value_enum,
+        default_value = "text",
+        env = "POLYFORK_LOG_FORMAT",
+        hide_env_values = true,
+        help_heading = "Logs"
+    )]
+    pub(crate) log_format: LogFormatArg,
+}
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormatArg {
+    /// time, worker and stream in front of each line
+    Text,
+    /// a JSON object a line
+    Json,
+}
+
+/// `polyfork ls`.
+#[derive(Debug, Args)]
+pub(crate) struct LsArgs {
+    /// Names or patterns (*, ?); all if none is given
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// Verbs that only name apps.
+#[derive(Debug, Args)]
+pub(crate) struct AppArgs {
+    /// Names or patterns (*, ?)
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// How an answer is written.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct FormArgs {
+    /// The answer as JSON, see docs/control.md
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `polyfork restart`.
+#[derive(Debug, Args)]
+pub(crate) struct WaitArgs {
+    #[command(flatten)]
+    pub(crate) apps: AppArgs,
+
+    /// Return when it has begun, not when it is done
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+/// `polyfork scale`.
+#[derive(Debug, Args)]
+pub(crate) struct ScaleArgs {
+    /// Name or pattern (*, ?)
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+
+    /// How many workers; with + or - in front, how many more or less
+    #[arg(value_name = "N|+N|-N", value_parser = values::scale, allow_hyphen_values = true)]
+    pub(crate) workers: Scale,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+
+    /// Return when it has begun, not when it is done
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+}
+
+/// `polyfork stop`.
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Names or patterns (*, ?)
+    #[arg(value_name = "NAME", required_unless_present = "all")]
+    pub(crate) names: Vec<String>,
+
+    /// Every app
+    #[arg(long, conflicts_with = "names")]
+    pub(crate) all: bool,
+
+    /// How long workers may finish, if that is less than at the start
+    #[arg(long, value_name = "DURATION", value_parser = values::duration, allow_hyphen_values = true)]
+    pub(crate) grace: Option<Duration>,
+
+    /// Return when it has begun, not when it is done
+    #[arg(long)]
+    pub(crate) no_wait: bool,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// `polyfork kill`.
+#[derive(Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Names or patterns (*, ?)
+    #[arg(value_name = "NAME", required_unless_present = "all")]
+    pub(crate) names: Vec<String>,
+
+    /// Every app
+    #[arg(long, conflicts_with = "names")]
+    pub(crate) all: bool,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// `polyfork logs`.
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    /// Names or patterns (*, ?)
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+
+    /// Go on with what is written from now on
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+
+    /// The last N lines, or all
+    #[arg(short = 'n', long, value_name = "N|all", default_value = "20", value_parser = values::lines,
+          allow_hyphen_values = true)]
+    pub(crate) lines: Lines,
+
+    /// Only what was written since: 10m ago, or at 2026-11-23T06:56:56Z
+    #[arg(long, value_name = "DURATION|TIME", value_parser = values::since, allow_hyphen_values = true)]
+    pub(crate) since: Option<SystemTime>,
+
+    /// Only lines that contain this text
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) grep: Option<String>,
+
+    /// Only what this slot wrote; 0 is the primary
+    #[arg(long, value_name = "N")]
+    pub(crate) slot: Option<u32>,
+
+    /// Folder of all logs, for apps that run no more
+    #[arg(long, value_name = "DIR", env = "POLYFORK_LOG_DIR", hide_env_values = true)]
+    pub(crate) log_dir: Option<PathBuf>,
+
+    /// Lines as JSON objects, see docs/control.md
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `polyfork events`.
+#[derive(Debug, Args)]
+pub(crate) struct EventsArgs {
+    /// Its name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+
+    /// Accepted, and what happens anyway
+    #[arg(long, hide = true)]
+    pub(crate) json: bool,
 }
 
 /// `polyfork run`.
@@ -140,7 +375,7 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) cwd: Option<PathBuf>,
 
-    /// A name for people [default: the program's file name]
+    /// A name for people and commands [default: the program's file name]
     #[arg(
         long,
         value_name = "NAME",
@@ -237,6 +472,10 @@ pub(crate) struct RunArgs {
           value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_MAX_DEPTH",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
     pub(crate) max_depth: u32,
+
+    /// Do not open a control socket: `ls`, `status`, `stop` and the like cannot reach it
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_CONTROL", hide_env_values = true)]
+    pub(crate) no_control: bool,
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
@@ -415,9 +654,10 @@ pub(crate) enum NotRun {
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let help = match args.get(1).and_then(|verb| verb.to_str()) {
-        Some(verb @ ("run" | "demo")) => format!("polyfork {verb} --help"),
-        _ => "polyfork --help".to_owned(),
+    let known = |verb: &&str| Cli::command().find_subcommand(verb).is_some();
+    let help = match args.get(1).and_then(|verb| verb.to_str()).filter(known) {
+        Some(verb) => format!("polyfork {verb} --help"),
+        None => "polyfork --help".to_owned(),
     };
     let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
     let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
@@ -434,9 +674,8 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Not
 /// wrong with the words alone is still wrong then.
 fn variable_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
     let option = error.get(ContextKind::InvalidArg)?.to_string();
-    let alone = ["run", "demo"].iter().fold(Cli::command(), |command, verb| {
-        command.mut_subcommand(verb, |verb| verb.mut_args(|arg| arg.env(Resettable::Reset)))
-    });
+    let alone =
+        Cli::command().mut_subcommands(|verb| verb.mut_args(|arg| arg.env(Resettable::Reset)));
     if let Err(again) = alone.try_get_matches_from(args)
         && again.get(ContextKind::InvalidArg) == error.get(ContextKind::InvalidArg)
         && again.get(ContextKind::InvalidValue) == error.get(ContextKind::InvalidValue)
@@ -463,13 +702,14 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
             "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into()
         }
+        ErrorKind::MissingRequiredArgument if !runs_programs(help) => {
+            let missing = one_line(&error.render().to_string());
+            format!("{missing} (see {help})")
+        }
         ErrorKind::MissingRequiredArgument => {
             "no program given: `polyfork run PROGRAM`, as in `polyfork run server.js`".into()
         }
-        ErrorKind::InvalidSubcommand if error.get(ContextKind::SuggestedSubcommand).is_none() => {
-            let word = text(ContextKind::InvalidSubcommand);
-            format!("no such verb: {word}; to run a program: polyfork run {word}")
-        }
+        ErrorKind::InvalidSubcommand => no_such_verb(&text(ContextKind::InvalidSubcommand)),
         ErrorKind::UnknownArgument if !text(ContextKind::InvalidArg).starts_with('-') => {
             let word = text(ContextKind::InvalidArg);
             format!("unexpected argument {word}: nothing follows the options here (see {help})")
@@ -480,12 +720,29 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
                 near if near.is_empty() => String::new(),
                 near => format!("; did you mean {near}?"),
             };
-            let theirs =
-                if help.contains("run") { "the program's own come after it; " } else { "" };
+            let theirs = if runs_programs(help) { "the program's own come after it; " } else { "" };
             format!("unknown option {option}{near} ({theirs}see {help})")
         }
         _ => format!("{} (see {help})", one_line(&error.render().to_string())),
     })
+}
+
+/// A program, as a rule, unless it is nearly a verb.
+fn no_such_verb(word: &str) -> String {
+    let command = Cli::command();
+    let verbs = command.get_subcommands().filter(|verb| !verb.is_hide_set());
+    let near = verbs.map(|verb| (name::distance(word, verb.get_name()), verb.get_name())).min();
+    let most = if word.len() > 3 { 2 } else { 1 };
+    let shown = words::harmless(word);
+    match near.filter(|(distance, _)| *distance <= most) {
+        Some((_, verb)) => format!("no such verb: {shown}; did you mean '{verb}'?"),
+        None => format!("no such verb: {shown}; to run a program: polyfork run {shown}"),
+    }
+}
+
+/// Whether the verb takes a program with options of its own.
+fn runs_programs(help: &str) -> bool {
+    ["run", "start", "primary"].iter().any(|verb| help == format!("polyfork {verb} --help"))
 }
 
 fn painted(error: &clap::Error) -> String {

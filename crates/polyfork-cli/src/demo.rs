@@ -21,7 +21,7 @@ use crate::args::{DemoArgs, OutputArg};
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::report::Start;
-use crate::run::{self, HowMany, Prepared, Show};
+use crate::run::{self, HowMany, Place, Prepared, Show};
 use crate::words;
 
 mod http;
@@ -98,7 +98,7 @@ fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
         page: true,
     };
     let show = Show { json: args.json, output: OutputArg::Prefix };
-    Ok(Prepared { settings, start, show })
+    Ok(Prepared { settings, start, show, place: Place::default() })
 }
 
 /// The primary's side: puts the counts together.

@@ -29,6 +29,18 @@ pub(crate) enum Code {
     NeverReady = 8,
     /// Workers were killed at once: a second signal, or SIGQUIT.
     Forced = 9,
+    /// No app has the name, or fits the pattern.
+    NoSuchApp = 10,
+    /// A living app has the name.
+    AlreadyRunning = 11,
+    /// An app is there and did not answer in time.
+    NotAnswering = 12,
+    /// An app said no, or tried and failed.
+    Refused = 13,
+    /// The folder for control sockets, or that for logs, will not do.
+    NoFolder = 14,
+    /// A command that waited was interrupted.
+    Interrupted = 15,
 }
 
 /// One row of the table.
@@ -42,7 +54,7 @@ pub(crate) struct Row {
 }
 
 /// Every code, in order.
-pub(crate) const TABLE: [Row; 10] = [
+pub(crate) const TABLE: [Row; 16] = [
     row(
         Code::Stopped,
         "stopped",
@@ -56,7 +68,17 @@ pub(crate) const TABLE: [Row; 10] = [
     row(Code::AddressRefused, "address_refused", "the address is not permitted or not available"),
     row(Code::Failed, "failed", "workers kept ending, in every slot"),
     row(Code::NeverReady, "never_ready", "workers ran but never got ready, in every slot"),
-    row(Code::Forced, "forced", "stopped at once: a second signal, or SIGQUIT"),
+    row(Code::Forced, "forced", "stopped at once: a second signal, SIGQUIT, or `polyfork kill`"),
+    row(Code::NoSuchApp, "no_such_app", "no app of that name is there"),
+    row(Code::AlreadyRunning, "already_running", "an app of that name runs already"),
+    row(Code::NotAnswering, "not_answering", "an app did not answer in time"),
+    row(Code::Refused, "refused", "an app refused a request, or could not do what was asked"),
+    row(Code::NoFolder, "no_folder", "the folder for control sockets or logs cannot be used"),
+    row(
+        Code::Interrupted,
+        "interrupted",
+        "the command was interrupted while it waited; what it asked for goes on",
+    ),
 ];
 
 const fn row(code: Code, word: &'static str, meaning: &'static str) -> Row {
@@ -64,6 +86,11 @@ const fn row(code: Code, word: &'static str, meaning: &'static str) -> Row {
 }
 
 impl Code {
+    /// The code of a number; [`Code::Unexpected`] for one that this version does not know.
+    pub(crate) fn of(number: u8) -> Code {
+        TABLE.get(usize::from(number)).map_or(Code::Unexpected, |row| row.code)
+    }
+
     /// The row of this code.
     pub(crate) fn row(self) -> &'static Row {
         &TABLE[self as usize]
@@ -78,13 +105,13 @@ impl From<Code> for std::process::ExitCode {
 
 impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", *self as u8)
+        fmt::Display::fmt(&(*self as u8), f)
     }
 }
 
 /// The table as the help shows it.
 pub(crate) fn help() -> String {
-    let lines = TABLE.iter().map(|row| format!("  {}  {}\n", row.code, row.meaning));
+    let lines = TABLE.iter().map(|row| format!("  {:>2}  {}\n", row.code, row.meaning));
     std::iter::once("Exit codes:\n".to_owned()).chain(lines).collect()
 }
 

@@ -1,7 +1,8 @@
 //! The `polyfork` command: every core behind one port, from any program.
 //!
 //! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
-//! command line, `run` and `demo` are the verbs, `report` has the words, `sink` writes them, `exit` has the codes.
+//! command line, `run` and `demo` are the verbs in the foreground, `operate` has those for apps that run, `control` is how
+//! they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
 //!
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
 #![forbid(unsafe_code)]
@@ -13,10 +14,14 @@ use crate::args::{NotRun, Verb};
 use crate::exit::Code;
 
 mod args;
+mod background;
 mod clock;
+mod control;
 mod demo;
 mod exit;
 mod ledger;
+mod logs;
+mod operate;
 mod report;
 mod run;
 mod sink;
@@ -29,6 +34,8 @@ fn main() -> ExitCode {
         Ok(cli) => match cli.verb {
             Verb::Run(args) => run::run(*args),
             Verb::Demo(args) => demo::run(args),
+            Verb::Primary(args) => run::run_in_background(*args),
+            verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {
             match write(io::stdout(), &text) {

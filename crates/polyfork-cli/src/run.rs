@@ -11,6 +11,7 @@ use std::ffi::{OsStr, OsString};
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork::cluster::{
@@ -20,9 +21,18 @@ use polyfork::cluster::{
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
-use crate::args::{OutputArg, RunArgs};
+use crate::args::{LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
+use crate::background::{self, Starter};
+use crate::clock;
+use crate::control::book::{About, Book};
+use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
+use crate::control::name::Name;
+use crate::control::server::Control;
 use crate::exit::Code;
 use crate::ledger::{Ledger, Verdict};
+use crate::logs::folder as log_folder;
+use crate::logs::line::{Format, Source};
+use crate::logs::writer::{Rotation, Writer};
 use crate::report::human::{self, Human};
 use crate::report::json::{self, Json};
 use crate::report::{Report, Start};
@@ -47,6 +57,22 @@ pub(crate) struct Prepared {
     pub(crate) settings: Settings,
     pub(crate) start: Start,
     pub(crate) show: Show,
+    pub(crate) place: Place,
+}
+
+/// Where an app is found, and where it writes to.
+#[derive(Default)]
+pub(crate) struct Place {
+    /// Its name, as long as it runs.
+    claim: Option<Claim>,
+    about: About,
+    background: Option<Background>,
+}
+
+/// What an app in the background has instead of a terminal.
+struct Background {
+    starter: Starter,
+    logs: Writer,
 }
 
 /// What is shown of it.
@@ -59,9 +85,37 @@ pub(crate) struct Show {
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
     let json = args.show.json;
-    match prepare(args).and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
+    let explicit = args.name.is_some();
+    let controlled = !args.no_control;
+    let prepared = prepare(args).and_then(|prepared| match controlled {
+        true => with_control(prepared, explicit),
+        false => Ok(prepared),
+    });
+    match prepared.and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
         Ok(code) => code,
         Err(refused) => refuse(&refused, json),
+    }
+}
+
+/// Runs a program in the background, as `polyfork start` began it.
+pub(crate) fn run_in_background(args: StartArgs) -> Code {
+    let mut starter = match Starter::take() {
+        Ok(starter) => starter,
+        Err(error) => {
+            let text = words::plain(&format!("cannot leave the foreground: {error}"));
+            return refuse(&Verdict { code: Code::Unexpected, text }, false);
+        }
+    };
+    match prepare_background(args) {
+        Ok((mut prepared, logs)) => {
+            prepared.start.warnings.iter().for_each(|text| starter.warning(text));
+            prepared.place.background = Some(Background { starter, logs });
+            supervise(prepared, |_| |_: &Event| ()).unwrap_or_else(|refused| refused.code)
+        }
+        Err(refused) => {
+            starter.refused(&refused);
+            refused.code
+        }
     }
 }
 
@@ -125,8 +179,116 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
     let name = args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()));
     settings = settings.name(&name);
     let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
+    let about = About {
+        name: name.clone(),
+        program: words::harmless(&program.to_string_lossy()),
+        runtime: json::runtime_word(detected.runtime).to_owned(),
+        dialect: detected.dialect.to_string(),
+        policy: polyfork::cluster::Policy::from(args.policy).to_string(),
+        mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
+        logs: None,
+    };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    Ok(Prepared { settings, start, show })
+    let place = Place { about, ..Place::default() };
+    Ok(Prepared { settings, start, show, place })
+}
+
+/// Takes the app's name, so that commands find it. An app in the foreground is worth more than its control socket: without
+/// a folder for it, it goes on without; and a name that nobody chose gets a number if it is taken.
+fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused> {
+    let name = match explicit {
+        true => named(&prepared.start.name)?,
+        false => Name::like(&prepared.start.name),
+    };
+    let without = |mut prepared: Prepared, refused: &Verdict| {
+        let text =
+            format!("{}; no command can reach this one (--no-control says so)", refused.text);
+        prepared.start.warnings.push(text);
+        Ok(prepared)
+    };
+    let mut runtime = match Runtime::make() {
+        Ok(runtime) => runtime,
+        Err(refused) => return without(prepared, &refused),
+    };
+    let mut number = 1;
+    let mut wanted = name.clone();
+    loop {
+        match runtime.claim(&wanted) {
+            Ok(claim) => return Ok(with_name(prepared, claim)),
+            Err((_, NotClaimed::Unusable(refused))) => return without(prepared, &refused),
+            Err((_, NotClaimed::Taken)) if explicit => return Err(taken(&wanted)),
+            Err((back, NotClaimed::Taken)) => {
+                runtime = back;
+                number += 1;
+                wanted = name.numbered(number);
+            }
+        }
+    }
+}
+
+fn named(name: &str) -> Result<Name, Refused> {
+    Name::read(name).map_err(|error| usage(format!("--name {}: {error}", words::harmless(name))))
+}
+
+fn taken(name: &Name) -> Refused {
+    let text = format!(
+        "an app named {name} runs already: `polyfork status {name}` shows it, `polyfork stop {name}` ends it, \
+         --name gives this one another name"
+    );
+    Verdict { code: Code::AlreadyRunning, text }
+}
+
+/// Everything is called what the claim says.
+fn with_name(mut prepared: Prepared, claim: Claim) -> Prepared {
+    let name = claim.name().to_string();
+    prepared.settings = prepared.settings.name(&name);
+    prepared.place.about.name.clone_from(&name);
+    prepared.start.name = name;
+    prepared.place.claim = Some(claim);
+    prepared
+}
+
+fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
+    let StartArgs { run, log } = args;
+    if run.no_control {
+        return Err(usage("--no-control: nobody could stop what is started in the background"));
+    }
+    if run.show.output == OutputArg::Inherit {
+        return Err(usage("--output inherit: in the background there is nothing to inherit"));
+    }
+    let explicit = run.name.is_some();
+    let prepared =
+        prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
+    let name = match explicit {
+        true => named(&prepared.start.name)?,
+        false => Name::like(&prepared.start.name),
+    };
+    let claim = Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
+        NotClaimed::Taken => taken(&name),
+        NotClaimed::Unusable(refused) => refused,
+    })?;
+    let mut prepared = with_name(prepared, claim);
+    let logs = logs(&log, &name, &mut prepared.place.about)?;
+    Ok((prepared, logs))
+}
+
+fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refused> {
+    let folder = log_folder::Folder::make(&log_folder::root(args.log_dir.as_deref())?, name)?;
+    about.logs = Some(folder.path.to_string_lossy().into_owned());
+    background::write_panics_to(folder.path.join("primary.log"));
+    let format = match args.log_format {
+        LogFormatArg::Text => Format::Text,
+        LogFormatArg::Json => Format::Json,
+    };
+    let rotation = Rotation {
+        size: u64::try_from(args.log_size).unwrap_or(u64::MAX),
+        age: args.log_age.0,
+        keep: usize::from(args.log_keep),
+    };
+    Writer::start(folder, format, rotation).map_err(|error| Verdict {
+        code: Code::Unexpected,
+        text: words::plain(&format!("cannot start to write logs: {error}")),
+    })
 }
 
 fn limits(args: &RunArgs) -> Limits {
@@ -285,12 +447,20 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
         text: words::plain(&format!("cannot make a runtime: {error}; are too many files open?")),
     })?;
     let code = runtime.block_on(async {
-        let Prepared { settings, start, show } = prepared;
+        let Prepared { settings, mut start, show, mut place } = prepared;
         let (settings, lines) = with_output(settings, show.output);
-        let cluster = Cluster::start_detected(settings, start.detected.clone())
-            .map_err(|error| not_started(&error))?;
-        let watch = Watch::new(&start, show);
-        Ok(watch.to_the_end(&cluster, lines, observer(&cluster)).await)
+        let started = Cluster::start_detected(settings, start.detected.clone());
+        let cluster = match started {
+            Ok(cluster) => cluster,
+            Err(error) => return Err(place.refuse(not_started(&error))),
+        };
+        let control = place.open(&cluster, &mut start)?;
+        let watch = Watch::new(&start, show, place.background, control);
+        let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
+        if let Some(claim) = place.claim {
+            watch.take_leave(claim, &place.about, &verdict);
+        }
+        Ok(verdict.code)
     });
     // Whatever is left of the cluster ends with the process.
     runtime.shutdown_background();
@@ -309,6 +479,50 @@ fn with_output(
     (settings.output(Output::Lines(sender)), Some(lines))
 }
 
+impl Place {
+    /// Tells whoever waits in the foreground.
+    fn refuse(&mut self, refused: Refused) -> Refused {
+        if let Some(background) = &mut self.background {
+            background.starter.refused(&refused);
+        }
+        refused
+    }
+
+    /// Opens the control socket. In the background it has to be had; in the foreground it is gone without.
+    fn open(&mut self, cluster: &Cluster, start: &mut Start) -> Result<Option<Control>, Refused> {
+        let Some(claim) = &self.claim else { return Ok(None) };
+        let card = card(&self.about, None);
+        let opened = claim.write_card(&card).and_then(|()| claim.listen());
+        let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
+        let book = Book::new(self.about.clone(), start.workers, losses);
+        match opened.and_then(|socket| Control::start(socket, cluster, book)) {
+            Ok(control) => Ok(Some(control)),
+            Err(error) => {
+                let text =
+                    format!("cannot open the control socket of {}: {error}", self.about.name);
+                let refused = Verdict { code: Code::NoFolder, text: words::plain(&text) };
+                if self.background.is_some() {
+                    return Err(self.refuse(refused));
+                }
+                start.warnings.push(format!("{}; no command can reach this one", refused.text));
+                self.claim = None;
+                Ok(None)
+            }
+        }
+    }
+}
+
+fn card(about: &About, ended: Option<Ended>) -> Card {
+    Card {
+        version: 1,
+        pid: std::process::id(),
+        started: clock::now(),
+        program: about.program.clone(),
+        logs: about.logs.as_ref().map(Into::into),
+        ended,
+    }
+}
+
 /// A cluster being watched.
 struct Watch {
     report: RefCell<Report>,
@@ -316,6 +530,12 @@ struct Watch {
     out: Option<Sink>,
     err: Option<Sink>,
     show: Show,
+    /// In the background: where lines go instead.
+    logs: Option<Writer>,
+    starter: RefCell<Starter>,
+    /// The starter in the foreground was told how it ended, or there is none.
+    told_end: Cell<bool>,
+    control: Option<Control>,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
     /// It was told that standard output loses lines.
@@ -323,7 +543,12 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(start: &Start, show: Show) -> Watch {
+    fn new(
+        start: &Start,
+        show: Show,
+        background: Option<Background>,
+        control: Option<Control>,
+    ) -> Watch {
         let mut report = if show.json {
             Report::Json(Json)
         } else {
@@ -332,8 +557,14 @@ impl Watch {
         let tell_dropped = if show.json { json::dropped } else { human::dropped };
         // A thread only for a stream that will be written to.
         let prefix = show.output == OutputArg::Prefix;
-        let out = (show.json || prefix).then(|| Sink::new(Target::Stdout, tell_dropped));
-        let err = (!show.json).then(|| Sink::new(Target::Stderr, tell_dropped));
+        let foreground = background.is_none();
+        let out =
+            (foreground && (show.json || prefix)).then(|| Sink::new(Target::Stdout, tell_dropped));
+        let err = (foreground && !show.json).then(|| Sink::new(Target::Stderr, tell_dropped));
+        let (starter, logs) = match background {
+            Some(Background { starter, logs }) => (starter, Some(logs)),
+            None => (Starter::default(), None),
+        };
         let first = report.start(start);
         let watch = Watch {
             report: RefCell::new(report),
@@ -344,6 +575,10 @@ impl Watch {
             out,
             err,
             show,
+            logs,
+            starter: RefCell::new(starter),
+            told_end: Cell::new(foreground),
+            control,
             passed_on: Cell::new(0),
             told_lost: Cell::new(false),
         };
@@ -360,6 +595,9 @@ impl Watch {
 
     /// Writes a line of the primary.
     fn own(&self, line: &str) {
+        if let Some(logs) = &self.logs {
+            return logs.own(line.trim_end_matches('\n').as_bytes());
+        }
         let target = self.report.borrow().target();
         if let Some(sink) = self.sink(target) {
             sink.own(line.as_bytes());
@@ -371,7 +609,7 @@ impl Watch {
         cluster: &Cluster,
         lines: Option<mpsc::Receiver<OutputLine>>,
         observer: impl FnMut(&Event),
-    ) -> Code {
+    ) -> Verdict {
         let output = self.pass_on(lines);
         let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
         tokio::pin!(output, told);
@@ -400,7 +638,29 @@ impl Watch {
             self.tell_lost(error);
         }
         let _complete = finish(&self.err);
-        verdict.code
+        let _complete = self.logs.as_ref().is_none_or(Writer::finish);
+        if let Some(control) = &self.control {
+            control.finish(&verdict, &json::Json.end(&verdict)).await;
+        }
+        if self.logs.is_some() {
+            self.told_end.set(self.starter.borrow_mut().end(&verdict));
+        }
+        verdict
+    }
+
+    /// Gives the name back. An app that ended in the background by itself leaves word, since nobody saw it.
+    fn take_leave(&self, claim: Claim, about: &About, verdict: &Verdict) {
+        let as_asked = matches!(verdict.code, Code::Stopped | Code::Forced);
+        if as_asked || self.told_end.get() {
+            return drop(claim);
+        }
+        let ended = Ended {
+            time: clock::now(),
+            outcome: verdict.code.row().word.to_owned(),
+            exit_code: verdict.code as u8,
+            text: verdict.text.clone(),
+        };
+        claim.leave(&card(about, Some(ended)));
     }
 
     /// Waits until standard output takes lines no more.
@@ -448,6 +708,13 @@ impl Watch {
             }
             observer(&event);
             self.ledger.borrow_mut().event(&event);
+            if let Some(control) = &self.control {
+                control.event(&event, &self.ledger.borrow());
+                if self.logs.is_some() {
+                    let starter = &mut *self.starter.borrow_mut();
+                    control.tell(starter, &event, &self.ledger.borrow());
+                }
+            }
             let lines = self.report.borrow_mut().event(&event, &self.ledger.borrow());
             lines.iter().for_each(|line| self.own(line));
             if matches!(event, Event::End(_)) {
@@ -474,7 +741,10 @@ impl Watch {
         let Some(mut lines) = lines else { return };
         while let Some(line) = lines.recv().await {
             self.ledger.borrow_mut().line(&line);
-            if self.show.output == OutputArg::Prefix {
+            if let (Some(logs), OutputArg::Prefix) = (&self.logs, self.show.output) {
+                let source = Source::of(line.worker, line.stream);
+                logs.line(line.slot, source, &line.line, line.complete).await;
+            } else if self.show.output == OutputArg::Prefix {
                 let (target, bytes) = self.report.borrow_mut().output(&line);
                 if let Some(sink) = self.sink(target) {
                     sink.line(&bytes).await;

@@ -7,7 +7,10 @@ use std::io::IsTerminal;
 
 /// How one stream is painted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Paint(bool);
+pub(crate) struct Paint {
+    colours: bool,
+    terminal: bool,
+}
 
 /// A colour or weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,29 +32,38 @@ pub(crate) enum Ink {
 impl Paint {
     /// For standard output.
     pub(crate) fn stdout() -> Paint {
-        Paint(wanted() && std::io::stdout().is_terminal())
+        Paint::on(std::io::stdout().is_terminal())
     }
 
     /// For standard error.
     pub(crate) fn stderr() -> Paint {
-        Paint(wanted() && std::io::stderr().is_terminal())
+        Paint::on(std::io::stderr().is_terminal())
+    }
+
+    fn on(terminal: bool) -> Paint {
+        Paint { colours: terminal && wanted(), terminal }
+    }
+
+    /// Whether a terminal reads it.
+    pub(crate) fn is_terminal(self) -> bool {
+        self.terminal
     }
 
     /// Whether colours are shown.
     pub(crate) fn has_colours(self) -> bool {
-        self.0
+        self.colours
     }
 
     /// `text` in `ink`, or as it is.
     pub(crate) fn with(self, ink: Ink, text: &str) -> String {
-        if self.0 { format!("\x1b[{}m{text}\x1b[0m", ink.code()) } else { text.to_owned() }
+        if self.colours { format!("\x1b[{}m{text}\x1b[0m", ink.code()) } else { text.to_owned() }
     }
 }
 
 #[cfg(test)]
 impl Paint {
-    pub(crate) const PLAIN: Paint = Paint(false);
-    pub(crate) const COLOURS: Paint = Paint(true);
+    pub(crate) const PLAIN: Paint = Paint { colours: false, terminal: false };
+    pub(crate) const COLOURS: Paint = Paint { colours: true, terminal: true };
 }
 
 impl Ink {

@@ -5,9 +5,12 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use polyfork::cluster::{Address, AddressError};
+
+use crate::clock;
+use crate::control::protocol::Scale;
 
 /// How many workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +33,76 @@ pub(crate) fn workers(text: &str) -> Result<Workers, String> {
             Ok(workers) if (1..=MOST_WORKERS).contains(&workers) => Ok(Workers::Exactly(workers)),
             _ => Err(format!("give a number from 1 to {MOST_WORKERS}, or `max`")),
         },
+    }
+}
+
+/// Reads `4`, `+2` or `-1`.
+pub(crate) fn scale(text: &str) -> Result<Scale, String> {
+    let told =
+        || format!("give a number from 1 to {MOST_WORKERS}, or how many more or less: +2, -1");
+    let text = text.trim();
+    if let Some(number) = text.strip_prefix(['+', '-']) {
+        let number: u32 = number.parse().map_err(|_| told())?;
+        let by =
+            i32::try_from(number).ok().filter(|by| (1..=MOST_WORKERS).contains(&by.unsigned_abs()));
+        let by = by.ok_or_else(told)?;
+        return Ok(Scale::By(if text.starts_with('-') { -by } else { by }));
+    }
+    match text.parse() {
+        Ok(workers) if (1..=MOST_WORKERS).contains(&workers) => Ok(Scale::To(workers)),
+        Ok(0) => Err("at least 1 worker stays; `polyfork stop` ends an app".into()),
+        _ => Err(told()),
+    }
+}
+
+/// How many lines of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lines {
+    /// The last ones.
+    Last(usize),
+    /// Every one there is.
+    All,
+}
+
+/// The most lines that are held in memory to find the last ones.
+const MOST_LINES: usize = 1_000_000;
+
+/// Reads `20` or `all`.
+pub(crate) fn lines(text: &str) -> Result<Lines, String> {
+    match text.trim() {
+        "all" => Ok(Lines::All),
+        number => match number.parse() {
+            Ok(number) if number <= MOST_LINES => Ok(Lines::Last(number)),
+            _ => Err(format!("give a number from 0 to {MOST_LINES}, or `all`")),
+        },
+    }
+}
+
+/// Reads `10m`, which is that long ago, or a time as logs have it.
+pub(crate) fn since(text: &str) -> Result<SystemTime, String> {
+    if let Ok(ago) = duration(text) {
+        return Ok(SystemTime::now().checked_sub(ago).unwrap_or(UNIX_EPOCH));
+    }
+    clock::read(text.trim()).ok_or_else(|| {
+        "give how long ago, as in 10m, or a time in UTC, as in 2026-11-23T06:56:56Z".to_owned()
+    })
+}
+
+/// Writes a size as people say it: `512 B`, `4.1 MiB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut scaled = bytes;
+    while scaled >= 1024 * 1024 && unit + 1 < UNITS.len() {
+        scaled /= 1024;
+        unit += 1;
+    }
+    match scaled {
+        whole if whole < 1024 || unit + 1 == UNITS.len() => format!("{whole} {}", UNITS[unit]),
+        more if more < 10 * 1024 => {
+            format!("{}.{} {}", more / 1024, more % 1024 * 10 / 1024, UNITS[unit + 1])
+        }
+        more => format!("{} {}", more / 1024, UNITS[unit + 1]),
     }
 }
 

@@ -169,6 +169,40 @@ fn how_to_be_permitted(address: &Address) -> String {
     }
 }
 
+/// A line of a worker for a terminal: colours are obeyed, all other control characters are shown.
+pub(crate) fn colours_only(line: &[u8]) -> String {
+    let text = String::from_utf8_lossy(line);
+    let mut safe = String::with_capacity(text.len());
+    let mut rest = &*text;
+    let mut coloured = false;
+    while let Some(at) = rest.find(|c: char| c.is_control() && c != '\t') {
+        safe.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let len = colour(rest);
+        if len > 0 {
+            coloured = true;
+            safe.push_str(&rest[..len]);
+            rest = &rest[len..];
+        } else {
+            let c = rest.chars().next().unwrap_or_default();
+            safe.extend(c.escape_default());
+            rest = &rest[c.len_utf8()..];
+        }
+    }
+    safe.push_str(rest);
+    if coloured {
+        safe.push_str("\x1b[0m");
+    }
+    safe
+}
+
+/// The length of the colour sequence at the start: `ESC [`, digits and semicolons, `m`. 0 if there is none.
+fn colour(text: &str) -> usize {
+    let Some(inner) = text.strip_prefix("\x1b[") else { return 0 };
+    let end = inner.find(|c: char| !c.is_ascii_digit() && c != ';');
+    end.filter(|end| inner[*end..].starts_with('m')).map_or(0, |end| 2 + end + 1)
+}
+
 /// A text without the `(os error 13)` that the standard library adds to the system's words.
 pub(crate) fn plain(text: &str) -> String {
     const TAIL: &str = " (os error ";
@@ -259,5 +293,24 @@ mod tests {
     #[test]
     fn control_characters_of_workers_are_shown() {
         assert_eq!(harmless("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+    }
+
+    #[test]
+    fn only_colours_reach_a_terminal() {
+        assert_eq!(colours_only(b"a\x1b[31mred\x1b[0m b"), "a\x1b[31mred\x1b[0m b\x1b[0m");
+        assert_eq!(colours_only(b"tab\there"), "tab\there");
+        for bad in [
+            "\x1b[2J",
+            "\x1b]0;title\x07",
+            "\x1b[31",
+            "\x1bc",
+            "\r\x08\x7f",
+            "\u{9b}31m",
+            "\x1b[?25l",
+        ] {
+            let shown = colours_only(bad.as_bytes());
+            assert!(!shown.contains(|c: char| c.is_control()), "{shown:?}");
+        }
+        assert_eq!(colours_only(b"\xff"), "\u{fffd}");
     }
 }

@@ -103,14 +103,11 @@ impl Json {
             .with("runtime_version", &runtime_version(*runtime))
             .with("exec", &exec.to_string_lossy())
             .with("why", why);
-        let warnings = start
-            .warnings
-            .iter()
-            .map(|text| Line::new("notice").with("code", "warning").with("text", text).text());
+        let warnings = start.warnings.iter().map(|text| warning(text));
         std::iter::once(setup.text()).chain(warnings).collect()
     }
 
-    pub(super) fn event(&mut self, event: &Event, ledger: &Ledger) -> Option<String> {
+    pub(crate) fn event(&mut self, event: &Event, ledger: &Ledger) -> Option<String> {
         let line = match event {
             // Told at the start, with more.
             Event::Setup { .. } | Event::End(_) => return None,
@@ -173,7 +170,7 @@ impl Json {
         Some(line.text())
     }
 
-    pub(super) fn end(&mut self, verdict: &Verdict) -> String {
+    pub(crate) fn end(&mut self, verdict: &Verdict) -> String {
         Line::new("end")
             .with("outcome", verdict.code.row().word)
             .with("exit_code", &(verdict.code as u8))
@@ -240,7 +237,51 @@ pub(crate) fn dropped(lines: u64) -> String {
     Line::new("dropped").with("lines", &lines).text()
 }
 
-fn runtime_word(runtime: Runtime) -> &'static str {
+/// A warning of the time before anything runs.
+pub(crate) fn warning(text: &str) -> String {
+    Line::new("notice").with("code", "warning").with("text", text).text()
+}
+
+/// The line that tells a starter in the foreground that an app runs in the background.
+pub(crate) fn started<T: Serialize>(app: &T) -> String {
+    Line::new("started").with("app", app).text()
+}
+
+/// The line that tells how many events were missed.
+pub(crate) fn lagged(missed: u64) -> String {
+    Line::new("lagged").with("missed", &missed).text()
+}
+
+/// The object of a line in a log.
+pub(crate) fn log_line(
+    app: Option<&str>,
+    time: &str,
+    slot: u32,
+    worker: Option<u64>,
+    stream: &str,
+    line: &[u8],
+    complete: bool,
+) -> Vec<u8> {
+    let text = String::from_utf8_lossy(line);
+    let exact = matches!(text, std::borrow::Cow::Borrowed(_));
+    let object = Line(b"{".to_vec()).with("time", time);
+    let object = match app {
+        Some(app) => object.with("name", app),
+        None => object,
+    };
+    let object = object
+        .with("slot", &slot)
+        .with("worker", &worker)
+        .with("stream", stream)
+        .with("line", &text)
+        .with("complete", &complete);
+    match exact {
+        true => object.bytes(),
+        false => object.with("base64", &base64(line)).bytes(),
+    }
+}
+
+pub(crate) fn runtime_word(runtime: Runtime) -> &'static str {
     match runtime {
         Runtime::Node { .. } => "node",
         Runtime::Deno { .. } => "deno",
@@ -276,6 +317,26 @@ fn base64(bytes: &[u8]) -> String {
         }
     }
     text
+}
+
+/// Back to bytes; `None` for what is none.
+pub(crate) fn from_base64(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| match byte {
+        b'A'..=b'Z' => Some(byte - b'A'),
+        b'a'..=b'z' => Some(byte - b'a' + 26),
+        b'0'..=b'9' => Some(byte - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let digits = text.trim_end_matches('=').bytes().map(digit).collect::<Option<Vec<u8>>>()?;
+    let mut bytes = Vec::with_capacity(digits.len() * 3 / 4);
+    for group in digits.chunks(4) {
+        let bits = group.iter().fold(0u32, |bits, digit| bits << 6 | u32::from(*digit));
+        let bits = bits << (6 * (4 - group.len()));
+        bytes.extend(bits.to_be_bytes()[1..].iter().take(group.len() * 6 / 8));
+    }
+    Some(bytes)
 }
 
 #[cfg(test)]

@@ -58,6 +58,9 @@ impl Place {
                 command.env_remove(&key);
             }
         }
+        // Apps of one test are none of another's, and none of the user's.
+        command.env("POLYFORK_RUNTIME_DIR", self.path().join("runtime"));
+        command.env("POLYFORK_LOG_DIR", self.path().join("logs"));
         command
     }
 

@@ -1,0 +1,102 @@
+//! An app in the background: how the primary tells whoever started it that it is ready, or why not.
+//!
+//! `polyfork start` runs this executable again, in a session of its own, with a pipe as standard output. What is written
+//! there is the short form of docs/events.md: notices, slots that were given up, and one last line, `started`, `end` or
+//! `error`. Then standard output is nobody's.
+//!
+//! The surprising rule: the starter may be stopped (Ctrl-Z) or gone. A line that does not fit into the pipe is dropped; an
+//! app is never held up by who started it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use polyfork::cluster::Event;
+use rustix::fs::{FileType, Mode, OFlags};
+
+use crate::control::book::Book;
+use crate::ledger::{Ledger, Verdict};
+use crate::report::json;
+
+/// The way to who started us, as long as there is something to tell.
+#[derive(Debug, Default)]
+pub(crate) struct Starter(Option<OwnedFd>);
+
+impl Starter {
+    /// Takes standard output over, if it is a pipe. It is nobody's from now on.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn take() -> io::Result<Starter> {
+        let mine = rustix::stdio::stdout();
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(mine)?.st_mode);
+        let pipe = match kind {
+            FileType::Fifo => {
+                let pipe = rustix::io::fcntl_dupfd_cloexec(mine, 3)?;
+                rustix::fs::fcntl_setfl(&pipe, OFlags::NONBLOCK)?;
+                Some(pipe)
+            }
+            _ => None,
+        };
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::stdio::dup2_stdout(&null)?;
+        Ok(Starter(pipe))
+    }
+
+    fn tell(&self, line: &str) {
+        if let Some(pipe) = &self.0 {
+            // Too full, or gone: see above.
+            let _ = rustix::io::write(pipe, line.as_bytes());
+        }
+    }
+
+    /// Tells what a person who waits should know. `book` knows of the event already.
+    pub(crate) fn event(&mut self, event: &Event, ledger: &Ledger, book: &Book) {
+        if self.0.is_none() {
+            return;
+        }
+        if matches!(event, Event::Notice(_) | Event::SlotFailed { .. } | Event::BindFailed { .. })
+            && let Some(line) = json::Json.event(event, ledger)
+        {
+            self.tell(&line);
+        }
+        if let Some(settled) = book.settled() {
+            self.tell(&json::started(&settled));
+            self.0 = None;
+        }
+    }
+
+    /// Tells a warning of the time before anything ran.
+    pub(crate) fn warning(&self, text: &str) {
+        self.tell(&json::warning(text));
+    }
+
+    /// Tells that nothing was started.
+    pub(crate) fn refused(&mut self, verdict: &Verdict) {
+        self.tell(&json::refused(verdict));
+        self.0 = None;
+    }
+
+    /// Tells the end; true if somebody was there to be told.
+    pub(crate) fn end(&mut self, verdict: &Verdict) -> bool {
+        let told = self.0.is_some();
+        self.tell(&json::Json.end(verdict));
+        self.0 = None;
+        told
+    }
+}
+
+/// Writes what a panic of the primary says to a file, since its standard error is nobody's.
+pub(crate) fn write_panics_to(file: PathBuf) {
+    std::panic::set_hook(Box::new(move |panic| {
+        use std::io::Write;
+        use std::os::unix::fs::OpenOptionsExt;
+        const NOFOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
+        let mut options = std::fs::OpenOptions::new();
+        options.append(true).create(true).mode(0o600).custom_flags(NOFOLLOW);
+        if let Ok(mut file) = options.open(&file) {
+            // Nobody is left to be told.
+            let _ = writeln!(file, "{} polyfork: {panic}", crate::clock::now());
+        }
+    }));
+}

@@ -1,0 +1,473 @@
+//! What is known of an app while it runs: its slots, its addresses, what ended why. Fed with events, read for `status`
+//! and `ls`.
+//!
+//! Bounded: one entry for each slot and each address. What changes by itself (CPU, memory) is read when it is asked for.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use polyfork::cluster::{Address, Event, Via, WorkerStatus};
+use serde::Serialize;
+
+use super::usage::{self, Usage};
+use crate::clock;
+use crate::ledger::Verdict;
+use crate::logs::writer::Losses;
+use crate::words;
+
+/// The version of what `status` and `ls` give.
+pub(crate) const VERSION: u32 = 1;
+
+/// What is known.
+#[derive(Debug)]
+pub(crate) struct Book {
+    about: About,
+    started: Instant,
+    started_at: SystemTime,
+    slots: BTreeMap<u32, Slot>,
+    listeners: BTreeMap<Address, Way>,
+    /// How many workers are wanted.
+    wanted: u32,
+    restarts: u64,
+    stopping: bool,
+    ended: Option<Verdict>,
+    /// Lines of logs that could not be written.
+    losses: Option<Arc<Losses>>,
+    /// Somebody restarts or reloads it now.
+    pub(crate) busy: Option<&'static str>,
+}
+
+/// What does not change.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct About {
+    /// Its name.
+    pub(crate) name: String,
+    /// As it was named, without arguments: those may hold secrets.
+    pub(crate) program: String,
+    /// `node`, `python` and so on.
+    pub(crate) runtime: String,
+    /// How workers are spoken to.
+    pub(crate) dialect: String,
+    /// The policy asked for.
+    pub(crate) policy: String,
+    /// The mechanism asked for.
+    pub(crate) mechanism: String,
+    /// The folder of its logs, if it writes any.
+    pub(crate) logs: Option<String>,
+}
+
+#[derive(Debug, Default, Clone)]
+struct Slot {
+    /// The latest worker and its process.
+    worker: Option<(u64, u32)>,
+    ready: bool,
+    failed: bool,
+    restarts: u64,
+    last_exit: Option<LastExit>,
+}
+
+/// How the latest worker of a slot that ended did so.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct LastExit {
+    /// When.
+    time: String,
+    /// Which worker.
+    pub(crate) worker: u64,
+    /// The word of docs/events.md.
+    reason: &'static str,
+    /// For people.
+    pub(crate) text: String,
+    code: Option<i32>,
+    signal: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+struct Way {
+    policy: String,
+    mechanism: &'static str,
+    exact: bool,
+    why: String,
+}
+
+/// How a slot does, for whoever waits for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// It has a ready worker.
+    Ready(u64),
+    /// It has none yet.
+    Coming,
+    /// Its latest worker ended before it was ready, or the slot was given up. What happened.
+    Failed(String),
+    /// It was taken out of service.
+    Gone,
+}
+
+impl Book {
+    /// A book in which nothing has happened yet.
+    pub(crate) fn new(about: About, workers: u32, losses: Option<Arc<Losses>>) -> Book {
+        Book {
+            about,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+            slots: (1..=workers).map(|slot| (slot, Slot::default())).collect(),
+            listeners: BTreeMap::new(),
+            wanted: workers,
+            restarts: 0,
+            stopping: false,
+            ended: None,
+            losses,
+            busy: None,
+        }
+    }
+
+    /// Notes an event.
+    pub(crate) fn event(&mut self, event: &Event) {
+        match event {
+            Event::Fork(who) => {
+                let slot = self.slots.entry(who.slot).or_default();
+                if slot.worker.replace((who.worker, who.pid)).is_some() {
+                    slot.restarts += 1;
+                    self.restarts += 1;
+                }
+                (slot.ready, slot.failed) = (false, false);
+                // One more may have been asked for by a signal.
+                self.wanted = self.wanted.max(self.slot_count());
+            }
+            Event::Ready(who) => self.with(who.slot, who.worker, |slot| slot.ready = true),
+            Event::Draining(who) => self.with(who.slot, who.worker, |slot| slot.ready = false),
+            Event::Exit { .. } => self.exit(event),
+            Event::SlotFailed { slot, .. } => {
+                if let Some(slot) = self.slots.get_mut(slot) {
+                    slot.failed = true;
+                }
+            }
+            Event::SlotRetired { slot } => {
+                self.slots.remove(slot);
+                self.wanted = self.wanted.min(self.slot_count());
+            }
+            Event::Listening { address, by, .. } | Event::Bound { address, by } => {
+                self.listeners.insert(address.clone(), way(by));
+            }
+            Event::Closed { address } => drop(self.listeners.remove(address)),
+            _ => {}
+        }
+    }
+
+    fn with(&mut self, slot: u32, worker: u64, change: impl FnOnce(&mut Slot)) {
+        if let Some(slot) = self.slots.get_mut(&slot)
+            && slot.worker.is_some_and(|(latest, _)| latest == worker)
+        {
+            change(slot);
+        }
+    }
+
+    fn exit(&mut self, event: &Event) {
+        let Event::Exit { who, code, signal, reason, .. } = event else { return };
+        let Some(slot) = self.slots.get_mut(&who.slot) else { return };
+        if slot.worker.is_none_or(|(latest, _)| latest <= who.worker) {
+            slot.ready = false;
+        }
+        slot.last_exit = Some(LastExit {
+            time: clock::now(),
+            worker: who.worker,
+            reason: words::reason(*reason),
+            text: words::ended(*reason),
+            code: *code,
+            signal: signal.map(words::signal),
+        });
+    }
+
+    /// Notes that it was asked to stop.
+    pub(crate) fn stops(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Whether it was asked to stop.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping || self.ended.is_some()
+    }
+
+    /// Notes the end.
+    pub(crate) fn ends(&mut self, verdict: Verdict) {
+        self.ended = Some(verdict);
+    }
+
+    /// How it ended.
+    pub(crate) fn ended(&self) -> Option<&Verdict> {
+        self.ended.as_ref()
+    }
+
+    /// Notes how many workers are wanted.
+    pub(crate) fn wants(&mut self, workers: u32) {
+        self.wanted = workers;
+    }
+
+    /// How many workers are wanted.
+    pub(crate) fn wanted(&self) -> u32 {
+        self.wanted
+    }
+
+    /// How many slots there are, also those that only finish.
+    pub(crate) fn slot_count(&self) -> u32 {
+        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+    }
+
+    /// The slots.
+    pub(crate) fn slots(&self) -> Vec<u32> {
+        self.slots.keys().copied().collect()
+    }
+
+    /// The latest worker of a slot.
+    pub(crate) fn worker_of(&self, slot: u32) -> Option<u64> {
+        self.slots.get(&slot)?.worker.map(|(worker, _)| worker)
+    }
+
+    /// How far a slot is with a worker younger than `than`.
+    pub(crate) fn progress(&self, slot: u32, than: Option<u64>) -> Progress {
+        let Some(found) = self.slots.get(&slot) else { return Progress::Gone };
+        let younger = |worker: u64| than.is_none_or(|than| worker > than);
+        let exit = found.last_exit.as_ref().filter(|exit| younger(exit.worker));
+        match found.worker {
+            Some((worker, _)) if younger(worker) && found.ready => Progress::Ready(worker),
+            _ if found.failed => {
+                let why = found.last_exit.as_ref().map_or("", |exit| exit.text.as_str());
+                Progress::Failed(format!("slot {slot} was given up: its last worker {why}"))
+            }
+            _ => match exit {
+                Some(exit) => {
+                    Progress::Failed(format!("slot {slot}: its new worker {}", exit.text))
+                }
+                None => Progress::Coming,
+            },
+        }
+    }
+
+    /// What it is once no slot is on its way any more and at least one is ready.
+    pub(crate) fn settled(&self) -> Option<Settled<'_>> {
+        let over = |slot: &Slot| slot.ready || slot.failed;
+        if self.ready() == 0 || !self.slots.values().all(over) {
+            return None;
+        }
+        let failed = self.slots.iter().filter(|(_, slot)| slot.failed);
+        Some(Settled { brief: self.brief(), failed_slots: failed.map(|(slot, _)| *slot).collect() })
+    }
+
+    fn ready(&self) -> u32 {
+        let ready = self.slots.values().filter(|slot| slot.ready).count();
+        u32::try_from(ready).unwrap_or(u32::MAX)
+    }
+
+    fn state(&self) -> &'static str {
+        let ready = self.ready();
+        let ever = self.slots.values().any(|slot| slot.ready || slot.restarts > 0);
+        match () {
+            () if self.is_stopping() => "stopping",
+            () if ready >= self.wanted => "ready",
+            () if ready > 0 => "degraded",
+            () if self.slots.values().all(|slot| slot.failed) => "failed",
+            () if ever => "down",
+            () => "starting",
+        }
+    }
+
+    /// Policy and mechanism: as they came out where something listens, as asked for where nothing does.
+    fn way(&self) -> (&str, &str) {
+        match self.listeners.values().next() {
+            Some(way) => (&way.policy, way.mechanism),
+            None => (&self.about.policy, &self.about.mechanism),
+        }
+    }
+
+    /// A line of a list.
+    pub(crate) fn brief(&self) -> Brief<'_> {
+        let (policy, mechanism) = self.way();
+        let pids = self.slots.values().filter_map(|slot| slot.worker).map(|(_, pid)| pid);
+        let usage = usage::of_all(pids.chain([std::process::id()]));
+        Brief {
+            version: VERSION,
+            name: &self.about.name,
+            pid: std::process::id(),
+            state: self.state(),
+            program: &self.about.program,
+            policy,
+            mechanism,
+            listeners: self.listeners.keys().map(ToString::to_string).collect(),
+            workers_wanted: self.wanted,
+            workers_ready: self.ready(),
+            restarts: self.restarts,
+            started: clock::stamp(self.started_at),
+            uptime_ms: ms(self.started.elapsed()),
+            cpu_ms: usage.cpu_ms,
+            resident_bytes: usage.resident_bytes,
+        }
+    }
+
+    /// All that is known, together with what the library knows of living workers.
+    pub(crate) fn status(&self, living: &[WorkerStatus]) -> Status<'_> {
+        let mut workers: Vec<WorkerShape<'_>> =
+            living.iter().map(|worker| self.living(worker)).collect();
+        let without = self
+            .slots
+            .iter()
+            .filter(|(number, _)| !living.iter().any(|worker| worker.slot == **number));
+        workers.extend(without.map(|(number, slot)| empty(*number, slot)));
+        workers.sort_by_key(|worker| (worker.slot, worker.worker));
+        let own = usage::of(std::process::id()).unwrap_or_default();
+        let listener = |(address, way): (&Address, &Way)| ListenerShape {
+            address: address.to_string(),
+            port: words::port(address),
+            policy: way.policy.clone(),
+            mechanism: way.mechanism,
+            exact: way.exact,
+            why: way.why.clone(),
+        };
+        Status {
+            brief: self.brief(),
+            polyfork: env!("CARGO_PKG_VERSION"),
+            runtime: &self.about.runtime,
+            dialect: &self.about.dialect,
+            logs: self.about.logs.as_deref(),
+            log_lines_lost: self.losses.as_ref().map(|losses| losses.lines()),
+            busy: self.busy,
+            listening: self.listeners.iter().map(listener).collect(),
+            primary: PrimaryShape { cpu_ms: own.cpu_ms, resident_bytes: own.resident_bytes },
+            workers,
+        }
+    }
+
+    fn living(&self, worker: &WorkerStatus) -> WorkerShape<'_> {
+        let slot = self.slots.get(&worker.slot);
+        let usage = usage::of(worker.pid);
+        WorkerShape {
+            slot: worker.slot,
+            worker: Some(worker.worker),
+            pid: Some(worker.pid),
+            state: worker.state,
+            generation: 0,
+            restarts: slot.map_or(0, |slot| slot.restarts),
+            last_exit: slot.and_then(|slot| slot.last_exit.as_ref()),
+            uptime_ms: Some(ms(worker.uptime)),
+            cpu_ms: usage.map(|usage| usage.cpu_ms),
+            resident_bytes: usage.map(|usage| usage.resident_bytes),
+            accepted: None,
+            queue: None,
+        }
+    }
+}
+
+fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
+    WorkerShape {
+        slot: number,
+        worker: None,
+        pid: None,
+        state: if slot.failed { "failed" } else { "waiting" },
+        generation: 0,
+        restarts: slot.restarts,
+        last_exit: slot.last_exit.as_ref(),
+        uptime_ms: None,
+        cpu_ms: None,
+        resident_bytes: None,
+        accepted: None,
+        queue: None,
+    }
+}
+
+fn way(via: &Via) -> Way {
+    Way {
+        policy: via.policy.to_string(),
+        mechanism: via.mechanism.word(),
+        exact: words::is_exact(via),
+        why: via.why.clone(),
+    }
+}
+
+fn ms(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A line of a list.
+#[derive(Debug, Serialize)]
+pub(crate) struct Brief<'a> {
+    version: u32,
+    name: &'a str,
+    pid: u32,
+    state: &'static str,
+    program: &'a str,
+    policy: &'a str,
+    mechanism: &'a str,
+    listeners: Vec<String>,
+    workers_wanted: u32,
+    workers_ready: u32,
+    restarts: u64,
+    started: String,
+    uptime_ms: u64,
+    cpu_ms: u64,
+    resident_bytes: u64,
+}
+
+/// What a start came to.
+#[derive(Debug, Serialize)]
+pub(crate) struct Settled<'a> {
+    #[serde(flatten)]
+    brief: Brief<'a>,
+    failed_slots: Vec<u32>,
+}
+
+/// All that is known.
+#[derive(Debug, Serialize)]
+pub(crate) struct Status<'a> {
+    #[serde(flatten)]
+    brief: Brief<'a>,
+    polyfork: &'static str,
+    runtime: &'a str,
+    dialect: &'a str,
+    logs: Option<&'a str>,
+    log_lines_lost: Option<u64>,
+    busy: Option<&'static str>,
+    listening: Vec<ListenerShape>,
+    primary: PrimaryShape,
+    workers: Vec<WorkerShape<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct PrimaryShape {
+    cpu_ms: u64,
+    resident_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct ListenerShape {
+    address: String,
+    port: Option<u16>,
+    policy: String,
+    mechanism: &'static str,
+    exact: bool,
+    why: String,
+}
+
+#[derive(Debug, Serialize)]
+struct WorkerShape<'a> {
+    slot: u32,
+    worker: Option<u64>,
+    pid: Option<u32>,
+    state: &'static str,
+    generation: u64,
+    restarts: u64,
+    last_exit: Option<&'a LastExit>,
+    uptime_ms: Option<u64>,
+    cpu_ms: Option<u64>,
+    resident_bytes: Option<u64>,
+    accepted: Option<u64>,
+    queue: Option<u64>,
+}
+
+impl Usage {
+    /// The sum of two.
+    pub(crate) fn plus(self, other: Usage) -> Usage {
+        Usage {
+            cpu_ms: self.cpu_ms + other.cpu_ms,
+            resident_bytes: self.resident_bytes + other.resident_bytes,
+        }
+    }
+}

@@ -1,0 +1,546 @@
+//! The primary's end of the control socket: who may ask, how much at once, and what becomes of a request.
+//!
+//! Nothing a client does can hurt the primary. There are 64 clients at most; each has one request of 64 KiB at most in
+//! hand, five seconds to finish sending it and five to take its answer. When all places are taken, whoever is still
+//! sending gives way, the oldest first: a thousand clients that send a byte a second keep nobody else out. Everything runs on
+//! the primary's one thread, and nothing exists for a client that is not there.
+//!
+//! Who may ask: the same user, and root. The credentials are those of whoever *connected*: a program that passes its
+//! open socket on passes on what it may do, as with every descriptor.
+//!
+//! The surprising rule: work that was begun for a client goes on when the client leaves. A restart that stopped half-way
+//! because a terminal was closed would be worse than one that is finished unseen.
+//!
+//! References: unix(7) `SO_PEERCRED`.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::net::UnixListener as StdListener;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use polyfork::cluster::{Cluster, Event};
+use serde::Serialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{broadcast, watch};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+use super::book::{Book, Progress};
+use super::protocol::{self, LONGEST_REQUEST, Refusal, Request, Scale, Verb};
+use crate::background::Starter;
+use crate::ledger::{Ledger, Verdict};
+use crate::report::json;
+use crate::values::MOST_WORKERS;
+
+/// Clients at a time.
+const MOST_CLIENTS: usize = 64;
+/// For a client to send its request.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// For a client to take an answer, or a line of a stream.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// After an error of `accept`: as a rule too many files are open.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// At the end, for answers that are on their way.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+/// Events kept for a client that is behind.
+const STREAM_BUFFER: usize = 256;
+/// After the SIGTERM that follows a grace period.
+const KILL_AFTER: Duration = Duration::from_secs(2);
+
+/// The control plane of a running primary.
+#[derive(Clone)]
+pub(crate) struct Control(Arc<Shared>);
+
+struct Shared {
+    cluster: Cluster,
+    book: Mutex<Book>,
+    /// Counts what happened; whoever waits for the book to change waits here.
+    changed: watch::Sender<u64>,
+    /// There as long as somebody listens.
+    stream: Mutex<Option<broadcast::Sender<Arc<str>>>>,
+    clients: Mutex<VecDeque<Client>>,
+    /// Counts connections that were sent away: strangers, garbage, too slow.
+    refused: AtomicU64,
+    next_client: AtomicU64,
+}
+
+struct Client {
+    id: u64,
+    phase: Arc<AtomicU8>,
+    task: AbortHandle,
+}
+
+/// Still sending its request.
+const SENDING: u8 = 0;
+/// Its request is worked on, or it is being answered.
+const SERVED: u8 = 1;
+
+/// What a client gets.
+enum Answer {
+    Line(Vec<u8>),
+    Stream(broadcast::Receiver<Arc<str>>),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Control {
+    /// Starts to answer. Must be called inside the primary's runtime.
+    ///
+    /// # Errors
+    /// When the system cannot wait for the socket.
+    pub(crate) fn start(socket: StdListener, cluster: &Cluster, book: Book) -> io::Result<Control> {
+        let socket = UnixListener::from_std(socket)?;
+        let control = Control(Arc::new(Shared {
+            cluster: cluster.clone(),
+            book: Mutex::new(book),
+            changed: watch::Sender::new(0),
+            stream: Mutex::new(None),
+            clients: Mutex::default(),
+            refused: AtomicU64::new(0),
+            next_client: AtomicU64::new(0),
+        }));
+        tokio::spawn(accept(control.clone(), socket));
+        Ok(control)
+    }
+
+    /// Notes an event, and passes it on to whoever listens.
+    pub(crate) fn event(&self, event: &Event, ledger: &Ledger) {
+        self.note(|book| book.event(event));
+        let mut stream = lock(&self.0.stream);
+        if stream.as_ref().is_some_and(|stream| stream.receiver_count() == 0) {
+            *stream = None;
+        }
+        if let Some(stream) = stream.as_ref()
+            && let Some(line) = json::Json.event(event, ledger)
+        {
+            // The last listener may leave this very moment.
+            let _ = stream.send(line.into());
+        }
+    }
+
+    /// Lets whoever started the app in the background know of an event.
+    pub(crate) fn tell(&self, starter: &mut Starter, event: &Event, ledger: &Ledger) {
+        starter.event(event, ledger, &self.book());
+    }
+
+    /// Tells the end, and waits for answers that are on their way.
+    pub(crate) async fn finish(&self, verdict: &Verdict, last: &str) {
+        if let Some(stream) = lock(&self.0.stream).take() {
+            // Nobody has to listen.
+            let _ = stream.send(last.into());
+        }
+        self.note(|book| book.ends(verdict.clone()));
+        let nobody_waits = async {
+            let served = |client: &Client| client.phase.load(Ordering::Relaxed) == SERVED;
+            while lock(&self.0.clients).iter().any(served) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        // A client that does not read its answer has been warned.
+        let _ = timeout(LAST_ANSWERS, nobody_waits).await;
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Book)) {
+        change(&mut lock(&self.0.book));
+        self.0.changed.send_modify(|count| *count += 1);
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        lock(&self.0.book)
+    }
+
+    /// Waits until the book says something.
+    async fn until<T>(&self, mut look: impl FnMut(&Book) -> Option<T>) -> T {
+        let mut changed = self.0.changed.subscribe();
+        loop {
+            if let Some(found) = look(&self.book()) {
+                return found;
+            }
+            if changed.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
+    }
+}
+
+/// Takes clients in, for ever.
+async fn accept(control: Control, socket: UnixListener) {
+    loop {
+        match socket.accept().await {
+            Ok((stream, _)) if is_permitted(&stream) => admit(&control, stream),
+            Ok(_) => count_refused(&control),
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+/// The same user, or root.
+fn is_permitted(stream: &UnixStream) -> bool {
+    let me = rustix::process::geteuid().as_raw();
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == me || peer.uid() == 0)
+}
+
+fn count_refused(control: &Control) {
+    control.0.refused.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Gives a client a place, if need be that of one that is still sending.
+fn admit(control: &Control, stream: UnixStream) {
+    let mut clients = lock(&control.0.clients);
+    if clients.len() >= MOST_CLIENTS {
+        let sending = |client: &Client| client.phase.load(Ordering::Relaxed) == SENDING;
+        let Some(oldest) = clients.iter().position(sending) else {
+            drop(clients);
+            return count_refused(control);
+        };
+        if let Some(client) = clients.remove(oldest) {
+            client.task.abort();
+            count_refused(control);
+        }
+    }
+    let id = control.0.next_client.fetch_add(1, Ordering::Relaxed);
+    let phase = Arc::new(AtomicU8::new(SENDING));
+    let served = serve(control.clone(), stream, Arc::clone(&phase));
+    let theirs = control.clone();
+    let task = tokio::spawn(async move {
+        served.await;
+        lock(&theirs.0.clients).retain(|client| client.id != id);
+    });
+    clients.push_back(Client { id, phase, task: task.abort_handle() });
+}
+
+/// One client, from its first byte to its last.
+async fn serve(control: Control, stream: UnixStream, phase: Arc<AtomicU8>) {
+    let (reader, mut writer) = stream.into_split();
+    let mut requests = Requests { reader, buffer: Vec::new() };
+    loop {
+        phase.store(SENDING, Ordering::Relaxed);
+        let line = match timeout(REQUEST_TIME, requests.next()).await {
+            Ok(Ok(Some(line))) => line,
+            Ok(Ok(None)) => return,
+            Ok(Err(refusal)) => {
+                count_refused(&control);
+                answer(&mut writer, &protocol::not_done(&refusal)).await;
+                return;
+            }
+            Err(_too_slow) => return count_refused(&control),
+        };
+        phase.store(SERVED, Ordering::Relaxed);
+        let read = protocol::read(&line);
+        drop(line);
+        let reply = match read {
+            Ok(request) => tokio::select! {
+                reply = work(&control, request) => reply,
+                // Nobody is left to be answered. What was begun goes on.
+                () = requests.gone(&writer) => return,
+            },
+            Err(refusal) => {
+                count_refused(&control);
+                answer(&mut writer, &protocol::not_done(&refusal)).await;
+                // Whoever sent it is lost, or no friend.
+                if refusal.word == "bad_request" {
+                    return;
+                }
+                continue;
+            }
+        };
+        match reply {
+            Answer::Line(line) => {
+                if !answer(&mut writer, &line).await {
+                    return;
+                }
+            }
+            Answer::Stream(lines) => return stream_to(&mut writer, &mut requests, lines).await,
+        }
+    }
+}
+
+/// Writes a line; false when the client does not take it.
+async fn answer(writer: &mut OwnedWriteHalf, line: &[u8]) -> bool {
+    matches!(timeout(ANSWER_TIME, writer.write_all(line)).await, Ok(Ok(())))
+}
+
+/// Passes events on until the app ends or the client has enough.
+async fn stream_to(
+    writer: &mut OwnedWriteHalf,
+    requests: &mut Requests,
+    mut lines: broadcast::Receiver<Arc<str>>,
+) {
+    if !answer(writer, &protocol::done(&Accepted { accepted: true })).await {
+        return;
+    }
+    loop {
+        let line = tokio::select! {
+            line = lines.recv() => line,
+            () = requests.gone(writer) => return,
+        };
+        let written = match line {
+            Ok(line) => answer(writer, line.as_bytes()).await,
+            Err(broadcast::error::RecvError::Lagged(missed)) => {
+                answer(writer, json::lagged(missed).as_bytes()).await
+            }
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        if !written {
+            return;
+        }
+    }
+}
+
+/// Requests as they come in.
+struct Requests {
+    reader: OwnedReadHalf,
+    /// Read and not asked for yet; never more than one request and a piece.
+    buffer: Vec<u8>,
+}
+
+impl Requests {
+    /// The next request; `None` at the end.
+    async fn next(&mut self) -> Result<Option<Vec<u8>>, Refusal> {
+        let mut looked = 0;
+        loop {
+            if let Some(end) = self.buffer[looked..].iter().position(|byte| *byte == b'\n') {
+                let rest = self.buffer.split_off(looked + end + 1);
+                return Ok(Some(std::mem::replace(&mut self.buffer, rest)));
+            }
+            looked = self.buffer.len();
+            if looked >= LONGEST_REQUEST {
+                let text = format!("a request is longer than {LONGEST_REQUEST} bytes");
+                return Err(Refusal::bad(text));
+            }
+            if !self.read().await {
+                return match self.buffer.is_empty() {
+                    true => Ok(None),
+                    false => Err(Refusal::bad("a request ends with a newline")),
+                };
+            }
+        }
+    }
+
+    /// Returns when the client has left. One that only says that it will not ask again has not. What it sends
+    /// meanwhile waits, in the kernel at the latest.
+    async fn gone(&mut self, writer: &OwnedWriteHalf) {
+        while self.buffer.len() < LONGEST_REQUEST {
+            if !self.read().await {
+                let closed = writer.ready(Interest::WRITABLE).await;
+                if closed.is_ok_and(|ready| !ready.is_write_closed()) {
+                    break;
+                }
+                return;
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// False at the end.
+    async fn read(&mut self) -> bool {
+        self.buffer.reserve(512);
+        matches!(self.reader.read_buf(&mut self.buffer).await, Ok(read) if read > 0)
+    }
+}
+
+#[derive(Serialize)]
+struct Accepted {
+    accepted: bool,
+}
+
+#[derive(Serialize)]
+struct Scaled {
+    workers: u32,
+    ready: bool,
+}
+
+#[derive(Serialize)]
+struct Restarted {
+    slots: usize,
+    workers: Vec<u64>,
+}
+
+#[derive(Serialize)]
+struct Over<'a> {
+    outcome: &'a str,
+    exit_code: u8,
+    text: &'a str,
+}
+
+/// Does what is asked, within the time that the asker gives.
+async fn work(control: &Control, request: Request) -> Answer {
+    let limit = request.deadline;
+    let working = answer_to(control, request);
+    let reply = match limit {
+        None => working.await,
+        Some(limit) => timeout(limit, working).await.unwrap_or_else(|_| {
+            let text = "not done within the time given; it goes on".to_owned();
+            Err(Refusal { word: "deadline", code: crate::exit::Code::NotAnswering, text })
+        }),
+    };
+    reply.unwrap_or_else(|refusal| Answer::Line(protocol::not_done(&refusal)))
+}
+
+async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusal> {
+    let wait = request.wait;
+    match request.verb {
+        Verb::Status => {
+            let living = control.0.cluster.status().await;
+            Ok(Answer::Line(protocol::done(&control.book().status(&living))))
+        }
+        Verb::Brief => Ok(Answer::Line(protocol::done(&control.book().brief()))),
+        Verb::Events => control.listen().map(Answer::Stream),
+        Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
+        Verb::Restart => control.restart(wait).await.map(Answer::Line),
+        Verb::Stop { grace } => Ok(Answer::Line(control.stop(grace, wait).await)),
+        Verb::Kill => Ok(Answer::Line(control.kill(wait).await)),
+    }
+}
+
+impl Control {
+    fn listen(&self) -> Result<broadcast::Receiver<Arc<str>>, Refusal> {
+        if let Some(verdict) = self.book().ended() {
+            return Err(Refusal::ended(verdict));
+        }
+        let mut stream = lock(&self.0.stream);
+        let sender = stream.get_or_insert_with(|| broadcast::channel(STREAM_BUFFER).0);
+        Ok(sender.subscribe())
+    }
+
+    fn refuse_when_stopping(&self) -> Result<(), Refusal> {
+        let book = self.book();
+        match (book.ended(), book.is_stopping()) {
+            (Some(verdict), _) => Err(Refusal::ended(verdict)),
+            (None, true) => Err(Refusal::refused("it is stopping")),
+            (None, false) => Ok(()),
+        }
+    }
+
+    async fn scale(&self, scale: Scale, wait: bool) -> Result<Vec<u8>, Refusal> {
+        self.refuse_when_stopping()?;
+        let (before, now) = {
+            let mut book = self.book();
+            let now = book.wanted();
+            let to = match scale {
+                Scale::To(to) => i64::from(to),
+                Scale::By(by) => i64::from(now) + i64::from(by),
+            };
+            let to = u32::try_from(to).ok().filter(|to| (1..=MOST_WORKERS).contains(to));
+            let Some(to) = to else {
+                return Err(Refusal::refused(format!(
+                    "it has {now} workers; there can be 1 to {MOST_WORKERS}"
+                )));
+            };
+            book.wants(to);
+            (book.slots(), to)
+        };
+        self.0.cluster.scale(now).await;
+        if !wait {
+            return Ok(protocol::done(&Scaled { workers: now, ready: false }));
+        }
+        self.until(|book| {
+            if let Some(verdict) = book.ended() {
+                return Some(Err(Refusal::ended(verdict)));
+            }
+            let slots = book.slots();
+            let fresh = slots.iter().filter(|slot| !before.contains(slot));
+            for slot in fresh {
+                match book.progress(*slot, None) {
+                    Progress::Coming => return None,
+                    Progress::Failed(why) => return Some(Err(Refusal::refused(why))),
+                    Progress::Ready(_) | Progress::Gone => {}
+                }
+            }
+            let settled = book.wanted() != now || book.slot_count() == now;
+            settled.then(|| Ok(protocol::done(&Scaled { workers: now, ready: true })))
+        })
+        .await
+    }
+
+    /// Slot by slot. A new worker that ends before it is ready ends the whole: the slots after it keep what they have.
+    async fn restart(&self, wait: bool) -> Result<Vec<u8>, Refusal> {
+        self.refuse_when_stopping()?;
+        if let Some(other) = self.book().busy.replace("restart") {
+            self.book().busy = Some(other);
+            return Err(Refusal {
+                word: "busy",
+                code: crate::exit::Code::Refused,
+                text: format!("a {other} is under way; wait for its end"),
+            });
+        }
+        let control = self.clone();
+        let rolling = tokio::spawn(async move {
+            let outcome = control.roll().await;
+            control.note(|book| book.busy = None);
+            outcome
+        });
+        if !wait {
+            return Ok(protocol::done(&Accepted { accepted: true }));
+        }
+        let workers = rolling.await.map_err(|_| Refusal::refused("the restart broke off"))??;
+        Ok(protocol::done(&Restarted { slots: workers.len(), workers }))
+    }
+
+    async fn roll(&self) -> Result<Vec<u64>, Refusal> {
+        let mut fresh = Vec::new();
+        let slots = self.book().slots();
+        for slot in slots {
+            let old = self.book().worker_of(slot);
+            self.refuse_when_stopping()?;
+            self.0.cluster.restart_slot(slot).await;
+            let outcome = self
+                .until(|book| match (book.ended(), book.progress(slot, old)) {
+                    (Some(verdict), _) => Some(Err(Refusal::ended(verdict))),
+                    (None, _) if book.is_stopping() => {
+                        Some(Err(Refusal::refused("it is stopping")))
+                    }
+                    (None, Progress::Coming) => None,
+                    (None, Progress::Gone) => Some(Ok(None)),
+                    (None, Progress::Ready(worker)) => Some(Ok(Some(worker))),
+                    (None, Progress::Failed(why)) => Some(Err(Refusal::refused(why))),
+                })
+                .await?;
+            fresh.extend(outcome);
+        }
+        Ok(fresh)
+    }
+
+    async fn stop(&self, grace: Option<Duration>, wait: bool) -> Vec<u8> {
+        self.note(Book::stops);
+        self.0.cluster.stop().await;
+        if let Some(grace) = grace {
+            tokio::spawn(hurry(self.clone(), grace));
+        }
+        self.end(wait).await
+    }
+
+    async fn kill(&self, wait: bool) -> Vec<u8> {
+        self.note(Book::stops);
+        self.0.cluster.stop_now().await;
+        self.end(wait).await
+    }
+
+    async fn end(&self, wait: bool) -> Vec<u8> {
+        if !wait {
+            return protocol::done(&Accepted { accepted: true });
+        }
+        let verdict = self.until(|book| book.ended().cloned()).await;
+        let (outcome, exit_code) = (verdict.code.row().word, verdict.code as u8);
+        protocol::done(&Over { outcome, exit_code, text: &verdict.text })
+    }
+}
+
+/// Ends workers that are still there after a shorter time than they were promised at the start.
+async fn hurry(control: Control, grace: Duration) {
+    tokio::time::sleep(grace).await;
+    for worker in control.0.cluster.status().await {
+        control.0.cluster.worker(worker.worker).kill(TERM).await;
+    }
+    tokio::time::sleep(KILL_AFTER).await;
+    control.0.cluster.stop_now().await;
+}
+
+/// The same number on every Unix.
+const TERM: i32 = 15;

@@ -1,0 +1,163 @@
+//! The verbs for apps that run: who is meant, what is asked, and how the answer is told.
+//!
+//! All of them are clients of control sockets and decide nothing. `targets` finds out who is meant, `table` draws tables, the
+//! rest is a file for each verb or two.
+//!
+//! The surprising rule: several apps are asked at the same time, each with its own time limit, so that one that hangs
+//! holds up none of the others. The exit code is that of the first that went wrong.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::args::Verb;
+use crate::control::client::{Connection, NoAnswer};
+use crate::control::folder::App;
+use crate::control::protocol::Raw;
+use crate::exit::Code;
+use crate::ledger::Verdict;
+use crate::style::{Ink, Paint};
+use crate::words;
+
+mod change;
+mod events;
+mod list;
+mod logs;
+mod start;
+mod status;
+mod table;
+mod targets;
+
+/// The version of JSON answers.
+pub(crate) const VERSION: u32 = 1;
+/// For an answer that needs no work.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
+
+/// Does what a verb says.
+pub(crate) fn run(verb: Verb) -> Code {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let text = words::plain(&format!("cannot make a runtime: {error}"));
+            return fail(&Verdict { code: Code::Unexpected, text }, false);
+        }
+    };
+    let code = runtime.block_on(async {
+        match verb {
+            Verb::Start(args) => start::run(*args).await,
+            Verb::Ls(args) => list::run(args).await,
+            Verb::Status(args) => status::run(args).await,
+            Verb::Restart(args) => change::restart(args).await,
+            Verb::Scale(args) => change::scale(args).await,
+            Verb::Stop(args) => change::stop(args).await,
+            Verb::Kill(args) => change::kill(args).await,
+            Verb::Logs(args) => logs::run(args).await,
+            Verb::Events(args) => events::run(args).await,
+            Verb::Run(_) | Verb::Demo(_) | Verb::Primary(_) => Code::Unexpected,
+        }
+    });
+    runtime.shutdown_background();
+    code
+}
+
+/// Tells why nothing was done: on standard error, and as JSON where that is wanted.
+fn fail(verdict: &Verdict, json: bool) -> Code {
+    if json {
+        write_json(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
+    }
+    complain(&verdict.text);
+    verdict.code
+}
+
+/// A line on standard error.
+fn complain(text: &str) {
+    let paint = Paint::stderr();
+    let text = words::harmless(text);
+    crate::say(io::stderr(), &format!("polyfork: {}\n", paint.with(Ink::Bad, &text)));
+}
+
+/// A line on standard error that is no complaint.
+fn remark(text: &str) {
+    crate::say(io::stderr(), &format!("polyfork: {}\n", words::harmless(text)));
+}
+
+#[derive(Serialize)]
+struct Failed<'a> {
+    version: u32,
+    error: ErrorShape<'a>,
+}
+
+#[derive(Serialize)]
+struct ErrorShape<'a> {
+    code: &'static str,
+    exit_code: u8,
+    text: &'a str,
+}
+
+impl<'a> ErrorShape<'a> {
+    fn of(verdict: &'a Verdict) -> ErrorShape<'a> {
+        let Verdict { code, text } = verdict;
+        ErrorShape { code: code.row().word, exit_code: *code as u8, text }
+    }
+}
+
+/// Writes one JSON value and a newline to standard output.
+fn write_json<T: Serialize>(value: &T) {
+    let mut line = serde_json::to_vec_pretty(value).unwrap_or_default();
+    line.push(b'\n');
+    write_out(&line);
+}
+
+/// Writes to standard output. A reader that is gone has read enough.
+fn write_out(bytes: &[u8]) -> bool {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush()).is_ok()
+}
+
+/// Asks one app one thing.
+async fn ask(app: &App, request: Raw, limit: Option<Duration>) -> Result<Value, NoAnswer> {
+    let deadline = Instant::now() + ANSWER_TIME;
+    let mut connection = Connection::open(app, deadline).await?;
+    connection.ask(request, limit.map(|limit| Instant::now() + limit)).await
+}
+
+/// What a request without further fields looks like.
+fn plain(verb: &str) -> Raw {
+    Raw { verb: verb.to_owned(), ..Raw::default() }
+}
+
+/// Why an app did not do it, for people.
+fn told(app: &App, error: &NoAnswer) -> Verdict {
+    let name = &app.name;
+    let (code, text) = match error {
+        NoAnswer::Gone if app.is_alive() => {
+            (Code::NotAnswering, format!("{name} starts or ends this very moment; try again"))
+        }
+        NoAnswer::Gone => (Code::NoSuchApp, gone(app)),
+        NoAnswer::Late => (
+            Code::NotAnswering,
+            format!("{name} does not answer; `ps` shows whether its primary is stopped or busy"),
+        ),
+        NoAnswer::Refused { exit_code, text } => (Code::of(*exit_code), format!("{name}: {text}")),
+        NoAnswer::Broken(text) => (Code::Unexpected, format!("{name}: {text}")),
+    };
+    Verdict { code, text: words::plain(&text) }
+}
+
+/// What became of an app whose primary lives no more.
+fn gone(app: &App) -> String {
+    let name = &app.name;
+    match app.card().and_then(|card| card.ended) {
+        Some(ended) => format!(
+            "{name} ended at {} ({}): {}; `polyfork logs {name}` says more",
+            ended.time, ended.outcome, ended.text
+        ),
+        None => format!(
+            "{name} runs no more: its primary was killed; start it again, or `polyfork stop {name}` forgets it"
+        ),
+    }
+}

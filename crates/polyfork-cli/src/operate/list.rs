@@ -1,0 +1,130 @@
+//! `polyfork ls`: a line for each app, whatever state it is in.
+//!
+//! All are asked at the same time. Whoever does not answer within a second is shown as such, with what its card says.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::table::{self, Cell};
+use super::{VERSION, fail, plain, targets, write_json, write_out};
+use crate::args::LsArgs;
+use crate::control::client::NoAnswer;
+use crate::control::folder::App;
+use crate::exit::Code;
+use crate::style::{Ink, Paint};
+use crate::values;
+
+/// Longer than any primary is busy.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Runs the verb.
+pub(crate) async fn run(args: LsArgs) -> Code {
+    let json = args.form.json;
+    let apps = match args.names.is_empty() {
+        true => targets::all(),
+        false => targets::find(&args.names),
+    };
+    let apps = match apps {
+        Ok(apps) => apps,
+        Err(verdict) => return fail(&verdict, json),
+    };
+    let briefs = briefs(apps).await;
+    if json {
+        write_json(&briefs);
+    } else if briefs.is_empty() {
+        super::remark("no app runs; `polyfork start PROGRAM` starts one");
+    } else {
+        write_out(draw(&briefs).as_bytes());
+    }
+    Code::Stopped
+}
+
+/// Asks all of them.
+async fn briefs(apps: Vec<App>) -> Vec<Value> {
+    let mut asking = JoinSet::new();
+    for (number, app) in apps.into_iter().enumerate() {
+        asking.spawn(async move { (number, brief(&app).await) });
+    }
+    let mut briefs: Vec<(usize, Value)> = Vec::new();
+    while let Some(answer) = asking.join_next().await {
+        briefs.extend(answer.ok());
+    }
+    briefs.sort_by_key(|(number, _)| *number);
+    briefs.into_iter().map(|(_, brief)| brief).collect()
+}
+
+async fn brief(app: &App) -> Value {
+    let asked = tokio::time::timeout(PATIENCE, super::ask(app, plain("brief"), Some(PATIENCE)));
+    let state = match asked.await {
+        Ok(Ok(answer)) => return answer,
+        Ok(Err(NoAnswer::Gone)) if app.is_alive() => "starting",
+        Ok(Err(NoAnswer::Gone)) => return without_primary(app),
+        _ => "not_answering",
+    };
+    from_card(app, state)
+}
+
+fn without_primary(app: &App) -> Value {
+    let ended = app.card().is_some_and(|card| card.ended.is_some());
+    from_card(app, if ended { "failed" } else { "gone" })
+}
+
+/// What can be told of an app without its help: the same fields, most of them null.
+fn from_card(app: &App, state: &str) -> Value {
+    let card = app.card();
+    let none = Value::Null;
+    json!({
+        "version": VERSION,
+        "name": app.name.as_str(),
+        "pid": card.as_ref().map(|card| card.pid),
+        "state": state,
+        "program": card.as_ref().map(|card| &card.program),
+        "policy": none,
+        "mechanism": none,
+        "listeners": [],
+        "workers_wanted": none,
+        "workers_ready": none,
+        "restarts": none,
+        "started": card.as_ref().map(|card| &card.started),
+        "uptime_ms": none,
+        "cpu_ms": none,
+        "resident_bytes": none,
+        "ended": card.as_ref().and_then(|card| card.ended.as_ref()),
+    })
+}
+
+fn draw(briefs: &[Value]) -> String {
+    let rows: Vec<Vec<Cell>> = briefs.iter().map(row).collect();
+    let head = ["name", "state", "workers", "restarts", "up", "cpu", "memory", "listens on", "by"];
+    table::draw(Paint::stdout(), &head, &rows)
+}
+
+fn row(brief: &Value) -> Vec<Cell> {
+    let text = |field: &str| brief[field].as_str().unwrap_or("-");
+    let number = |field: &str| brief[field].as_u64();
+    let workers = number("workers_ready").zip(number("workers_wanted"));
+    let listeners: Vec<&str> =
+        brief["listeners"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    vec![
+        Cell::of(text("name")).ink(Ink::Bold),
+        table::state(text("state")),
+        Cell::maybe(workers.map(|(ready, wanted)| format!("{ready}/{wanted}"))),
+        Cell::maybe(number("restarts")),
+        Cell::maybe(number("uptime_ms").map(time)),
+        Cell::maybe(number("cpu_ms").map(time)),
+        Cell::maybe(number("resident_bytes").map(values::bytes)),
+        match listeners.as_slice() {
+            [] => Cell::unknown(),
+            [one] => Cell::of(one),
+            [one, more @ ..] => Cell::of(format!("{one} and {} more", more.len())),
+        },
+        Cell::maybe(brief["mechanism"].as_str()),
+    ]
+}
+
+/// A time in milliseconds for people.
+pub(crate) fn time(ms: u64) -> String {
+    values::spoken(Duration::from_millis(ms))
+}

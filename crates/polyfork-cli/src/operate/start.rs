@@ -1,0 +1,159 @@
+//! `polyfork start`: runs this executable again in a session of its own, and waits until it is ready or says why not.
+//!
+//! Ctrl-C ends what is being started. Once it is ready it needs us no more.
+
+use std::ffi::OsString;
+use std::io;
+
+use polyfork::child_process::{Child, Command, Signal, Stdio};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
+use crate::args::StartArgs;
+use crate::exit::Code;
+use crate::ledger::Verdict;
+use crate::words;
+
+/// What was told so far.
+#[derive(Default)]
+struct Told {
+    /// Of the last slot that was given up.
+    last_lines: Vec<String>,
+}
+
+/// Why it did not start, for JSON.
+#[derive(Serialize)]
+struct NotStarted<'a> {
+    version: u32,
+    error: ErrorShape<'a>,
+    last_lines: &'a [String],
+}
+
+/// Runs the verb.
+pub(crate) async fn run(args: StartArgs) -> Code {
+    let json = args.run.show.json;
+    let mut child = match spawn() {
+        Ok(child) => child,
+        Err(text) => {
+            return fail(&Verdict { code: Code::Unexpected, text: words::plain(&text) }, json);
+        }
+    };
+    let mut told = Told::default();
+    match wait(&mut child, &mut told).await {
+        Ok(app) => {
+            started(&app, json);
+            Code::Stopped
+        }
+        Err(verdict) => {
+            complain(&verdict.text);
+            if !told.last_lines.is_empty() {
+                remark("the last lines that its last worker wrote to standard error:");
+                let lines =
+                    told.last_lines.iter().map(|line| format!("    {}\n", words::harmless(line)));
+                crate::say(io::stderr(), &lines.collect::<String>());
+            }
+            if json {
+                let error = ErrorShape::of(&verdict);
+                write_json(&NotStarted { version: VERSION, error, last_lines: &told.last_lines });
+            }
+            verdict.code
+        }
+    }
+}
+
+fn spawn() -> Result<Child, String> {
+    let program = std::env::current_exe()
+        .map_err(|error| format!("cannot find this program's own file: {error}"))?;
+    let words: Vec<OsString> = std::env::args_os().skip(2).collect();
+    let mut command = Command::new(program);
+    command.arg0("polyfork").arg("primary").args(words);
+    command.detached(true).stdin(Stdio::Ignore).stdout(Stdio::Pipe).stderr(Stdio::Ignore);
+    command.spawn().map_err(|error| format!("cannot start the primary: {error}"))
+}
+
+/// Reads what the primary tells until it is ready.
+async fn wait(child: &mut Child, told: &mut Told) -> Result<Value, Verdict> {
+    let unexpected = |text: String| Verdict { code: Code::Unexpected, text };
+    let Some(out) = child.stdout.take() else {
+        return Err(unexpected("the primary has no standard output".into()));
+    };
+    let mut lines = BufReader::new(out).lines();
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|error| unexpected(words::plain(&format!("cannot watch signals: {error}"))))?;
+    let mut interrupts = 0;
+    loop {
+        let line = tokio::select! {
+            line = lines.next_line() => line,
+            _ = interrupt.recv() => {
+                interrupts += 1;
+                let wanted = if interrupts == 1 { Signal::TERM } else { Signal::KILL };
+                // It may have ended by itself.
+                let _ = child.kill(wanted);
+                continue;
+            }
+        };
+        let Ok(Some(line)) = line else { break };
+        let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
+        if let Some(outcome) = take(&event, told) {
+            return outcome;
+        }
+    }
+    let text =
+        "the primary ended without a word; its memory may have run out, or somebody killed it";
+    Err(unexpected(text.to_owned()))
+}
+
+/// What an event means for who waits; `None` to wait on.
+fn take(event: &Value, told: &mut Told) -> Option<Result<Value, Verdict>> {
+    let text = event["text"].as_str().unwrap_or_default();
+    match event["event"].as_str()? {
+        "started" => Some(Ok(event["app"].clone())),
+        "error" | "end" => {
+            let number = event["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok());
+            let code = number.map_or(Code::Unexpected, Code::of);
+            // It was told to, before it was ready.
+            let code = if code == Code::Stopped { Code::Interrupted } else { code };
+            Some(Err(Verdict { code, text: text.to_owned() }))
+        }
+        "slot_failed" => {
+            let lines = event["last_lines"].as_array().into_iter().flatten();
+            told.last_lines = lines.filter_map(Value::as_str).map(str::to_owned).collect();
+            None
+        }
+        "notice" | "bind_failed" => {
+            let about =
+                event["slot"].as_u64().map_or(String::new(), |slot| format!("slot {slot}: "));
+            remark(&format!("{about}{text}"));
+            None
+        }
+        _ => None,
+    }
+}
+
+fn started(app: &Value, json: bool) {
+    if json {
+        return write_json(app);
+    }
+    let number = |field: &str| app[field].as_u64().unwrap_or(0);
+    let name = app["name"].as_str().unwrap_or_default();
+    let listeners: Vec<&str> =
+        app["listeners"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let plural = if number("workers_ready") == 1 { "worker" } else { "workers" };
+    let listening = match listeners.is_empty() {
+        true => String::new(),
+        false => format!(" on {}", listeners.join(", ")),
+    };
+    remark(&format!(
+        "{name}: {} {plural} ready{listening}; `polyfork status {name}`, `logs`, `stop`",
+        number("workers_ready"),
+    ));
+    let failed = app["failed_slots"].as_array().map_or(0, Vec::len);
+    if failed > 0 {
+        complain(&format!(
+            "{name}: {failed} of its slots were given up; `polyfork logs {name}` says why"
+        ));
+    }
+}
