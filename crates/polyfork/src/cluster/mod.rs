@@ -114,6 +114,8 @@ pub struct WorkerStatus {
     pub uptime: Duration,
     /// Whether its channel is open (Node: `worker.isConnected()`).
     pub connected: bool,
+    /// Connections that wait for it and for nobody else; `None` where there is no such queue.
+    pub queue: Option<u64>,
 }
 
 /// Why a cluster did not start.

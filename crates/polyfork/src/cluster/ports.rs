@@ -401,6 +401,18 @@ impl Ports {
         queues
     }
 
+    /// How many connections wait for a worker: in its own queues in the kernel, or handed over and not acknowledged. `None`
+    /// when it has neither, because all share one queue or each worker binds for itself.
+    pub(crate) fn queue_of(&self, worker: WorkerId) -> Option<u64> {
+        let seat = self.seat(worker);
+        let of = |port: &Port| match &port.kind {
+            Kind::Slots { group, .. } => group.queue_depth(seat?.0).ok().map(u64::from),
+            Kind::Turns(turns) => Some(turns.handoff.in_flight(worker) as u64),
+            Kind::Shared(_) | Kind::SharedUnix(_) => None,
+        };
+        self.open.values().filter_map(of).reduce(|sum, queue| sum + queue)
+    }
+
     // ---- stuck workers ----
 
     /// What waits in the live slots of every port that counts its turns.

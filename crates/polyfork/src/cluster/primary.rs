@@ -1217,6 +1217,7 @@ impl Primary {
                 generation: w.generation,
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
+                queue: self.ports.queue_of(WorkerId(w.who.worker)),
             })
             .collect()
     }
