@@ -3,7 +3,7 @@
 //!
 //! Bounded: one entry for each slot and each address. What changes by itself (CPU, memory) is read when it is asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -61,8 +61,12 @@ pub(crate) struct About {
 struct Slot {
     /// The latest worker and its process.
     worker: Option<(u64, u32)>,
-    ready: bool,
+    /// Workers that are not gone, and their processes. During a reload there are two, or more while old ones finish.
+    living: BTreeMap<u64, u32>,
+    /// Those that get connections.
+    ready: BTreeSet<u64>,
     failed: bool,
+    /// How often a worker ended and was replaced afterwards.
     restarts: u64,
     last_exit: Option<LastExit>,
 }
@@ -103,6 +107,12 @@ pub(crate) enum Progress {
     Gone,
 }
 
+impl Slot {
+    fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+}
+
 impl Book {
     /// A book in which nothing has happened yet.
     pub(crate) fn new(about: About, workers: u32, losses: Option<Arc<Losses>>) -> Book {
@@ -126,16 +136,22 @@ impl Book {
         match event {
             Event::Fork(who) => {
                 let slot = self.slots.entry(who.slot).or_default();
-                if slot.worker.replace((who.worker, who.pid)).is_some() {
-                    slot.restarts += 1;
-                    self.restarts += 1;
-                }
-                (slot.ready, slot.failed) = (false, false);
+                slot.worker = Some((who.worker, who.pid));
+                slot.living.insert(who.worker, who.pid);
+                slot.failed = false;
                 // One more may have been asked for by a signal.
                 self.wanted = self.wanted.max(self.slot_count());
             }
-            Event::Ready(who) => self.with(who.slot, who.worker, |slot| slot.ready = true),
-            Event::Draining(who) => self.with(who.slot, who.worker, |slot| slot.ready = false),
+            Event::Ready(who) => {
+                if let Some(slot) = self.slots.get_mut(&who.slot) {
+                    slot.ready.insert(who.worker);
+                }
+            }
+            Event::Draining(who) => {
+                if let Some(slot) = self.slots.get_mut(&who.slot) {
+                    slot.ready.remove(&who.worker);
+                }
+            }
             Event::Exit { .. } => self.exit(event),
             Event::SlotFailed { slot, .. } => {
                 if let Some(slot) = self.slots.get_mut(slot) {
@@ -154,19 +170,15 @@ impl Book {
         }
     }
 
-    fn with(&mut self, slot: u32, worker: u64, change: impl FnOnce(&mut Slot)) {
-        if let Some(slot) = self.slots.get_mut(&slot)
-            && slot.worker.is_some_and(|(latest, _)| latest == worker)
-        {
-            change(slot);
-        }
-    }
-
     fn exit(&mut self, event: &Event) {
-        let Event::Exit { who, code, signal, reason, .. } = event else { return };
+        let Event::Exit { who, code, signal, reason, restart_in, .. } = event else { return };
         let Some(slot) = self.slots.get_mut(&who.slot) else { return };
-        if slot.worker.is_none_or(|(latest, _)| latest <= who.worker) {
-            slot.ready = false;
+        slot.living.remove(&who.worker);
+        slot.ready.remove(&who.worker);
+        // One that was replaced beforehand, by a reload or a restart, is none.
+        if restart_in.is_some() {
+            slot.restarts += 1;
+            self.restarts += 1;
         }
         slot.last_exit = Some(LastExit {
             time: clock::now(),
@@ -229,7 +241,9 @@ impl Book {
         let younger = |worker: u64| than.is_none_or(|than| worker > than);
         let exit = found.last_exit.as_ref().filter(|exit| younger(exit.worker));
         match found.worker {
-            Some((worker, _)) if younger(worker) && found.ready => Progress::Ready(worker),
+            Some((worker, _)) if younger(worker) && found.ready.contains(&worker) => {
+                Progress::Ready(worker)
+            }
             _ if found.failed => {
                 let why = found.last_exit.as_ref().map_or("", |exit| exit.text.as_str());
                 Progress::Failed(format!("slot {slot} was given up: its last worker {why}"))
@@ -245,7 +259,7 @@ impl Book {
 
     /// What it is once no slot is on its way any more and at least one is ready.
     pub(crate) fn settled(&self) -> Option<Settled<'_>> {
-        let over = |slot: &Slot| slot.ready || slot.failed;
+        let over = |slot: &Slot| slot.is_ready() || slot.failed;
         if self.ready() == 0 || !self.slots.values().all(over) {
             return None;
         }
@@ -254,13 +268,13 @@ impl Book {
     }
 
     fn ready(&self) -> u32 {
-        let ready = self.slots.values().filter(|slot| slot.ready).count();
+        let ready = self.slots.values().filter(|slot| slot.is_ready()).count();
         u32::try_from(ready).unwrap_or(u32::MAX)
     }
 
     fn state(&self) -> &'static str {
         let ready = self.ready();
-        let ever = self.slots.values().any(|slot| slot.ready || slot.restarts > 0);
+        let ever = self.slots.values().any(|slot| slot.is_ready() || slot.restarts > 0);
         match () {
             () if self.is_stopping() => "stopping",
             () if ready >= self.wanted => "ready",
@@ -282,7 +296,7 @@ impl Book {
     /// A line of a list.
     pub(crate) fn brief(&self) -> Brief<'_> {
         let (policy, mechanism) = self.way();
-        let pids = self.slots.values().filter_map(|slot| slot.worker).map(|(_, pid)| pid);
+        let pids = self.slots.values().flat_map(|slot| slot.living.values().copied());
         let usage = usage::of_all(pids.chain([std::process::id()]));
         Brief {
             version: VERSION,
@@ -344,14 +358,14 @@ impl Book {
             worker: Some(worker.worker),
             pid: Some(worker.pid),
             state: worker.state,
-            generation: 0,
+            generation: Some(worker.generation),
             restarts: slot.map_or(0, |slot| slot.restarts),
             last_exit: slot.and_then(|slot| slot.last_exit.as_ref()),
             uptime_ms: Some(ms(worker.uptime)),
             cpu_ms: usage.map(|usage| usage.cpu_ms),
             resident_bytes: usage.map(|usage| usage.resident_bytes),
             accepted: None,
-            queue: None,
+            queue: worker.queue,
         }
     }
 }
@@ -362,7 +376,7 @@ fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
         worker: None,
         pid: None,
         state: if slot.failed { "failed" } else { "waiting" },
-        generation: 0,
+        generation: None,
         restarts: slot.restarts,
         last_exit: slot.last_exit.as_ref(),
         uptime_ms: None,
@@ -452,7 +466,7 @@ struct WorkerShape<'a> {
     worker: Option<u64>,
     pid: Option<u32>,
     state: &'static str,
-    generation: u64,
+    generation: Option<u32>,
     restarts: u64,
     last_exit: Option<&'a LastExit>,
     uptime_ms: Option<u64>,
