@@ -149,6 +149,8 @@ fn a_change_of_the_live_set_holds_from_the_next_connection_on() {
         assert_eq!(group.live(), live);
         clients.extend(connect(group.address(), 6));
         assert_eq!(depths(&group).into_values().collect::<Vec<_>>(), expected, "live {live:?}");
+        let given = [1, 2, 3].map(|slot| group.given(slot).unwrap());
+        assert_eq!(given, expected.map(u64::from), "live {live:?}");
     }
 }
 
@@ -251,6 +253,7 @@ fn a_slot_that_leaves_and_comes_back_takes_exact_turns_again() {
     for _ in 0..20 {
         group.remove_slot(2).unwrap();
         group.add_slot(2).unwrap();
+        assert_eq!(group.given(2), Some(0), "a new socket has been given nothing");
         group.set_live(&[1, 2, 3]).unwrap();
         let clients = connect(group.address(), 9);
         let served: Vec<_> = [1, 2, 3].into_iter().map(|slot| serve(&group, slot)).collect();

@@ -15,6 +15,7 @@ pub(super) enum Reg {
     R6,
     R7,
     R8,
+    R9,
     R10,
 }
 
@@ -29,6 +30,7 @@ impl Reg {
             Self::R6 => 6,
             Self::R7 => 7,
             Self::R8 => 8,
+            Self::R9 => 9,
             Self::R10 => 10,
         }
     }

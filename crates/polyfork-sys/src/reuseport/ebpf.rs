@@ -12,6 +12,7 @@
 //! | 8 | u64 | turns taken by connection requests (SYN) | program |
 //! | 16 | u64 | turns taken by anything else | program |
 //! | 24 | u32 x 2 x capacity | two banks of indices into `sockets` | us |
+//! | after them | u64 x capacity | connection requests given to each index | program |
 //!
 //! A change writes the bank that is not in use and then the head, one atomic store: the program sees the old
 //! list or the new one, never a mixture and never an index beyond the list.
@@ -42,7 +43,8 @@ const HEAD: usize = 0;
 const TURNS: usize = 8;
 const OTHER_TURNS: usize = 16;
 const BANKS: usize = 24;
-const STATE_BYTES: usize = BANKS + 2 * CAPACITY * size_of::<u32>();
+const GIVEN: usize = BANKS + 2 * CAPACITY * size_of::<u32>();
+const STATE_BYTES: usize = GIVEN + CAPACITY * size_of::<u64>();
 
 // uapi linux/bpf.h
 const MAP_CREATE: i32 = 0;
@@ -96,8 +98,10 @@ fn program(sockets: i32, state: i32) -> Vec<Ins> {
         Here(other),
         Set(R1, 1),
         FetchAdd(R7, OTHER_TURNS as i16, R1),
+        Set(R9, 0),
         Jump(Label("taken")),
         Here(turn),
+        Set(R9, 1),
         Set(R1, 1),
         FetchAdd(R7, TURNS as i16, R1),
         // r1 = the turn. Index of the socket = list[turn % length].
@@ -110,6 +114,13 @@ fn program(sockets: i32, state: i32) -> Vec<Ins> {
         Add(R7, R1),
         Load(Size::Word, R3, R7, BANKS as i16),
         Store(Size::Word, R10, -4, R3),
+        // Count it for that socket, if it is a connection request.
+        AndNumber(R3, CAPACITY as i32 - 1),
+        ShiftLeft(R3, 3),
+        LoadMapValue(R1, state),
+        Add(R1, R3),
+        AddNumber(R1, GIVEN as i32),
+        FetchAdd(R1, 0, R9),
         // Select it. Should that fail (the slot left meanwhile), the kernel's own hash decides.
         Move(R1, R6),
         LoadMap(R2, sockets),
@@ -181,6 +192,12 @@ impl Selector {
     pub(super) fn turns(&self) -> u64 {
         self.state.counter(TURNS).load(Ordering::Relaxed)
     }
+
+    /// Connection requests given to `index` since the program exists.
+    pub(super) fn given(&self, index: u32) -> u64 {
+        let number = index as usize % CAPACITY;
+        self.state.counter(GIVEN + number * size_of::<u64>()).load(Ordering::Relaxed)
+    }
 }
 
 /// Attaches the program to the group of `member`.
@@ -219,8 +236,8 @@ impl State {
 
     fn counter(&self, offset: usize) -> &AtomicU64 {
         let place = self.base.as_ptr().wrapping_add(offset).cast::<u64>();
-        // SAFETY: `offset` is one of the three u64 fields: inside the mapping, aligned to 8 (the base is
-        // page-aligned), mapped as long as `self`, and written by the kernel side with atomics only.
+        // SAFETY: `offset` is one of the three u64 fields or that of one of the counters behind the banks, all inside the
+        // mapping and aligned to 8 (the base is page-aligned), mapped as long as `self`, and written by the kernel side with atomics only.
         unsafe { AtomicU64::from_ptr(place) }
     }
 

@@ -141,6 +141,8 @@ struct Member {
     socket: OwnedFd,
     /// Place in the eBPF program's map of sockets.
     index: u32,
+    /// What that place had been given before.
+    given_before: u64,
 }
 
 /// The sockets of one port.
@@ -398,6 +400,16 @@ impl Group {
         }
     }
 
+    /// How many connection requests were given to a slot since it was added (eBPF only). A request that a client had to
+    /// repeat counts each time.
+    pub fn given(&self, slot: u32) -> Option<u64> {
+        let member = self.members.get(&slot)?;
+        match &self.mechanism {
+            Mechanism::Ebpf(selector) => Some(selector.given(member.index) - member.given_before),
+            Mechanism::Classic(_) => None,
+        }
+    }
+
     fn member(&self, slot: u32) -> io::Result<&Member> {
         self.members.get(&slot).ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("there is no slot {slot}"))
@@ -419,7 +431,11 @@ impl Group {
     fn insert(&mut self, slot: u32, socket: OwnedFd) {
         let taken: BTreeSet<u32> = self.members.values().map(|member| member.index).collect();
         let index = (0..).find(|index| !taken.contains(index)).unwrap_or(u32::MAX);
-        self.members.insert(slot, Member { socket, index });
+        let given_before = match &self.mechanism {
+            Mechanism::Ebpf(selector) => selector.given(index),
+            Mechanism::Classic(_) => 0,
+        };
+        self.members.insert(slot, Member { socket, index, given_before });
         if let Mechanism::Classic(positions) = &mut self.mechanism {
             positions.append(slot);
         }

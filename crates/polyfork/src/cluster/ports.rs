@@ -389,6 +389,35 @@ impl Ports {
         self.refused_before + self.open.values().map(of).sum::<u64>()
     }
 
+    /// Connections that the kernel gave to this worker, where it counts them.
+    pub(crate) fn given(&self, worker: WorkerId) -> Option<u64> {
+        let seat = self.seats.of(worker)?;
+        let given = |port: &Port| match &port.kind {
+            Kind::Slots { group, .. } => group.given(seat.0),
+            _ => None,
+        };
+        self.open.values().filter_map(given).reduce(|a, b| a + b)
+    }
+
+    /// Whether some connections are handed over.
+    pub(crate) fn hands_over(&self) -> bool {
+        self.open.values().any(Port::is_handoff)
+    }
+
+    /// Connections that wait for this worker: in its seat's queues, or sent and not acknowledged.
+    pub(crate) fn waiting_for(&self, worker: WorkerId) -> u64 {
+        let seat = self.seats.of(worker);
+        let waiting = |port: &Port| match &port.kind {
+            Kind::Slots { group, stranded } => {
+                let depth = seat.and_then(|seat| group.queue_depth(seat.0).ok()).unwrap_or(0);
+                u64::from(depth) + stranded.in_flight(worker) as u64
+            }
+            Kind::Turns(turns) => turns.handoff.in_flight(worker) as u64,
+            Kind::Shared(_) | Kind::SharedUnix(_) => 0,
+        };
+        self.open.values().map(waiting).sum()
+    }
+
     /// How many wait in the queue of each seat.
     pub(crate) fn queues(&self) -> Vec<((ListenerId, Seat), u32)> {
         let mut queues = Vec::new();

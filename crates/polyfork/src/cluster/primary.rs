@@ -133,6 +133,8 @@ pub(crate) struct Worker {
     pub(crate) generation: u32,
     /// What makes it ready.
     pub(crate) ready_by: Ready,
+    /// Connections that it acknowledged.
+    pub(crate) handed_over: u64,
     pub(crate) started: Instant,
     pub(crate) online: bool,
     /// Said to be ready, or found to be.
@@ -670,6 +672,7 @@ impl Primary {
                 running,
                 generation,
                 ready_by,
+                handed_over: 0,
                 started: Instant::now(),
                 online: false,
                 ready: false,
@@ -1207,14 +1210,21 @@ impl Primary {
             (_, _, true) => "online",
             _ => "starting",
         };
+        // A socket that is shared, or a worker's own, is not counted.
+        let connections = |id: WorkerId, w: &Worker| match (self.ports.given(id), w.handed_over) {
+            (None, 0) => self.ports.hands_over().then_some(0),
+            (given, handed_over) => Some(given.unwrap_or(0) + handed_over),
+        };
         self.workers
-            .values()
-            .map(|w| WorkerStatus {
+            .iter()
+            .map(|(id, w)| WorkerStatus {
                 slot: w.who.slot,
                 worker: w.who.worker,
                 pid: w.who.pid,
                 state: state(w),
                 generation: w.generation,
+                connections: connections(*id, w),
+                waiting: self.ports.waiting_for(*id),
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),

@@ -189,6 +189,9 @@ impl Primary {
         };
         if let Ok(Some(waited)) = outcome {
             self.was_handed_over(waited);
+            if let Some(w) = self.workers.get_mut(&worker) {
+                w.handed_over += 1;
+            }
         }
         if let Err(fault) = outcome {
             self.protocol_fault(worker, &fault.to_string());

@@ -73,6 +73,10 @@ async fn turns_are_exact_whatever_became_of_the_workers(runtime: Runtime) {
             let mut total = BTreeMap::new();
             let each = workers as usize;
             check(&what("at first"), to, each, &mut total).await;
+            let told = rig.cluster.status().await.into_iter();
+            let told: BTreeMap<u64, u64> =
+                told.map(|w| (w.worker, w.connections.expect("counted"))).collect();
+            assert_eq!(told, total, "{}", what("as the primary counts"));
 
             let rounds = all_ready(&rig);
             rig.worker(1).disconnect().await;
