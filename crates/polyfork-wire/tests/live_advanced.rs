@@ -207,7 +207,7 @@ fn as_sparse(array: &mut Array) -> polyfork_wire::node::advanced::SparseArray {
 }
 
 fn has_error_with_cause(value: &Value) -> bool {
-    format!("{value:?}").contains("cause: Some")
+    format!("{value:?}").contains(", cause: ")
 }
 
 /// What Node wrote is what we write, but for the version.
