@@ -113,8 +113,6 @@ pub struct WorkerStatus {
     /// Connections that it was given so far; `None` where nobody counts them (one socket for all, a socket of its own,
     /// classic BPF). By the kernel mechanism a request that a client had to repeat counts each time.
     pub connections: Option<u64>,
-    /// Connections that wait for it: in the kernel's queue of its own socket, or handed over and not acknowledged.
-    pub waiting: u64,
     /// Time since the process was started.
     pub uptime: Duration,
     /// Whether its channel is open (Node: `worker.isConnected()`).

@@ -404,20 +404,6 @@ impl Ports {
         self.open.values().any(Port::is_handoff)
     }
 
-    /// Connections that wait for this worker: in its seat's queues, or sent and not acknowledged.
-    pub(crate) fn waiting_for(&self, worker: WorkerId) -> u64 {
-        let seat = self.seats.of(worker);
-        let waiting = |port: &Port| match &port.kind {
-            Kind::Slots { group, stranded } => {
-                let depth = seat.and_then(|seat| group.queue_depth(seat.0).ok()).unwrap_or(0);
-                u64::from(depth) + stranded.in_flight(worker) as u64
-            }
-            Kind::Turns(turns) => turns.handoff.in_flight(worker) as u64,
-            Kind::Shared(_) | Kind::SharedUnix(_) => 0,
-        };
-        self.open.values().map(waiting).sum()
-    }
-
     /// How many wait in the queue of each seat.
     pub(crate) fn queues(&self) -> Vec<((ListenerId, Seat), u32)> {
         let mut queues = Vec::new();

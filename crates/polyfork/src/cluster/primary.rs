@@ -1224,7 +1224,6 @@ impl Primary {
                 state: state(w),
                 generation: w.generation,
                 connections: connections(*id, w),
-                waiting: self.ports.waiting_for(*id),
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),
