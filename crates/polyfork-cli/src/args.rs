@@ -94,6 +94,8 @@ pub(crate) enum Verb {
     Ls(LsArgs),
     /// Tell all about apps
     Status(AppArgs),
+    /// Bring up new workers beside the old ones; they take over if all come up, or nothing changes
+    Reload(ReloadArgs),
     /// Replace every worker, slot by slot
     Restart(WaitArgs),
     /// Change the number of workers
@@ -208,6 +210,24 @@ pub(crate) struct WaitArgs {
     /// Return when it has begun, not when it is done
     #[arg(long)]
     pub(crate) no_wait: bool,
+}
+
+/// `polyfork reload`.
+#[derive(Debug, Args)]
+pub(crate) struct ReloadArgs {
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+
+    /// Replace so many workers at a time instead of all at once
+    ///
+    /// Fewer processes beside each other; but what an earlier batch has replaced stays replaced when a later one fails.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) at_a_time: Option<u32>,
+
+    /// How long new workers must stay ready before they get connections
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = values::duration,
+          allow_hyphen_values = true)]
+    pub(crate) probation: Duration,
 }
 
 /// `polyfork scale`.

@@ -41,6 +41,8 @@ pub(crate) enum Code {
     NoFolder = 14,
     /// A command that waited was interrupted.
     Interrupted = 15,
+    /// A new version did not come up; the old one serves on.
+    ReloadFailed = 16,
 }
 
 /// One row of the table.
@@ -54,7 +56,7 @@ pub(crate) struct Row {
 }
 
 /// Every code, in order.
-pub(crate) const TABLE: [Row; 16] = [
+pub(crate) const TABLE: [Row; 17] = [
     row(
         Code::Stopped,
         "stopped",
@@ -78,6 +80,11 @@ pub(crate) const TABLE: [Row; 16] = [
         Code::Interrupted,
         "interrupted",
         "the command was interrupted while it waited; what it asked for goes on",
+    ),
+    row(
+        Code::ReloadFailed,
+        "reload_failed",
+        "a new version did not come up; the workers that served go on serving",
     ),
 ];
 

@@ -51,6 +51,7 @@ pub(crate) fn run(verb: Verb) -> Code {
             Verb::Start(args) => start::run(*args).await,
             Verb::Ls(args) => list::run(args).await,
             Verb::Status(args) => status::run(args).await,
+            Verb::Reload(args) => change::reload(args).await,
             Verb::Restart(args) => change::restart(args).await,
             Verb::Scale(args) => change::scale(args).await,
             Verb::Stop(args) => change::stop(args).await,
@@ -76,8 +77,15 @@ fn fail(verdict: &Verdict, json: bool) -> Code {
 /// A line on standard error.
 fn complain(text: &str) {
     let paint = Paint::stderr();
-    let text = words::harmless(text);
-    crate::say(io::stderr(), &format!("polyfork: {}\n", paint.with(Ink::Bad, &text)));
+    // What follows the first line was written by somebody else, and says so by standing further in.
+    for (number, line) in text.lines().enumerate() {
+        let line = words::harmless(line);
+        let shown = match number {
+            0 => format!("polyfork: {}\n", paint.with(Ink::Bad, &line)),
+            _ => format!("{line}\n"),
+        };
+        crate::say(io::stderr(), &shown);
+    }
 }
 
 /// A line on standard error that is no complaint.

@@ -36,6 +36,8 @@ pub(crate) struct Book {
     losses: Option<Arc<Losses>>,
     /// Somebody restarts or reloads it now.
     pub(crate) busy: Option<&'static str>,
+    /// What the new worker of a reload that failed wrote last to standard error.
+    pub(crate) failed_reload: Option<Vec<String>>,
 }
 
 /// What does not change.
@@ -128,6 +130,7 @@ impl Book {
             ended: None,
             losses,
             busy: None,
+            failed_reload: None,
         }
     }
 
@@ -364,7 +367,7 @@ impl Book {
             uptime_ms: Some(ms(worker.uptime)),
             cpu_ms: usage.map(|usage| usage.cpu_ms),
             resident_bytes: usage.map(|usage| usage.resident_bytes),
-            accepted: None,
+            accepted: worker.connections,
             queue: worker.queue,
         }
     }

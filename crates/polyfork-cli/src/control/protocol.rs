@@ -34,6 +34,13 @@ pub(crate) enum Verb {
     Scale(Scale),
     /// Every worker anew, slot by slot.
     Restart,
+    /// A new generation of workers, if it comes up.
+    Reload {
+        /// How many workers at a time; zero for all at once.
+        at_a_time: u32,
+        /// How long new workers must stay ready first.
+        probation: Option<Duration>,
+    },
     /// Finish and leave.
     Stop {
         /// Instead of the time it was started with, if shorter.
@@ -80,6 +87,12 @@ pub(crate) struct Raw {
     /// `stop`: how long workers may finish.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) grace_ms: Option<u64>,
+    /// `reload`: how many workers at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) at_a_time: Option<u32>,
+    /// `reload`: how long new workers must stay ready before they get connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) probation_ms: Option<u64>,
     /// Whether to answer only when it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) wait: Option<bool>,
@@ -142,6 +155,10 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
         "events" => Verb::Events,
         "scale" => Verb::Scale(scale(&raw)?),
         "restart" => Verb::Restart,
+        "reload" => Verb::Reload {
+            at_a_time: raw.at_a_time.unwrap_or(0),
+            probation: raw.probation_ms.map(limited),
+        },
         "stop" => Verb::Stop { grace: raw.grace_ms.map(limited) },
         "kill" => Verb::Kill,
         other => {

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use polyfork::cluster::{Cluster, Event};
+use polyfork::cluster::{Cluster, Event, ReloadError, ReloadOptions, ReloadReport};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -111,7 +111,17 @@ impl Control {
 
     /// Notes an event, and passes it on to whoever listens.
     pub(crate) fn event(&self, event: &Event, ledger: &Ledger) {
-        self.note(|book| book.event(event));
+        self.note(|book| {
+            book.event(event);
+            if let Event::ReloadFailed { error, .. } = event {
+                book.failed_reload = Some(match error {
+                    ReloadError::Failed { who, .. } => {
+                        ledger.last_lines(who.slot).map(str::to_owned).collect()
+                    }
+                    _ => Vec::new(),
+                });
+            }
+        });
         let mut stream = lock(&self.0.stream);
         if stream.as_ref().is_some_and(|stream| stream.receiver_count() == 0) {
             *stream = None;
@@ -357,6 +367,31 @@ struct Scaled {
 }
 
 #[derive(Serialize)]
+struct Reloaded {
+    generation: u32,
+    workers: u32,
+    refused: u64,
+    reset: u64,
+    slowest_wait_ms: u128,
+    took_ms: u128,
+    text: String,
+}
+
+impl Reloaded {
+    fn of(report: &ReloadReport) -> Reloaded {
+        Reloaded {
+            generation: report.generation,
+            workers: report.workers,
+            refused: report.refused,
+            reset: report.reset,
+            slowest_wait_ms: report.slowest_wait.as_millis(),
+            took_ms: report.took.as_millis(),
+            text: crate::words::reloaded(report),
+        }
+    }
+}
+
+#[derive(Serialize)]
 struct Restarted {
     slots: usize,
     workers: Vec<u64>,
@@ -394,6 +429,11 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
         Verb::Events => control.listen().map(Answer::Stream),
         Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
         Verb::Restart => control.restart(wait).await.map(Answer::Line),
+        Verb::Reload { at_a_time, probation } => {
+            let options = ReloadOptions::new().at_a_time(at_a_time);
+            let options = probation.into_iter().fold(options, ReloadOptions::probation);
+            control.reload(options, wait).await.map(Answer::Line)
+        }
         Verb::Stop { grace } => Ok(Answer::Line(control.stop(grace, wait).await)),
         Verb::Kill => Ok(Answer::Line(control.kill(wait).await)),
     }
@@ -459,17 +499,58 @@ impl Control {
         .await
     }
 
+    async fn reload(&self, options: ReloadOptions, wait: bool) -> Result<Vec<u8>, Refusal> {
+        self.refuse_when_stopping()?;
+        self.begin("reload")?;
+        self.note(|book| book.failed_reload = None);
+        let control = self.clone();
+        let reloading = tokio::spawn(async move {
+            let outcome = control.0.cluster.reload(options).await;
+            control.note(|book| book.busy = None);
+            outcome
+        });
+        if !wait {
+            return Ok(protocol::done(&Accepted { accepted: true }));
+        }
+        let outcome = reloading.await.map_err(|_| Refusal::refused("the reload broke off"))?;
+        match outcome {
+            Ok(report) => Ok(protocol::done(&Reloaded::of(&report))),
+            Err(ReloadError::Busy { .. }) => Err(busy("reload")),
+            Err(error) => Err(self.reload_failed(&error).await),
+        }
+    }
+
+    /// Why a reload failed, with what the new worker wrote last.
+    async fn reload_failed(&self, error: &ReloadError) -> Refusal {
+        let told = self.until(|book| book.failed_reload.clone());
+        let lines = timeout(LAST_ANSWERS, told).await.unwrap_or_default();
+        let mut text = error.to_string();
+        if !lines.is_empty() {
+            text.push_str("; its last lines on standard error:");
+        }
+        for line in lines {
+            text.push_str("\n    ");
+            text.push_str(&line);
+        }
+        Refusal { word: "reload_failed", code: crate::exit::Code::ReloadFailed, text }
+    }
+
+    /// Notes that something long begins; one at a time.
+    fn begin(&self, what: &'static str) -> Result<(), Refusal> {
+        let mut book = self.book();
+        match book.busy {
+            Some(other) => Err(busy(other)),
+            None => {
+                book.busy = Some(what);
+                Ok(())
+            }
+        }
+    }
+
     /// Slot by slot. A new worker that ends before it is ready ends the whole: the slots after it keep what they have.
     async fn restart(&self, wait: bool) -> Result<Vec<u8>, Refusal> {
         self.refuse_when_stopping()?;
-        if let Some(other) = self.book().busy.replace("restart") {
-            self.book().busy = Some(other);
-            return Err(Refusal {
-                word: "busy",
-                code: crate::exit::Code::Refused,
-                text: format!("a {other} is under way; wait for its end"),
-            });
-        }
+        self.begin("restart")?;
         let control = self.clone();
         let rolling = tokio::spawn(async move {
             let outcome = control.roll().await;
@@ -529,6 +610,14 @@ impl Control {
         let verdict = self.until(|book| book.ended().cloned()).await;
         let (outcome, exit_code) = (verdict.code.row().word, verdict.code as u8);
         protocol::done(&Over { outcome, exit_code, text: &verdict.text })
+    }
+}
+
+fn busy(with: &str) -> Refusal {
+    Refusal {
+        word: "busy",
+        code: crate::exit::Code::Refused,
+        text: format!("a {with} is under way; wait for its end"),
     }
 }
 

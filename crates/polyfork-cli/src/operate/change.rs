@@ -1,4 +1,4 @@
-//! `restart`, `scale`, `stop`, `kill`: asks for a change and waits until it is done.
+//! `reload`, `restart`, `scale`, `stop`, `kill`: asks for a change and waits until it is done.
 //!
 //! The surprising rule: what was asked for goes on without whoever asked. The first Ctrl-C says so, the second one leaves.
 
@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, ask, complain, fail, plain, remark, targets, told, write_json};
-use crate::args::{KillArgs, ScaleArgs, StopArgs, WaitArgs};
+use crate::args::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, WaitArgs};
 use crate::control::client::NoAnswer;
 use crate::control::folder::{App, Runtime};
 use crate::control::protocol::{Raw, Scale};
@@ -44,6 +44,27 @@ struct Outcome<'a> {
     result: Option<&'a Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<ErrorShape<'a>>,
+}
+
+/// Runs `reload`.
+pub(crate) async fn reload(args: ReloadArgs) -> Code {
+    let change = Change {
+        doing: "reloading",
+        request: || plain("reload"),
+        wait: !args.wait.no_wait,
+        json: args.wait.apps.form.json,
+        ends: false,
+        done: |app, result| match result["text"].as_str() {
+            Some(text) => format!("{}: {text}", app.name),
+            None => format!("{}: reloading", app.name),
+        },
+    };
+    let probation = u64::try_from(args.probation.as_millis()).unwrap_or(u64::MAX);
+    each(targets::find(&args.wait.apps.names), change, |request| {
+        request.at_a_time = args.at_a_time;
+        request.probation_ms = Some(probation);
+    })
+    .await
 }
 
 /// Runs `restart`.

@@ -1,0 +1,67 @@
+//! `polyfork reload`: a new version takes over under its name, a bad one is refused with its last words.
+
+#![allow(clippy::print_stdout, reason = "tests print their counts")]
+
+mod support;
+
+use std::process::Output;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{Place, get};
+
+fn ask(place: &Place, words: &[&str]) -> Output {
+    place.polyfork(words).output().expect("it runs")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+#[test]
+fn a_reload_by_name_ends_with_a_proof_and_a_bad_version_is_refused() {
+    let place = Place::with_server();
+    let mut app = place.events(["--name", "shop", "-w", "2", "server.js"]);
+    let address = app.address();
+    app.wait_for("ready");
+
+    let done = ask(&place, &["reload", "--json", "--probation", "10ms", "sh*"]);
+    assert_eq!(done.status.code(), Some(0), "{done:?}");
+    let result = &json(&done)["result"];
+    assert_eq!((&result["generation"], &result["workers"]), (&2.into(), &2.into()));
+    assert_eq!((&result["refused"], &result["reset"]), (&0.into(), &0.into()));
+
+    place.file("server.js", "console.error('first\\nsecond'); process.exit(3)");
+    let refused = ask(&place, &["reload", "--at-a-time", "1", "shop"]);
+    assert_eq!(refused.status.code(), Some(16), "{refused:?}");
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(text.contains("exited with code 3; the old workers go on serving"), "{text}");
+    assert!(text.ends_with("\n    first\n    second\n"), "{text}");
+    let refused = json(&ask(&place, &["reload", "--json", "shop"]));
+    assert_eq!(refused["error"]["code"], "reload_failed");
+
+    assert!(get(address, "/").contains("pid"));
+    let status = json(&ask(&place, &["status", "--json", "shop"]));
+    let workers = status["workers"].as_array().expect("workers");
+    let serving = workers.iter().filter(|worker| worker["state"] == "ready");
+    assert!(serving.clone().all(|worker| worker["generation"] == 2), "{status:#}");
+    assert_eq!(serving.count(), 2, "{status:#}");
+    app.running.signal(Signal::TERM);
+    assert_eq!(app.end().0, 0);
+}
+
+#[test]
+fn two_reloads_at_once_one_wins_and_the_other_is_told() {
+    let place = Place::with_server();
+    let mut app = place.events(["--name", "shop", "-w", "1", "server.js"]);
+    app.wait_for("ready");
+    let begun = ask(&place, &["reload", "--no-wait", "--probation", "1m", "shop"]);
+    assert_eq!(begun.status.code(), Some(0), "{begun:?}");
+    let told = ask(&place, &["reload", "shop"]);
+    assert_eq!(told.status.code(), Some(13), "{told:?}");
+    let text = String::from_utf8_lossy(&told.stderr);
+    assert!(text.contains("a reload is under way; wait for its end"), "{text}");
+    app.running.signal(Signal::TERM);
+    app.wait_for("reload_failed");
+    assert_eq!(app.end().0, 0);
+}
