@@ -19,11 +19,16 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use polyfork_core::sync::lock;
-use polyfork_core::sync::port::{self as core, Receiver, Sender, TryPost, TryReceive};
+use polyfork_core::sync::port::{self as core, Closer, Receiver, Sender, TryPost, TryReceive};
 
 use super::park::{Patience, block_on, block_on_until};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// A port's number. The queue of nobody is 0.
+pub(super) fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
 
 /// Which port is in which port's queue; see [`MessagePort::transfer`].
 static IN_TRANSIT: LazyLock<Mutex<HashMap<u64, u64>>> = LazyLock::new(Mutex::default);
@@ -71,8 +76,7 @@ impl<A, B> MessageChannel<A, B> {
     pub(super) fn with(capacity: Option<NonZeroUsize>) -> Self {
         let (to_port2, from_port1) = core::queue(capacity);
         let (to_port1, from_port2) = core::queue(capacity);
-        let id1 = NEXT_ID.fetch_add(2, Ordering::Relaxed);
-        let id2 = id1 + 1;
+        let (id1, id2) = (next_id(), next_id());
         Self {
             port1: MessagePort::new(id1, from_port2, Poster::new(id2, to_port2)),
             port2: MessagePort::new(id2, from_port1, Poster::new(id1, to_port1)),
@@ -182,7 +186,7 @@ impl From<TryReceive> for TryReceiveError {
 }
 
 impl<Out> Poster<Out> {
-    fn new(to: u64, queue: Sender<Out>) -> Self {
+    pub(super) fn new(to: u64, queue: Sender<Out>) -> Self {
         Self { to, queue, patience: Patience::of_thread() }
     }
 
@@ -245,7 +249,7 @@ impl<Out> fmt::Debug for Poster<Out> {
 }
 
 impl<In, Out> MessagePort<In, Out> {
-    fn new(id: u64, incoming: Receiver<In>, poster: Poster<Out>) -> Self {
+    pub(super) fn new(id: u64, incoming: Receiver<In>, poster: Poster<Out>) -> Self {
         let (thread, task) = (Patience::of_thread(), Patience::of_task());
         Self { id, incoming, poster, thread, task }
     }
@@ -352,6 +356,11 @@ impl<In, Out> MessagePort<In, Out> {
         }
         in_transit.insert(self.id, through.to);
         Ok(Transferred { id: self.id, port: Some(self) })
+    }
+
+    /// Ends both directions from outside, without keeping them open.
+    pub(super) fn closers(&self) -> (Closer<In>, Closer<Out>) {
+        (self.incoming.closer(), self.poster.queue.closer())
     }
 }
 
