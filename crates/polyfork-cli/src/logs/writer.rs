@@ -38,9 +38,9 @@ const OUTPUT_BYTES: usize = 64 << 10;
 const OWN_BYTES: usize = OUTPUT_BYTES + (130 << 10);
 /// What a record costs beyond its bytes.
 const RECORD_BYTES: usize = 64;
-const STACK_BYTES: usize = 64 << 10;
-/// Of the thread that compresses: its tables are on the heap.
-const COMPRESSOR_STACK: usize = 128 << 10;
+const STACK_BYTES: usize = 128 << 10;
+/// Of the thread that compresses. Its tables, 300 KiB, are made on the stack before they move to the heap.
+const COMPRESSOR_STACK: usize = 2 << 20;
 /// At the end, a disk that takes nothing for this long is taken for stuck.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A compressed file that is not whole yet.
