@@ -77,12 +77,15 @@ impl Starter {
         self.0 = None;
     }
 
-    /// Tells the end; true if somebody was there to be told.
-    pub(crate) fn end(&mut self, verdict: &Verdict) -> bool {
-        let told = self.0.is_some();
+    /// Whether somebody waits to be told.
+    pub(crate) fn waits(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Tells the end, if it comes before the start was over.
+    pub(crate) fn end(&mut self, verdict: &Verdict) {
         self.tell(&json::Json.end(verdict));
         self.0 = None;
-        told
     }
 }
 

@@ -460,6 +460,7 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
         if let Some(claim) = place.claim {
             watch.take_leave(claim, &place.about, &verdict);
         }
+        watch.starter.borrow_mut().end(&verdict);
         Ok(verdict.code)
     });
     // Whatever is left of the cluster ends with the process.
@@ -482,6 +483,8 @@ fn with_output(
 impl Place {
     /// Tells whoever waits in the foreground.
     fn refuse(&mut self, refused: Refused) -> Refused {
+        // The name is free when they are told.
+        self.claim = None;
         if let Some(background) = &mut self.background {
             background.starter.refused(&refused);
         }
@@ -533,8 +536,6 @@ struct Watch {
     /// In the background: where lines go instead.
     logs: Option<Writer>,
     starter: RefCell<Starter>,
-    /// The starter in the foreground was told how it ended, or there is none.
-    told_end: Cell<bool>,
     control: Option<Control>,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
@@ -577,7 +578,6 @@ impl Watch {
             show,
             logs,
             starter: RefCell::new(starter),
-            told_end: Cell::new(foreground),
             control,
             passed_on: Cell::new(0),
             told_lost: Cell::new(false),
@@ -642,16 +642,13 @@ impl Watch {
         if let Some(control) = &self.control {
             control.finish(&verdict, &json::Json.end(&verdict)).await;
         }
-        if self.logs.is_some() {
-            self.told_end.set(self.starter.borrow_mut().end(&verdict));
-        }
         verdict
     }
 
     /// Gives the name back. An app that ended in the background by itself leaves word, since nobody saw it.
     fn take_leave(&self, claim: Claim, about: &About, verdict: &Verdict) {
         let as_asked = matches!(verdict.code, Code::Stopped | Code::Forced);
-        if as_asked || self.told_end.get() {
+        if as_asked || self.logs.is_none() || self.starter.borrow().waits() {
             return drop(claim);
         }
         let ended = Ended {

@@ -197,6 +197,8 @@ impl Runtime {
 
     fn try_claim(&self, name: &Name) -> Result<(OwnedFd, OwnedFd), NotClaimed> {
         let unusable = |what: Errno| {
+            // If it was made just now; one with something in it stays.
+            let _ = sys::unlinkat(&self.folder, name.as_str(), AtFlags::REMOVEDIR);
             let path = self.path.join(name.as_str());
             NotClaimed::Unusable(match what {
                 Errno::LOOP | Errno::NOTDIR => {

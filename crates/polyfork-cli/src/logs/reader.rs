@@ -105,10 +105,98 @@ impl Lines {
     }
 }
 
+/// All files of a slot at one moment.
+struct Snapshot {
+    slot: u32,
+    /// Those that are full, the oldest first.
+    full: VecDeque<LogName>,
+    /// The one that is written to, with its device and inode.
+    current: Option<(File, Identity)>,
+}
+
+type Identity = (u64, u64);
+
+/// How often a slot may begin a new file while it is looked at.
+const TRIES: u32 = 100;
+
+impl Snapshot {
+    /// Between a look at the names and the opening of the file that is written to, that one may become a full one, and would
+    /// be missed. So it is opened between two looks that must show the same.
+    fn of(folder: &Folder, slot: u32) -> io::Result<Snapshot> {
+        let mut before = full_files(folder, slot)?;
+        for _ in 0..TRIES {
+            let current = match folder.open(&LogName::current(slot)) {
+                Ok(file) => {
+                    let found = sys::fstat(file.as_fd())?;
+                    Some((file, (found.st_dev, found.st_ino)))
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                Err(error) => return Err(error),
+            };
+            let after = full_files(folder, slot)?;
+            if after.back().map(|name| &name.age) == before.back().map(|name| &name.age) {
+                return Ok(Snapshot { slot, full: after, current });
+            }
+            before = after;
+        }
+        Err(io::Error::other("files are filled faster than they can be listed"))
+    }
+
+    /// The age of the latest full file; older than any if there is none.
+    fn latest(&self) -> Age {
+        self.full.back().map_or(Age::Full(String::new()), |name| name.age.clone())
+    }
+
+    /// Leaves out old files: those behind which there are enough lines.
+    fn keep_last(&mut self, folder: &Folder, filter: &Filter, last: usize) -> io::Result<()> {
+        let count = |mut lines: Lines| -> io::Result<usize> {
+            let mut found = 0;
+            while let Some(entry) = lines.next()? {
+                found += usize::from(filter.takes(&entry));
+            }
+            Ok(found)
+        };
+        let mut found = match &self.current {
+            Some((file, _)) => {
+                let again = BufReader::new(file.try_clone()?);
+                let found = count(Lines::over(Box::new(again), self.slot))?;
+                // The two share their place in the file.
+                io::Seek::rewind(&mut &*file)?;
+                found
+            }
+            None => 0,
+        };
+        let mut first = self.full.len();
+        while first > 0 && found < last {
+            first -= 1;
+            match Lines::of(folder, &self.full[first]) {
+                Ok(lines) => found += count(lines)?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.full.drain(..first);
+        Ok(())
+    }
+}
+
+fn full_files(folder: &Folder, slot: u32) -> io::Result<VecDeque<LogName>> {
+    let full = |name: &LogName| name.slot == slot && name.age != Age::Current;
+    Ok(folder.files()?.into_iter().filter(full).collect())
+}
+
+/// The slots that have files and are wanted.
+fn slots(folder: &Folder, filter: &Filter) -> io::Result<Vec<u32>> {
+    let mut slots: Vec<u32> = folder.files()?.into_iter().map(|name| name.slot).collect();
+    slots.dedup();
+    slots.retain(|slot| filter.takes_slot(*slot));
+    Ok(slots)
+}
+
 /// The lines of one slot, file after file.
 struct SlotLines<'a> {
     folder: &'a Folder,
-    files: VecDeque<LogName>,
+    files: Snapshot,
     lines: Option<Lines>,
     next: Option<Entry>,
 }
@@ -124,14 +212,22 @@ impl SlotLines<'_> {
                     }
                 }
             }
-            let Some(name) = self.files.pop_front() else {
-                self.next = None;
-                return Ok(());
-            };
-            self.lines = match Lines::of(self.folder, &name) {
-                Ok(lines) => Some(lines),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                Err(error) => return Err(error),
+            self.lines = match (self.files.full.pop_front(), self.files.current.take()) {
+                (Some(name), current) => {
+                    self.files.current = current;
+                    match Lines::of(self.folder, &name) {
+                        Ok(lines) => Some(lines),
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                        Err(error) => return Err(error),
+                    }
+                }
+                (None, Some((file, _))) => {
+                    Some(Lines::over(Box::new(BufReader::new(file)), self.files.slot))
+                }
+                (None, None) => {
+                    self.next = None;
+                    return Ok(());
+                }
             };
         }
     }
@@ -147,17 +243,14 @@ pub(crate) fn read(
     last: Option<usize>,
     mut take: impl FnMut(Entry) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut slots: BTreeMap<u32, VecDeque<LogName>> = BTreeMap::new();
-    for name in folder.files()?.into_iter().filter(|name| filter.takes_slot(name.slot)) {
-        slots.entry(name.slot).or_default().push_back(name);
-    }
-    if let Some(last) = last {
-        for files in slots.values_mut() {
-            needed(folder, files, filter, last)?;
+    let mut heads = Vec::new();
+    for slot in slots(folder, filter)? {
+        let mut files = Snapshot::of(folder, slot)?;
+        if let Some(last) = last {
+            files.keep_last(folder, filter, last)?;
         }
+        heads.push(SlotLines { folder, files, lines: None, next: None });
     }
-    let open = |files| SlotLines { folder, files, lines: None, next: None };
-    let mut heads: Vec<SlotLines<'_>> = slots.into_values().map(open).collect();
     for head in &mut heads {
         head.advance(filter)?;
     }
@@ -188,30 +281,6 @@ fn stamp_of<'a>(head: &'a SlotLines<'_>) -> &'a str {
     head.next.as_ref().map_or("", |entry| &entry.stamp)
 }
 
-/// Leaves out old files of a slot: those behind which there are enough lines.
-fn needed(
-    folder: &Folder,
-    files: &mut VecDeque<LogName>,
-    filter: &Filter,
-    last: usize,
-) -> io::Result<()> {
-    let mut found = 0;
-    let mut first = files.len();
-    while first > 0 && found < last {
-        first -= 1;
-        let mut lines = match Lines::of(folder, &files[first]) {
-            Ok(lines) => lines,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        while let Some(entry) = lines.next()? {
-            found += usize::from(filter.takes(&entry));
-        }
-    }
-    files.drain(..first);
-    Ok(())
-}
-
 /// What is written from now on.
 pub(crate) struct Follow {
     folder: Folder,
@@ -222,8 +291,8 @@ pub(crate) struct Follow {
 /// Where one slot is being read.
 struct Tail {
     lines: Lines,
-    /// Device and inode of the file.
-    identity: (u64, u64),
+    /// Of the file.
+    identity: Identity,
     /// The latest full file when this one was opened.
     after: Age,
 }
@@ -234,31 +303,16 @@ impl Follow {
     /// # Errors
     /// The system's.
     pub(crate) fn new(folder: Folder, filter: Filter) -> io::Result<Follow> {
-        let mut follow = Follow { folder, filter, slots: BTreeMap::new() };
-        for name in follow.folder.files()? {
-            if name.age == Age::Current && follow.filter.takes_slot(name.slot) {
-                let after = follow.latest_full(name.slot)?;
-                let (mut file, identity) = match follow.current(name.slot) {
-                    Ok(found) => found,
-                    Err(_) => continue,
-                };
+        let mut tails = BTreeMap::new();
+        for slot in slots(&folder, &filter)? {
+            let files = Snapshot::of(&folder, slot)?;
+            let after = files.latest();
+            if let Some((mut file, identity)) = files.current {
                 io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
-                follow.slots.insert(name.slot, Tail::new(file, name.slot, identity, after));
+                tails.insert(slot, Tail::new(file, slot, identity, after));
             }
         }
-        Ok(follow)
-    }
-
-    fn latest_full(&self, slot: u32) -> io::Result<Age> {
-        let full = |name: &LogName| name.slot == slot && name.age != Age::Current;
-        let latest = self.folder.files()?.into_iter().filter(full).map(|name| name.age).max();
-        Ok(latest.unwrap_or(Age::Full(String::new())))
-    }
-
-    fn current(&self, slot: u32) -> io::Result<(File, (u64, u64))> {
-        let file = self.folder.open(&LogName::current(slot))?;
-        let found = sys::fstat(file.as_fd())?;
-        Ok((file, (found.st_dev, found.st_ino)))
+        Ok(Follow { folder, filter, slots: tails })
     }
 
     /// All that came since the last call, in the order of time.
@@ -267,13 +321,7 @@ impl Follow {
     /// The system's.
     pub(crate) fn more(&mut self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
-        let names = self.folder.files()?;
-        let slots: Vec<u32> = names
-            .iter()
-            .filter(|name| name.age == Age::Current && self.filter.takes_slot(name.slot))
-            .map(|name| name.slot)
-            .collect();
-        for slot in slots {
+        for slot in slots(&self.folder, &self.filter)? {
             self.more_of(slot, &mut entries)?;
         }
         entries.sort_by(|a, b| a.stamp.cmp(&b.stamp));
@@ -281,37 +329,43 @@ impl Follow {
     }
 
     fn more_of(&mut self, slot: u32, entries: &mut Vec<Entry>) -> io::Result<()> {
-        let latest = self.latest_full(slot)?;
-        let name = LogName::current(slot);
-        let there = self.folder.stat(&name.file());
-        let now = there.map(|there| (there.st_dev, there.st_ino)).ok();
-        let tail = self.slots.remove(&slot);
-        let moved = tail.as_ref().is_some_and(|tail| Some(tail.identity) != now);
-        let after = match tail {
-            Some(mut tail) => {
-                // When it was moved nothing is added to it any more.
-                tail.lines.last = moved;
-                drain(&mut tail.lines, &self.filter, entries)?;
-                if !moved {
-                    self.slots.insert(slot, tail);
-                    return Ok(());
-                }
-                Some(tail.after)
-            }
-            None => None,
+        let files = Snapshot::of(&self.folder, slot)?;
+        let latest = files.latest();
+        // When there is none, the next one is about to be made.
+        let now = files.current.as_ref().map(|(_, identity)| *identity);
+        let moved = |tail: &Tail| now.is_some_and(|now| now != tail.identity);
+        let Some(tail) = self.slots.get_mut(&slot) else {
+            return self.begin(files, None, entries);
         };
-        // The first of the full files that came since is the one just finished, unless somebody else removed it.
-        if let Some(after) = after {
-            let between =
-                |name: &LogName| name.slot == slot && name.age != Age::Current && name.age > after;
-            let came: Vec<LogName> = self.folder.files()?.into_iter().filter(between).collect();
-            for name in came.iter().skip(1).filter(|name| name.age <= latest) {
-                if let Ok(mut lines) = Lines::of(&self.folder, name) {
-                    drain(&mut lines, &self.filter, entries)?;
-                }
+        // Once it has been moved nothing is added to it any more.
+        tail.lines.last = moved(tail);
+        drain(&mut tail.lines, &self.filter, entries)?;
+        if !moved(tail) {
+            return Ok(());
+        }
+        let after = std::mem::replace(&mut tail.after, latest);
+        self.begin(files, Some(after), entries)
+    }
+
+    /// Reads what came after the file that was read before, which was the first to get full since.
+    fn begin(
+        &mut self,
+        files: Snapshot,
+        after: Option<Age>,
+        entries: &mut Vec<Entry>,
+    ) -> io::Result<()> {
+        let (slot, latest) = (files.slot, files.latest());
+        let (read, since) = match after {
+            Some(after) => (1, after),
+            // A slot that was not there before.
+            None => (0, Age::Full(String::new())),
+        };
+        for name in files.full.iter().filter(|name| name.age > since).skip(read) {
+            if let Ok(mut lines) = Lines::of(&self.folder, name) {
+                drain(&mut lines, &self.filter, entries)?;
             }
         }
-        if let Ok((file, identity)) = self.current(slot) {
+        if let Some((file, identity)) = files.current {
             let mut tail = Tail::new(file, slot, identity, latest);
             drain(&mut tail.lines, &self.filter, entries)?;
             self.slots.insert(slot, tail);
@@ -321,7 +375,7 @@ impl Follow {
 }
 
 impl Tail {
-    fn new(file: File, slot: u32, identity: (u64, u64), after: Age) -> Tail {
+    fn new(file: File, slot: u32, identity: Identity, after: Age) -> Tail {
         let mut lines = Lines::over(Box::new(BufReader::new(file)), slot);
         lines.last = false;
         Tail { lines, identity, after }

@@ -497,7 +497,11 @@ fn compress_one(folder: &Folder, name: &LogName) -> io::Result<()> {
         let _ = folder.remove(&part);
         return outcome;
     }
-    folder.remove(&plain)
+    match folder.remove(&plain) {
+        // Meanwhile it was one too many.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => folder.remove(&whole),
+        other => other,
+    }
 }
 
 fn write_compressed(folder: &Folder, name: &LogName, part: &str) -> io::Result<()> {

@@ -1,0 +1,221 @@
+//! What workers write, kept and read back.
+
+use std::fs;
+use std::path::Path;
+
+use super::desk::{Desk, eventually, read};
+use super::support::{Lines, Running, get};
+
+/// Writes numbered lines until there are as many as the request says.
+const TALKER: &str = "
+let n = 0;
+const slot = process.env.NODE_APP_INSTANCE;
+require('http').createServer((request, response) => {
+  const many = Number(request.url.slice(1));
+  const write = () => {
+    let text = '';
+    for (let i = 0; i < 500 && n < many; i++) text += 'slot ' + slot + ' line ' + n++ + ' ' + 'x'.repeat(60) + '\\n';
+    process.stdout.write(text, () => n < many ? write() : response.end('' + n));
+  };
+  write();
+}).listen(0, '127.0.0.1');
+";
+
+fn talker(desk: &mut Desk, options: &[&str]) -> impl Fn(u64) + use<> {
+    desk.place.file("talk.js", TALKER);
+    let app = desk.start(&[&["-w", "1"], options, &["talk.js"]].concat());
+    let address = Desk::address(&app);
+    move |many| assert_eq!(get(address, &format!("/{many}")), many.to_string())
+}
+
+fn files(desk: &Desk, app: &str) -> Vec<String> {
+    let entries = fs::read_dir(desk.logs().join(app)).expect("logs").flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+/// The numbers of a talker's lines.
+fn numbers(text: &str) -> Vec<u64> {
+    let number = |line: &str| line.split(" line ").nth(1)?.split(' ').next()?.parse().ok();
+    text.lines().filter_map(number).collect()
+}
+
+fn are(numbers: &[u64], range: std::ops::Range<u64>) {
+    let (first, last) = (numbers.first(), numbers.last());
+    let right = numbers.iter().copied().eq(range.clone());
+    assert!(right, "{} lines from {first:?} to {last:?} instead of {range:?}", numbers.len());
+}
+
+fn content(log: &Path) -> String {
+    fs::read_to_string(log).unwrap_or_default()
+}
+
+#[test]
+fn nothing_is_lost_when_files_are_full_and_all_is_read_back_in_order() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &["--log-size", "64KiB", "--log-keep", "1000"]);
+    talk(20_000);
+    let all = eventually(
+        "all lines",
+        || numbers(&desk.did(&["logs", "talk", "-n", "all", "--slot", "1"])),
+        |numbers| numbers.last() == Some(&19_999),
+    );
+    are(&all, 0..20_000);
+    eventually(
+        "full files are compressed",
+        || files(&desk, "talk"),
+        |files| {
+            let mut full = files.iter().filter(|file| file.starts_with("1.2"));
+            full.clone().count() > 20 && full.all(|file| file.ends_with(".log.gz"))
+        },
+    );
+    are(&numbers(&desk.did(&["logs", "talk", "-n", "all", "--slot", "1"])), 0..20_000);
+    are(&numbers(&desk.did(&["logs", "talk", "-n", "3000", "--slot", "1"])), 17_000..20_000);
+    assert_eq!(desk.status("talk")["log_lines_lost"], 0);
+}
+
+#[test]
+fn only_so_many_full_files_are_kept() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &["--log-size", "16KiB", "--log-keep", "3"]);
+    talk(5000);
+    desk.did(&["stop", "talk"]);
+    let mut of_slot: Vec<String> =
+        files(&desk, "talk").into_iter().filter(|file| file.starts_with("1.")).collect();
+    // The thread that compresses ends with the primary, whatever it has in hand.
+    of_slot.retain(|file| !file.ends_with(".part"));
+    of_slot.dedup_by_key(|file| file.split(".log").next().unwrap_or_default().to_owned());
+    assert!(of_slot.len() <= 4, "{of_slot:?}");
+    let kept = numbers(&desk.did(&["logs", "talk", "-n", "all", "--slot", "1"]));
+    are(&kept, *kept.first().unwrap()..5000);
+}
+
+#[test]
+fn a_file_that_is_old_is_full() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &["--log-age", "50ms", "--log-keep", "1000"]);
+    let mut asked = 0;
+    eventually(
+        "full files",
+        || {
+            asked += 1;
+            talk(asked);
+            files(&desk, "talk").iter().filter(|file| file.starts_with("1.2")).count()
+        },
+        |full| *full >= 3,
+    );
+    desk.did(&["stop", "talk"]);
+    are(&numbers(&desk.did(&["logs", "talk", "-n", "all"])), 0..asked);
+}
+
+#[test]
+fn slots_are_merged_by_time_and_filtered() {
+    let mut desk = Desk::new();
+    desk.place.file(
+        "turns.js",
+        "require('http').createServer((request, response) => {
+           console.log('seen ' + request.url); console.error('warned ' + request.url); response.end();
+         }).listen(0, '127.0.0.1');",
+    );
+    let app = desk.start(&["-w", "2", "turns.js"]);
+    for number in 0..20 {
+        get(Desk::address(&app), &format!("/{number:02}"));
+    }
+    let seen = |args: &[&str]| -> Vec<String> {
+        let text = desk.did(&[&["logs", "turns"], args].concat());
+        text.lines().map(str::to_owned).collect()
+    };
+    let lines = eventually("all lines", || seen(&["--grep", "seen"]), |lines| lines.len() == 20);
+    for (number, line) in lines.iter().enumerate() {
+        assert!(line.ends_with(&format!("seen /{number:02}")), "{lines:#?}");
+    }
+    assert_eq!(seen(&["--grep", "seen", "--slot", "1"]).len(), 10);
+    assert_eq!(seen(&["--grep", "warned", "-n", "5"]).len(), 5);
+    assert_eq!(seen(&["--grep", "seen", "--since", "1h"]).len(), 20);
+    assert_eq!(seen(&["--grep", "seen", "--since", "2100-01-01"]).len(), 0);
+    assert_eq!(seen(&["-n", "0"]).len(), 0);
+    let line = read(&seen(&["--grep", "warned /19", "--json"])[0]);
+    assert_eq!((&line["stream"], &line["line"]), (&"err".into(), &"warned /19".into()));
+    assert_eq!((&line["name"], &line["complete"]), (&"turns".into(), &true.into()));
+    // After its end they are still there.
+    desk.did(&["stop", "turns"]);
+    assert_eq!(seen(&["--grep", "seen"]).len(), 20);
+    assert_eq!(seen(&["--grep", "stopped: every worker finished"]).len(), 1);
+}
+
+#[test]
+fn following_goes_on_through_full_files() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &["--log-size", "32KiB", "--log-keep", "1000"]);
+    talk(10);
+    let mut follow = Running::start(desk.command(&["logs", "talk", "-f", "--slot", "1"]));
+    let mut lines = Lines::of(follow.take_out());
+    lines.wait_for("line 9 ");
+    for many in [100, 2000, 2001, 5000] {
+        talk(many);
+        lines.wait_for(&format!("line {} ", many - 1));
+    }
+    are(&numbers(&lines.seen.join("\n")), 0..5000);
+}
+
+#[test]
+fn a_file_that_somebody_takes_away_is_made_anew() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &[]);
+    let log = desk.logs().join("talk/1.log");
+    let until = |line: &str| eventually("lines", || content(&log), |text| text.contains(line));
+    talk(10);
+    until("line 9 ");
+    fs::remove_file(&log).unwrap();
+    talk(20);
+    are(&numbers(&until("line 19 ")), 10..20);
+    fs::rename(&log, desk.logs().join("talk/moved")).unwrap();
+    talk(30);
+    are(&numbers(&until("line 29 ")), 20..30);
+    // Somebody truncates it, as logrotate's copytruncate does.
+    fs::write(&log, "").unwrap();
+    talk(40);
+    are(&numbers(&until("line 39 ")), 30..40);
+    assert_eq!(desk.status("talk")["log_lines_lost"], 0);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_told_at_the_start() {
+    let desk = Desk::new();
+    let path = desk.place.file("no-folder", "a file");
+    let told = desk.refuses(&["start", "--log-dir", path.to_str().unwrap(), "server.js"], 14);
+    assert!(told.contains("log folder") && told.contains("--log-dir names another"), "{told}");
+    assert_eq!(desk.listed(), []);
+}
+
+#[test]
+fn lines_are_written_as_json_where_that_is_asked_for() {
+    let mut desk = Desk::new();
+    desk.place.file(
+        "bytes.js",
+        "process.stdout.write(Buffer.from([0xff, 0x41, 0x0a])); console.log('plain');
+         require('http').createServer().listen(0, '127.0.0.1');",
+    );
+    desk.start(&["-w", "1", "--log-format", "json", "bytes.js"]);
+    let log = desk.logs().join("bytes/1.log");
+    let text = eventually("lines", || content(&log), |text| text.contains("plain"));
+    let lines: Vec<_> = text.lines().map(read).collect();
+    assert_eq!(lines[0]["base64"], "/0E=");
+    assert_eq!((&lines[1]["line"], &lines[1]["slot"]), (&"plain".into(), &1.into()));
+    let shown = desk.did(&["logs", "bytes", "--slot", "1"]);
+    assert!(shown.contains("plain") && shown.contains("\u{fffd}A"), "{shown:?}");
+}
+
+#[test]
+fn several_apps_are_read_together() {
+    let mut desk = Desk::new();
+    for name in ["web-1", "web-2"] {
+        desk.start(&["-w", "1", "--name", name, "server.js"]);
+    }
+    let text = desk.did(&["logs", "web-*", "--slot", "0", "-n", "1"]);
+    let mut names: Vec<&str> = text.lines().filter_map(|line| line.split(' ').nth(1)).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["web-1", "web-2"], "{text}");
+}
