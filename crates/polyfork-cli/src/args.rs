@@ -477,6 +477,21 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_RESTART_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) restart_limit: RestartPolicy,
 
+    /// Replace a worker that uses more memory than this, once its successor is ready
+    #[arg(long, value_name = "SIZE", value_parser = values::size, env = "POLYFORK_MAX_MEMORY",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_memory: Option<usize>,
+
+    /// Replace a worker that has lived this long (up to a tenth longer, so that not all go at once)
+    #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
+          env = "POLYFORK_MAX_LIFETIME", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_lifetime: Limit,
+
+    /// Replace a worker that was given so many connections (up to a tenth more)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "POLYFORK_MAX_CONNECTIONS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_connections: Option<u64>,
+
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
           hide_env_values = true, help_heading = "Life of a worker")]

@@ -166,6 +166,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .restart(args.restart_limit.clone())
         .window(usize::from(args.window))
         .ack_limit(args.ack_limit)
+        .max_memory(args.max_memory.map(|bytes| bytes as u64))
+        .max_lifetime(args.max_lifetime.0)
+        .max_connections(args.max_connections)
         .drain_preload(!args.no_drain_preload)
         .limits(limits(&args));
     if let Some(dialect) = args.dialect.dialect() {

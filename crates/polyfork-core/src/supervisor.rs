@@ -99,6 +99,8 @@ pub struct Supervisor {
     /// The highest that was ever begun.
     latest_generation: u32,
     reload: Option<Reload>,
+    /// Asked for while a slot was being renewed.
+    queued_reload: Option<(ReloadPlan, u32)>,
 }
 
 impl Supervisor {
@@ -119,6 +121,7 @@ impl Supervisor {
             generation: 1,
             latest_generation: 1,
             reload: None,
+            queued_reload: None,
         }
     }
 
@@ -213,6 +216,7 @@ impl Supervisor {
             | Input::RemoveOne
             | Input::Fork
             | Input::Reload(_)
+            | Input::Renew { .. }
             | Input::Restart { .. } => self.wish(input, out),
         }
     }
@@ -231,7 +235,8 @@ impl Supervisor {
             Input::RemoveOne => self.scale(self.target() - 1, out),
             Input::Fork => self.fork(out),
             Input::Restart { slot } => self.restart(slot, out),
-            Input::Reload(plan) => self.begin_reload(plan),
+            Input::Reload(plan) => self.ask_reload(plan),
+            Input::Renew { slot } => self.renew(slot),
             _ => {}
         }
     }
@@ -328,7 +333,7 @@ impl Supervisor {
         slot.current = Some(worker);
         let (generation, attempt) = (slot.generation, slot.history.attempt());
         self.workers.insert(worker, Worker::new(worker, id, generation, now));
-        out.push(Action::Spawn { slot: id, worker, generation, attempt });
+        out.push(Action::Spawn { slot: id, worker, generation, candidate: false, attempt });
     }
 
     /// The slot has lost its current worker, so it was wanted: what now?
@@ -651,7 +656,7 @@ impl Supervisor {
             return;
         }
         self.phase = Phase::Stopping;
-        self.reload_stops();
+        self.reload_stops(out);
         self.cancel_starts();
         for id in self.worker_ids() {
             self.ask_to_stop(id, Reason::Asked, Manner::Tell, true, out);
@@ -660,7 +665,7 @@ impl Supervisor {
 
     fn stop_now(&mut self, out: &mut Vec<Action>) {
         self.phase = Phase::Killing;
-        self.reload_stops();
+        self.reload_stops(out);
         self.cancel_starts();
         for id in self.worker_ids() {
             if let Some(worker) = self.workers.get_mut(&id) {

@@ -284,3 +284,47 @@ fn without_supervision_there_is_nothing_to_reload() {
     );
     assert_eq!(supervisor.reloading(), None);
 }
+
+#[test]
+fn a_renewal_puts_a_ready_worker_in_place_before_the_old_one_is_told() {
+    let mut cluster = Cluster::ready(2);
+    let out = cluster.feed(Input::Renew { slot: SlotId(2) });
+    let spawn =
+        Action::Spawn { slot: SlotId(2), worker: w(3), generation: 1, candidate: true, attempt: 1 };
+    assert_eq!(out, [spawn]);
+    assert_eq!(cluster.live(), [1, 2]);
+    let out = cluster.come_up(3);
+    let (admit, suspend) = (Action::Admit { worker: w(3) }, Action::Suspend { worker: w(2) });
+    assert_eq!(out, [admit, suspend, Action::Renewed { slot: SlotId(2) }]);
+    assert_eq!(cluster.live(), [1, 3]);
+}
+
+#[test]
+fn a_renewal_that_fails_leaves_the_old_worker() {
+    let mut cluster = Cluster::ready(1);
+    cluster.feed(Input::Renew { slot: SlotId(1) });
+    let out = cluster.exit(2, 1);
+    assert!(out.iter().any(|action| matches!(action, Action::RenewalFailed { .. })), "{out:?}");
+    assert_eq!(cluster.live(), [1]);
+    assert_eq!(cluster.supervisor.renewing(), None);
+}
+
+#[test]
+fn a_reload_that_is_asked_for_during_a_renewal_follows_it() {
+    let mut cluster = Cluster::ready(1);
+    cluster.feed(Input::Renew { slot: SlotId(1) });
+    assert_eq!(cluster.reload(0, Duration::ZERO), []);
+    assert_eq!(cluster.supervisor.reloading(), Some(2));
+    assert_eq!(spawned(&cluster.come_up(2)), [3]);
+    assert_eq!(cluster.feed(Input::Renew { slot: SlotId(1) }), [], "one thing at a time");
+    cluster.come_up(3);
+    assert_eq!(cluster.live(), [3]);
+}
+
+#[test]
+fn a_slot_without_a_ready_worker_is_not_renewed() {
+    let mut cluster = Cluster::ready(1);
+    cluster.exit(1, 1);
+    assert_eq!(cluster.feed(Input::Renew { slot: SlotId(1) }), []);
+    assert_eq!(cluster.feed(Input::Renew { slot: SlotId(9) }), []);
+}

@@ -184,7 +184,16 @@ fn restarts_of_a_crashing_worker_wait_longer_and_longer() {
         waits.extend(will_restart(&cluster.exit(n, Exit::Code(1))));
         let out = cluster.wait();
         let attempt = u32::try_from(n).expect("small") + 1;
-        assert_eq!(out, [Action::Spawn { slot: s(1), worker: w(n + 1), generation: 1, attempt }]);
+        assert_eq!(
+            out,
+            [Action::Spawn {
+                slot: s(1),
+                worker: w(n + 1),
+                generation: 1,
+                candidate: false,
+                attempt
+            }]
+        );
     }
     assert!(waits.is_sorted(), "{waits:?}");
     assert!(waits[4] >= waits[0] * 12, "{waits:?}");
@@ -293,7 +302,10 @@ fn failed_slot_is_started_again_on_request_with_a_clean_record() {
     cluster.exit(2, Exit::Code(1));
     assert_eq!(cluster.state(2), SlotState::Failed);
     let out = cluster.feed(Input::Restart { slot: s(2) });
-    assert_eq!(out, [Action::Spawn { slot: s(2), worker: w(3), generation: 1, attempt: 1 }]);
+    assert_eq!(
+        out,
+        [Action::Spawn { slot: s(2), worker: w(3), generation: 1, candidate: false, attempt: 1 }]
+    );
     cluster.come_up(3);
     assert_eq!(cluster.state(2), SlotState::Ready);
 }

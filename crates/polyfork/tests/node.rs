@@ -48,6 +48,8 @@ mod datagrams;
 mod draining;
 #[path = "node/exactness.rs"]
 mod exactness;
+#[path = "node/health.rs"]
+mod health;
 #[path = "node/leaving.rs"]
 mod leaving;
 #[path = "node/life.rs"]

@@ -223,6 +223,12 @@ pub enum Input {
     /// Bring the next generation up and let it take over. Ignored while another reload is under way
     /// ([`super::Supervisor::reloading`]) and without supervision.
     Reload(ReloadPlan),
+    /// Replace the worker of this slot, which serves, by one that is ready first. Ignored while a reload or another
+    /// renewal is under way, and when no worker serves there: ask again later.
+    Renew {
+        /// Which.
+        slot: SlotId,
+    },
     /// Let every worker finish and leave. A second one means now.
     Stop,
     /// End every worker now.
@@ -242,6 +248,8 @@ pub enum Action {
         worker: WorkerId,
         /// With what this generation is started with.
         generation: u32,
+        /// Whether it is to take over from another worker of its slot, see [`Input::Reload`] and [`Input::Renew`].
+        candidate: bool,
         /// 1 at first, one more for each restart since the slot last held a stable worker.
         attempt: u32,
     },
@@ -329,6 +337,18 @@ pub enum Action {
         generation: u32,
         /// How many of its workers have taken over and stay.
         replaced: u32,
+        /// Why.
+        fault: ReloadFault,
+    },
+    /// A slot has a new worker; the one before is being told to stop.
+    Renewed {
+        /// Which.
+        slot: SlotId,
+    },
+    /// A slot keeps its worker, as the one that should have taken over did not come up.
+    RenewalFailed {
+        /// Which.
+        slot: SlotId,
         /// Why.
         fault: ReloadFault,
     },

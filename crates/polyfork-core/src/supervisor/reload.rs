@@ -10,6 +10,10 @@
 //! has passed its probation. What ends a reload ends its candidates; slots that were switched by an earlier batch stay
 //! switched, for the old program may be gone.
 //!
+//! A *renewal* is a reload of one slot by its own generation: a worker that is to be replaced while it is well (too much
+//! memory, too old) has its successor before it is told to stop. It is over with the switch; a reload that is asked for
+//! meanwhile waits that long.
+//!
 //! The surprising rule: until it is admitted a candidate has nothing to do with its slot's restarts. Its death is the
 //! reload's failure, never a strike against the slot; and the old worker may die and be replaced beside it.
 
@@ -64,12 +68,37 @@ pub(super) struct Reload {
     draining: Vec<WorkerId>,
     replaced: u32,
     fault: Option<ReloadFault>,
+    /// One slot by its own generation.
+    renews: Option<SlotId>,
+}
+
+impl Reload {
+    fn new(plan: ReloadPlan, generation: u32, left: Vec<SlotId>, renews: Option<SlotId>) -> Reload {
+        Reload {
+            plan,
+            generation,
+            left,
+            batch: BTreeMap::new(),
+            until: None,
+            draining: Vec::new(),
+            replaced: 0,
+            fault: None,
+            renews,
+        }
+    }
 }
 
 impl Supervisor {
-    /// The generation that a reload is bringing up.
+    /// The generation that a reload is bringing up, or will as soon as a renewal is over.
     pub fn reloading(&self) -> Option<u32> {
-        self.reload.as_ref().map(|reload| reload.generation)
+        let under_way = self.reload.as_ref().filter(|reload| reload.renews.is_none());
+        let queued = self.queued_reload.map(|(_, generation)| generation);
+        under_way.map(|reload| reload.generation).or(queued)
+    }
+
+    /// The slot that is being renewed.
+    pub fn renewing(&self) -> Option<SlotId> {
+        self.reload.as_ref()?.renews
     }
 
     /// The number of the generation that the next reload brings up.
@@ -82,27 +111,40 @@ impl Supervisor {
         self.reload.as_ref()?.until
     }
 
-    pub(super) fn begin_reload(&mut self, plan: ReloadPlan) {
-        if self.reload.is_some() || self.phase != Phase::Running || !self.plan.supervise {
+    pub(super) fn ask_reload(&mut self, plan: ReloadPlan) {
+        if self.reloading().is_some() || self.phase != Phase::Running || !self.plan.supervise {
             return;
         }
         self.latest_generation += 1;
+        self.queued_reload = Some((plan, self.latest_generation));
+    }
+
+    /// Begins the reload that was asked for.
+    fn begin_reload(&mut self) {
+        let Some((plan, generation)) = self.queued_reload.take() else { return };
         let wanted = self.slots.values().filter(|slot| slot.wanted && slot.counted);
-        self.reload = Some(Reload {
-            plan,
-            generation: self.latest_generation,
-            left: wanted.map(|slot| slot.id).collect(),
-            batch: BTreeMap::new(),
-            until: None,
-            draining: Vec::new(),
-            replaced: 0,
-            fault: None,
-        });
+        let left = wanted.map(|slot| slot.id).collect();
+        self.reload = Some(Reload::new(plan, generation, left, None));
+    }
+
+    /// Renews a slot whose worker serves, unless something of the kind is under way.
+    pub(super) fn renew(&mut self, id: SlotId) {
+        if self.reload.is_some() || self.queued_reload.is_some() || self.phase != Phase::Running {
+            return;
+        }
+        let Some(slot) = self.slots.get(&id).filter(|slot| slot.wanted && slot.supervised) else {
+            return;
+        };
+        let current = slot.current.and_then(|worker| self.workers.get(&worker));
+        if current.is_some_and(|worker| worker.view.state == WorkerState::Ready) {
+            let plan = ReloadPlan { at_a_time: 0, probation: Duration::ZERO };
+            self.reload = Some(Reload::new(plan, slot.generation, vec![id], Some(id)));
+        }
     }
 
     /// A slot was opened: the reload is to have it as well.
     pub(super) fn reload_adds(&mut self, slot: SlotId) {
-        if let Some(reload) = &mut self.reload {
+        if let Some(reload) = self.reload.as_mut().filter(|reload| reload.renews.is_none()) {
             reload.left.push(slot);
         }
     }
@@ -129,9 +171,13 @@ impl Supervisor {
     }
 
     /// The cluster stops: nothing is switched any more.
-    pub(super) fn reload_stops(&mut self) {
+    pub(super) fn reload_stops(&mut self, out: &mut Vec<Action>) {
         if let Some(reload) = &mut self.reload {
             reload.fault.get_or_insert(ReloadFault::Stopping);
+        }
+        if let Some((_, generation)) = self.queued_reload.take() {
+            let fault = ReloadFault::Stopping;
+            out.push(Action::ReloadFailed { generation, replaced: 0, fault });
         }
     }
 
@@ -139,7 +185,11 @@ impl Supervisor {
     ///
     /// It ends: each round ends the reload, or empties the batch, or begins one of the slots that are left.
     pub(super) fn advance_reload(&mut self, out: &mut Vec<Action>) {
-        while let Some(reload) = &mut self.reload {
+        loop {
+            if self.reload.is_none() {
+                self.begin_reload();
+            }
+            let Some(reload) = &mut self.reload else { return };
             reload.draining.retain(|worker| self.workers.contains_key(worker));
             let unfit = reload.batch.iter().find_map(|(slot, worker)| {
                 let reason = why_unfit(self.workers.get(worker))?;
@@ -147,15 +197,15 @@ impl Supervisor {
             });
             if let Some(fault) = reload.fault.or(unfit) {
                 self.fail_reload(fault, out);
-                return;
+                continue;
             }
             if reload.batch.is_empty() {
-                if !reload.draining.is_empty() {
+                if !reload.draining.is_empty() && reload.renews.is_none() {
                     return;
                 }
                 if reload.left.is_empty() {
                     self.end_reload(out);
-                    return;
+                    continue;
                 }
                 self.begin_batch(out);
                 continue;
@@ -195,7 +245,8 @@ impl Supervisor {
             if let Some(reload) = &mut self.reload {
                 reload.batch.insert(id, worker);
             }
-            out.push(Action::Spawn { slot: id, worker, generation, attempt: 1 });
+            let candidate = true;
+            out.push(Action::Spawn { slot: id, worker, generation, candidate, attempt: 1 });
         }
     }
 
@@ -227,7 +278,9 @@ impl Supervisor {
         }
         self.ever_ready = true;
         reload.draining = old.iter().map(|(_, worker)| *worker).collect();
-        out.push(Action::Switched { generation, workers: reload.replaced });
+        if reload.renews.is_none() {
+            out.push(Action::Switched { generation, workers: reload.replaced });
+        }
         for (slot, worker) in old {
             self.ask_to_stop(worker, Reason::Asked, Manner::Tell, true, out);
             self.hurry_the_oldest(slot, out);
@@ -235,10 +288,14 @@ impl Supervisor {
     }
 
     fn end_reload(&mut self, out: &mut Vec<Action>) {
-        if let Some(reload) = self.reload.take() {
-            self.generation = reload.generation;
-            let (generation, replaced) = (reload.generation, reload.replaced);
-            out.push(Action::Reloaded { generation, replaced });
+        let Some(reload) = self.reload.take() else { return };
+        match reload.renews {
+            Some(slot) => out.push(Action::Renewed { slot }),
+            None => {
+                self.generation = reload.generation;
+                let (generation, replaced) = (reload.generation, reload.replaced);
+                out.push(Action::Reloaded { generation, replaced });
+            }
         }
     }
 
@@ -248,7 +305,10 @@ impl Supervisor {
         for (slot, worker) in reload.batch {
             self.dismiss(slot, worker, out);
         }
-        out.push(Action::ReloadFailed { generation, replaced, fault });
+        match reload.renews {
+            Some(slot) => out.push(Action::RenewalFailed { slot, fault }),
+            None => out.push(Action::ReloadFailed { generation, replaced, fault }),
+        }
     }
 
     /// A candidate that is not to be: it serves nobody.

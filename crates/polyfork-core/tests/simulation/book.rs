@@ -27,8 +27,6 @@ pub(crate) struct Book {
     /// Slots whose next start is free: new ones, or asked for.
     forgiven: BTreeSet<SlotId>,
     failed: BTreeSet<SlotId>,
-    /// The generation that a slot has been switched to.
-    switched: BTreeMap<SlotId, u32>,
     /// The generation of slots that are opened now.
     generation: u32,
     /// Workers of a generation that has not taken over.
@@ -76,18 +74,20 @@ impl Book {
     pub(crate) fn enter(&mut self, now: Time, action: &Action) {
         assert_eq!(self.finished, None, "{action:?} after the end");
         match *action {
-            Action::Spawn { slot, worker, generation, attempt } => {
-                self.spawn(now, slot, worker, generation, attempt);
+            Action::Spawn { slot, worker, generation, candidate, attempt } => {
+                let candidate = candidate.then_some(generation);
+                self.spawn(now, slot, worker, candidate, attempt);
             }
             Action::Switched { .. } => {}
             Action::Reloaded { generation, .. } => {
                 assert!(generation > self.generation, "generation {generation} again");
                 self.candidates.clear();
                 self.generation = generation;
-                // What was switched by a reload that failed later is behind, too.
-                self.switched.retain(|_, of| *of >= generation);
             }
-            Action::ReloadFailed { .. } => self.candidates.clear(),
+            Action::ReloadFailed { generation, .. } => {
+                self.candidates.retain(|_, of| *of != generation);
+            }
+            Action::Renewed { .. } | Action::RenewalFailed { .. } => {}
             Action::Admit { worker } => {
                 self.take_over(worker);
                 let seen = self.process(worker);
@@ -128,7 +128,6 @@ impl Book {
             Action::SlotRetired { slot } => {
                 assert!(!self.alive.values().any(|(of, _)| *of == slot), "{slot} left a worker");
                 self.restarts.remove(&slot);
-                self.switched.remove(&slot);
                 self.forgive(slot);
             }
             Action::Report(_) => {}
@@ -143,25 +142,33 @@ impl Book {
 
     /// A candidate gets connections: the whole batch must have said that it is ready.
     fn take_over(&mut self, worker: WorkerId) {
-        let Some(generation) = self.candidates.remove(&worker) else { return };
-        assert!(generation > self.generation, "{worker} of an old generation takes over");
+        if self.candidates.remove(&worker).is_none() {
+            return;
+        }
         let slot = self.alive.get(&worker).map(|(slot, _)| *slot).expect("it lives");
         for other in self.candidates.keys() {
             let ready = self.alive.get(other).is_some_and(|(_, seen)| seen.ready_said);
             assert!(ready, "{worker} takes over while {other} is not ready");
         }
-        self.switched.insert(slot, generation);
         self.forgive(slot);
     }
 
-    fn spawn(&mut self, now: Time, slot: SlotId, worker: WorkerId, generation: u32, attempt: u32) {
+    fn spawn(
+        &mut self,
+        now: Time,
+        slot: SlotId,
+        worker: WorkerId,
+        candidate: Option<u32>,
+        attempt: u32,
+    ) {
         assert!(!self.stop_asked, "{worker} started after Stop");
         assert!(attempt >= 1);
         assert!(worker.0 > self.last_worker, "{worker} used again");
         self.last_worker = worker.0;
         self.spawned += 1;
         self.alive.insert(worker, (slot, Seen::default()));
-        if generation > self.switched.get(&slot).copied().unwrap_or(self.generation) {
+        if let Some(generation) = candidate {
+            assert!(generation >= self.generation, "{worker} of an old generation");
             self.candidates.insert(worker, generation);
             return;
         }

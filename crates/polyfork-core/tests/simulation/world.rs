@@ -40,6 +40,8 @@ pub(crate) struct Sums {
     pub(crate) reloads_failed: u64,
     pub(crate) reloads_stopped: u64,
     pub(crate) switched: u64,
+    pub(crate) renewed: u64,
+    pub(crate) renewals_failed: u64,
     pub(crate) clock_jumps: u64,
     pub(crate) calms: u64,
     pub(crate) offered: u64,
@@ -180,6 +182,7 @@ impl Life {
             11 if self.one_in(8) => Input::Stop,
             12 if self.one_in(8) => Input::StopNow,
             13 => Input::Unfit { worker, reason: Reason::Watchdog },
+            16 => Input::Renew { slot },
             14 | 15 => {
                 let (at_a_time, probation) = (self.draw(4) as u32, self.draw(1500));
                 Input::Reload(ReloadPlan { at_a_time, probation: Duration::from_millis(probation) })
@@ -570,6 +573,8 @@ impl Life {
                 assert_eq!(self.handoff.in_flight(worker), 0, "connections with the dead");
             }
             Action::Switched { .. } => self.sums.switched += 1,
+            Action::Renewed { .. } => self.sums.renewed += 1,
+            Action::RenewalFailed { .. } => self.sums.renewals_failed += 1,
             Action::Reloaded { generation, .. } => {
                 self.sums.reloads += 1;
                 self.everybody_is_of(generation);
@@ -596,7 +601,9 @@ impl Life {
     fn everybody_is_of(&self, generation: u32) {
         let left = self.supervisor.workers().find(|worker| worker.candidate);
         assert!(
-            left.is_none() || self.supervisor.reloading().is_some(),
+            left.is_none()
+                || self.supervisor.reloading().is_some()
+                || self.supervisor.renewing().is_some(),
             "still on trial: {left:?}"
         );
         for worker in self.supervisor.live_workers() {
@@ -745,6 +752,7 @@ impl Life {
         let nobody = self.supervisor.live_workers().next().is_none();
         slots
             && self.supervisor.reloading().is_none()
+            && self.supervisor.renewing().is_none()
             && (nobody || counters.queued + counters.in_flight == 0)
     }
 
@@ -818,6 +826,8 @@ impl Life {
         sums.reloads_failed += mine.reloads_failed;
         sums.reloads_stopped += mine.reloads_stopped;
         sums.switched += mine.switched;
+        sums.renewed += mine.renewed;
+        sums.renewals_failed += mine.renewals_failed;
         sums.clock_jumps += mine.clock_jumps;
         sums.calms += mine.calms;
         sums.offered += counters.offered;

@@ -24,6 +24,7 @@
 
 mod detect;
 mod event;
+mod health;
 mod link;
 mod listener;
 mod native;

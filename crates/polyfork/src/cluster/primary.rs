@@ -14,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use polyfork_core::restart::Jitter;
 use polyfork_core::{
     Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
     Supervisor, Time, WorkerId,
@@ -24,6 +25,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
 use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::health::{Allowance, Health};
 use super::link::Item;
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
@@ -123,6 +125,7 @@ pub(crate) enum Timer {
     Doors,
     Stuck,
     Queues,
+    Health,
 }
 
 /// A worker that has been started and is not gone yet.
@@ -135,6 +138,8 @@ pub(crate) struct Worker {
     pub(crate) ready_by: Ready,
     /// Connections that it acknowledged.
     pub(crate) handed_over: u64,
+    /// How much of everything it may have.
+    pub(crate) allowance: Allowance,
     pub(crate) started: Instant,
     pub(crate) online: bool,
     /// Said to be ready, or found to be.
@@ -180,6 +185,9 @@ pub(crate) struct Primary {
     /// What generations other than the present one are started with.
     pub(crate) launches: BTreeMap<u32, Launch>,
     pub(crate) reloading: Option<Reloading>,
+    pub(crate) health: Health,
+    /// For limits that are each worker's own.
+    chance: Jitter,
     actions: Vec<Action>,
     commands: mpsc::Receiver<Command>,
     from_io: mpsc::Receiver<FromIo>,
@@ -265,6 +273,8 @@ impl Primary {
             supervisor: Supervisor::new(plan),
             launches: BTreeMap::new(),
             reloading: None,
+            health: Health::default(),
+            chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
             commands,
@@ -424,6 +434,7 @@ impl Primary {
                 Timer::Doors => self.check_doors(),
                 Timer::Stuck => self.look_for_stuck(),
                 Timer::Queues => self.look_at_queues(),
+                Timer::Health => self.look_at_health(),
             }
         }
     }
@@ -471,6 +482,8 @@ impl Primary {
             Action::Switched { generation, workers } => {
                 self.emit(Event::Switched { generation, workers });
             }
+            Action::Renewed { .. } => {}
+            Action::RenewalFailed { slot, fault } => self.renewal_failed(slot, fault),
             Action::Reloaded { generation, replaced } => self.reloaded(generation, replaced),
             Action::ReloadFailed { generation, replaced, fault } => {
                 self.reload_failed(generation, replaced, fault);
@@ -626,6 +639,7 @@ impl Primary {
             None => (&self.settings, &self.detected, &self.environment),
         };
         let ready_by = settings.ready;
+        let allowance = Allowance::draw(settings, &mut self.chance);
         let request = process::Request {
             slot,
             worker,
@@ -638,7 +652,9 @@ impl Primary {
             output: &mut self.output,
         };
         match process::start(request) {
-            Ok(running) => self.spawned(slot, worker, generation, ready_by, running),
+            Ok(running) => {
+                self.spawned(slot, worker, generation, ready_by, allowance, running);
+            }
             Err(error) => {
                 let transient = error.is_transient();
                 self.notice(
@@ -661,6 +677,7 @@ impl Primary {
         worker: WorkerId,
         generation: u32,
         ready_by: Ready,
+        allowance: Allowance,
         running: Running,
     ) {
         let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
@@ -673,6 +690,7 @@ impl Primary {
                 generation,
                 ready_by,
                 handed_over: 0,
+                allowance,
                 started: Instant::now(),
                 online: false,
                 ready: false,
@@ -693,6 +711,7 @@ impl Primary {
                 waiting_senders: VecDeque::new(),
             },
         );
+        self.watch_health(&allowance);
         self.emit(Event::Fork(who));
         if self.supervisor.reloading() == Some(generation) {
             self.started_anew(worker, who);
@@ -1203,17 +1222,20 @@ impl Primary {
         self.emit(Event::Notice(Notice { code, who, text }));
     }
 
+    /// Connections that a worker was given. A socket that is shared, or a worker's own, is not counted.
+    pub(crate) fn connections_of(&self, id: WorkerId, w: &Worker) -> Option<u64> {
+        match (self.ports.given(id), w.handed_over) {
+            (None, 0) => self.ports.hands_over().then_some(0),
+            (given, handed_over) => Some(given.unwrap_or(0) + handed_over),
+        }
+    }
+
     fn status(&self) -> Vec<WorkerStatus> {
         let state = |w: &Worker| match (w.leaving, w.admitted, w.online) {
             (true, ..) => "draining",
             (_, true, _) => "ready",
             (_, _, true) => "online",
             _ => "starting",
-        };
-        // A socket that is shared, or a worker's own, is not counted.
-        let connections = |id: WorkerId, w: &Worker| match (self.ports.given(id), w.handed_over) {
-            (None, 0) => self.ports.hands_over().then_some(0),
-            (given, handed_over) => Some(given.unwrap_or(0) + handed_over),
         };
         self.workers
             .iter()
@@ -1223,7 +1245,7 @@ impl Primary {
                 pid: w.who.pid,
                 state: state(w),
                 generation: w.generation,
-                connections: connections(*id, w),
+                connections: self.connections_of(*id, w),
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),

@@ -161,6 +161,9 @@ pub struct Settings {
     pub(crate) limits: Limits,
     pub(crate) window: usize,
     pub(crate) ack_limit: Duration,
+    pub(crate) max_memory: Option<u64>,
+    pub(crate) max_lifetime: Option<Duration>,
+    pub(crate) max_connections: Option<u64>,
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
@@ -190,6 +193,9 @@ impl Settings {
             limits: Limits::default(),
             window: 8,
             ack_limit: Duration::from_secs(1),
+            max_memory: None,
+            max_lifetime: None,
+            max_connections: None,
             drain_preload: true,
             serialization: Serialization::default(),
             pipes: BTreeSet::new(),
@@ -378,6 +384,31 @@ impl Settings {
     #[must_use]
     pub fn watchdog(mut self, limit: Option<Duration>) -> Self {
         self.watchdog = limit;
+        self
+    }
+
+    /// How many bytes of memory a worker may use (resident, looked at once a second). One that uses more is replaced: a
+    /// new worker is ready before it is told to stop. Default: no limit.
+    ///
+    /// Memory that grows faster than a new worker comes up is for the kernel to limit, by a cgroup.
+    #[must_use]
+    pub fn max_memory(mut self, bytes: Option<u64>) -> Self {
+        self.max_memory = bytes;
+        self
+    }
+
+    /// How long a worker lives before it is replaced, up to a tenth longer, so that not all go at once. Default: no limit.
+    #[must_use]
+    pub fn max_lifetime(mut self, time: Option<Duration>) -> Self {
+        self.max_lifetime = time;
+        self
+    }
+
+    /// How many connections a worker is given before it is replaced, up to a tenth more. Counted where
+    /// [`WorkerStatus::connections`](super::WorkerStatus::connections) is. Default: no limit.
+    #[must_use]
+    pub fn max_connections(mut self, connections: Option<u64>) -> Self {
+        self.max_connections = connections;
         self
     }
 
