@@ -249,7 +249,7 @@ impl PoolBuilder {
         if self.options.tasks_per_thread == Some(0) {
             return invalid("tasks_per_thread is 0".to_owned());
         }
-        // With a single core whoever searches keeps away the one who would bring something.
+        // More of them take the processor from those who bring something; with a single core, one does.
         let max_searching = (cores / 2).min(max);
         let sizes = Sizes { min, max, capacity: self.capacity, max_searching };
         let shared = Arc::new(Shared::new(sizes, self.options));
