@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: polyfork beside its peers, in one run, by interleaved rounds.
 //!
-//! `channel` and `spawn` are benchmarks of their own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
+//! `channel`, `spawn` and `threads` are benchmarks of their own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
 //! `report` prints. This file chooses what to run and keeps the order: every round starts each
 //! server anew, measures it and stops it, so that a drift of the machine meets all of them alike
 //! and ratios can be taken within a round.
@@ -15,6 +15,7 @@ mod measure;
 mod report;
 mod spawn;
 mod targets;
+mod threads;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,9 +35,13 @@ Compares polyfork with its peers. Load goes to loopback only and is bounded in t
 Usage: cargo xtask bench http [OPTIONS]
        cargo xtask bench spawn [--seconds N] [--rounds R] [--json FILE]
        cargo xtask bench channel [--seconds N] [--rounds R] [--json FILE]
+       cargo xtask bench threads [--ms N] [--rounds R] [--only PARTS] [--json FILE]
 
 `spawn` starts /bin/true from parents of 10 MiB and 2 GiB, beside Node, Bun and std::process (default 2 s, 3 rounds).
 `channel` sends messages between two processes, beside Node, Bun, ipc-channel and a bare socket (the same defaults).
+`threads` compares messages between threads, tasks of a pool, waiting on a word, the use of all cores, and a server under
+load with their rivals in Rust, Node and Bun (default 500 ms, 5 rounds). PARTS: messages tasks atomics speedup server,
+separated by commas.
 
 Options of `http`:
   --seconds N    length of one load (default 4)
@@ -71,7 +76,7 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
     }
     let which = args.subcommand()?;
     match which.as_deref() {
-        Some("http" | "spawn" | "channel") => {}
+        Some("http" | "spawn" | "channel" | "threads") => {}
         Some(other) => bail!("no benchmark `{other}`; see --help"),
         None => bail!("which benchmark? see --help"),
     }
@@ -80,6 +85,7 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
     match which.as_deref() {
         Some("spawn") => return spawn::main(args, &manifest),
         Some("channel") => return channel::main(args, &manifest),
+        Some("threads") => return threads::main(args, &manifest),
         _ => {}
     }
     let wrk = Wrk::new(manifest.tool("wrk")?);

@@ -27,6 +27,7 @@ pub(super) const NPM: &[NpmPin] = &[
     NpmPin { name: "bun", package: "bun", version: "1.4.5", entry: "bun/bin/bun.exe" },
     NpmPin { name: "deno", package: "deno", version: "2.9.6", entry: "deno/deno" },
     NpmPin { name: "pm2", package: "pm2", version: "7.0.4", entry: "pm2/bin/pm2" },
+    NpmPin { name: "piscina", package: "piscina", version: "5.3.2", entry: "piscina" },
     NpmPin { name: "express", package: "express", version: "5.3.0", entry: "express" },
 ];
 
