@@ -440,6 +440,11 @@ fn a_status_has_every_field() {
         assert!(worker.contains_key(field), "{field}: {worker:?}");
     }
     assert!(worker["resident_bytes"].as_u64().unwrap() > 1_000_000);
+    let document = include_str!("../../../../docs/control.md");
+    let names = status.as_object().unwrap().keys().chain(worker.keys());
+    for name in names.chain(status["listening"][0].as_object().unwrap().keys()) {
+        assert!(document.contains(&format!("`{name}`")), "docs/control.md lacks {name}");
+    }
     assert_eq!(worker["queue"], 0);
 }
 
