@@ -83,6 +83,8 @@ pub(crate) enum Verb {
     Run(Box<RunArgs>),
     /// Run a built-in HTTP server on all cores and show who answers
     Demo(DemoArgs),
+    /// Measure cluster, threads, spawn and fork on this machine: which one to take for what
+    Advise(AdviseArgs),
     /// Run a program as `run` does, in the background; return when it is ready
     #[command(override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...")]
     Start(Box<StartArgs>),
@@ -108,6 +110,18 @@ pub(crate) enum Verb {
     Logs(LogsArgs),
     /// Follow what happens, as JSON lines
     Events(EventsArgs),
+}
+
+/// `polyfork advise`.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct AdviseArgs {
+    /// The figures as JSON, see docs/advise.md
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Shorter measurements: about a second in all, and less to be relied upon
+    #[arg(long)]
+    pub(crate) quick: bool,
 }
 
 /// `polyfork start`.

@@ -1,7 +1,7 @@
 //! The `polyfork` command: every core behind one port, from any program.
 //!
 //! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
-//! command line, `run` and `demo` are the verbs in the foreground, `operate` has those for apps that run, `control` is how
+//! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `control` is how
 //! they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
 //!
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
@@ -10,9 +10,12 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use polyfork::child_process::run_entries;
+
 use crate::args::{NotRun, Verb};
 use crate::exit::Code;
 
+mod advise;
 mod args;
 mod background;
 mod clock;
@@ -30,10 +33,13 @@ mod values;
 mod words;
 
 fn main() -> ExitCode {
+    // Does not return in a child that `advise` has forked.
+    run_entries(&[&advise::ENTRY]);
     let code = match args::parse(std::env::args_os()) {
         Ok(cli) => match cli.verb {
             Verb::Run(args) => run::run(*args),
             Verb::Demo(args) => demo::run(args),
+            Verb::Advise(args) => advise::run(args),
             Verb::Primary(args) => run::run_in_background(*args),
             verb => operate::run(verb),
         },
