@@ -498,10 +498,11 @@ impl Place {
     fn open(&mut self, cluster: &Cluster, start: &mut Start) -> Result<Option<Control>, Refused> {
         let Some(claim) = &self.claim else { return Ok(None) };
         let card = card(&self.about, None);
-        let opened = claim.write_card(&card).and_then(|()| claim.listen());
+        let opened =
+            claim.write_card(&card).and_then(|()| Ok((claim.listen()?, claim.state_file()?)));
         let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
         let book = Book::new(self.about.clone(), start.workers, losses);
-        match opened.and_then(|socket| Control::start(socket, cluster, book)) {
+        match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book)) {
             Ok(control) => Ok(Some(control)),
             Err(error) => {
                 let text =

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use polyfork::cluster::{Address, Event, Via, WorkerStatus};
 use serde::Serialize;
@@ -296,11 +296,29 @@ impl Book {
         }
     }
 
+    fn pids(&self) -> impl Iterator<Item = u32> {
+        self.slots.values().flat_map(|slot| slot.living.values().copied())
+    }
+
     /// A line of a list.
     pub(crate) fn brief(&self) -> Brief<'_> {
+        self.brief_with(usage::of_all(self.pids().chain([std::process::id()])))
+    }
+
+    /// A line of a list for the state file: without what changes all the time, and with what it can be found out by.
+    pub(crate) fn state_line(&self) -> Vec<u8> {
+        let started = self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let state = State {
+            brief: self.brief_with(Usage::default()),
+            started_ms: ms(started),
+            pids: self.pids().collect(),
+        };
+        // Texts and numbers cannot fail.
+        serde_json::to_vec(&state).unwrap_or_default()
+    }
+
+    fn brief_with(&self, usage: Usage) -> Brief<'_> {
         let (policy, mechanism) = self.way();
-        let pids = self.slots.values().flat_map(|slot| slot.living.values().copied());
-        let usage = usage::of_all(pids.chain([std::process::id()]));
         Brief {
             version: VERSION,
             name: &self.about.name,
@@ -423,6 +441,15 @@ pub(crate) struct Brief<'a> {
     resident_bytes: u64,
 }
 
+/// A line of a list, as it is kept in a file.
+#[derive(Debug, Serialize)]
+struct State<'a> {
+    #[serde(flatten)]
+    brief: Brief<'a>,
+    started_ms: u64,
+    pids: Vec<u32>,
+}
+
 /// What a start came to.
 #[derive(Debug, Serialize)]
 pub(crate) struct Settled<'a> {
@@ -485,6 +512,7 @@ impl Usage {
         Usage {
             cpu_ms: self.cpu_ms + other.cpu_ms,
             resident_bytes: self.resident_bytes + other.resident_bytes,
+            is_stopped: self.is_stopped || other.is_stopped,
         }
     }
 }

@@ -5,6 +5,7 @@
 //! | `NAME/lock` | locked by the primary as long as it lives; says who is alive, whatever else lies around |
 //! | `NAME/control` | the control socket, 0600 |
 //! | `NAME/card.json` | what does not change while it runs, and how it ended if nobody was there to be told |
+//! | `NAME/state.json` | its line in a list, written anew when it changes, so that a list need not wake everybody |
 //!
 //! Everything is reached from an open descriptor of the folder, and no link is followed, so nobody can put another
 //! folder in its place meanwhile. The folder belongs to the user and is closed to all others; one that does not is
@@ -38,8 +39,10 @@ const LOCK: &str = "lock";
 const SOCKET: &str = "control";
 const CARD: &str = "card.json";
 const NEW_CARD: &str = "card.new";
-/// A card is a few hundred bytes; what is longer is none of ours.
-const LONGEST_CARD: u64 = 64 << 10;
+const STATE: &str = "state.json";
+const NEW_STATE: &str = "state.new";
+/// A card is a few hundred bytes, a state as many and ten for each worker; what is longer is none of ours.
+const LONGEST_CARD: u64 = 256 << 10;
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 128;
 /// Somebody who only looks whether a lock is held holds it for microseconds.
@@ -275,25 +278,15 @@ impl Claim {
     /// The system's: as a rule that the disk is full.
     pub(crate) fn write_card(&self, card: &Card) -> io::Result<()> {
         let text = serde_json::to_vec(card)?;
-        let outcome = self.write_new(&text);
-        if outcome.is_err() {
-            // It may not have been made at all.
-            let _ = sys::unlinkat(&self.folder, NEW_CARD, AtFlags::empty());
-        }
-        outcome
+        replace(&self.folder, NEW_CARD, CARD, &text, Keep::ForGood)
     }
 
-    fn write_new(&self, text: &[u8]) -> io::Result<()> {
-        match sys::unlinkat(&self.folder, NEW_CARD, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(sys::openat(&self.folder, NEW_CARD, flags, PRIVATE_FILE)?);
-        file.write_all(text)?;
-        file.sync_all()?;
-        Ok(sys::renameat(&self.folder, NEW_CARD, &self.folder, CARD)?)
+    /// The file that its line in a list is kept in.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub(crate) fn state_file(&self) -> io::Result<StateFile> {
+        Ok(StateFile(self.folder.try_clone()?))
     }
 
     /// Leaves a card that tells how it ended, for whoever looks next.
@@ -302,11 +295,58 @@ impl Claim {
     }
 }
 
+/// Where an app's line in a list is kept.
+#[derive(Debug)]
+pub(crate) struct StateFile(OwnedFd);
+
+impl StateFile {
+    /// Writes it anew. When that fails there is none, and whoever wants to know asks.
+    pub(crate) fn write(&self, text: &[u8]) {
+        if replace(&self.0, NEW_STATE, STATE, text, Keep::WhileUp).is_err() {
+            // It may not be there.
+            let _ = sys::unlinkat(&self.0, STATE, AtFlags::empty());
+        }
+    }
+}
+
+/// How well a file is kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// Also when the machine loses power.
+    ForGood,
+    /// As long as the machine is up.
+    WhileUp,
+}
+
+/// Writes a file under a new name and gives it its own when it is whole.
+fn replace(folder: &OwnedFd, new: &str, name: &str, text: &[u8], keep: Keep) -> io::Result<()> {
+    let write = || {
+        match sys::unlinkat(folder, new, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(sys::openat(folder, new, flags, PRIVATE_FILE)?);
+        file.write_all(text)?;
+        if keep == Keep::ForGood {
+            file.sync_all()?;
+        }
+        Ok(sys::renameat(folder, new, folder, name)?)
+    };
+    let outcome = write();
+    if outcome.is_err() {
+        // It may not have been made at all.
+        let _ = sys::unlinkat(folder, new, AtFlags::empty());
+    }
+    outcome
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
         // In this order, so that a folder without a card is nobody's. What stays is taken over by the next one.
         let card = (!self.leaves_card).then_some(CARD);
-        for file in [Some(SOCKET), card, Some(LOCK)].into_iter().flatten() {
+        for file in [Some(SOCKET), Some(STATE), card, Some(LOCK)].into_iter().flatten() {
             let _ = sys::unlinkat(&self.folder, file, AtFlags::empty());
         }
         if !self.leaves_card {
@@ -337,11 +377,20 @@ impl App {
 
     /// What it is; `None` when there is no card, or none that can be read.
     pub(crate) fn card(&self) -> Option<Card> {
+        serde_json::from_slice(&self.read(CARD)?).ok()
+    }
+
+    /// Its line in a list as its primary wrote it last; `None` when there is none. Says nothing about whether it lives.
+    pub(crate) fn state(&self) -> Option<Vec<u8>> {
+        self.read(STATE)
+    }
+
+    fn read(&self, name: &str) -> Option<Vec<u8>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = File::from(sys::openat(&self.folder, CARD, flags, Mode::empty()).ok()?);
-        let mut text = Vec::new();
+        let file = File::from(sys::openat(&self.folder, name, flags, Mode::empty()).ok()?);
+        let mut text = Vec::with_capacity(1024);
         file.take(LONGEST_CARD).read_to_end(&mut text).ok()?;
-        serde_json::from_slice(&text).ok()
+        Some(text)
     }
 }
 

@@ -16,7 +16,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,12 +30,15 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::book::{Book, Progress};
+use super::folder::StateFile;
 use super::protocol::{self, LONGEST_REQUEST, Refusal, Request, Scale, Verb};
 use crate::background::Starter;
 use crate::ledger::{Ledger, Verdict};
 use crate::report::json;
 use crate::values::MOST_WORKERS;
 
+/// Between two writings of the state.
+const STATE_PAUSE: Duration = Duration::from_millis(20);
 /// Clients at a time.
 const MOST_CLIENTS: usize = 64;
 /// For a client to send its request.
@@ -60,6 +63,9 @@ struct Shared {
     book: Mutex<Book>,
     /// Counts what happened; whoever waits for the book to change waits here.
     changed: watch::Sender<u64>,
+    state: StateFile,
+    /// The state on file is not the present one.
+    state_is_old: AtomicBool,
     /// There as long as somebody listens.
     stream: Mutex<Option<broadcast::Sender<Arc<str>>>>,
     clients: Mutex<VecDeque<Client>>,
@@ -94,18 +100,27 @@ impl Control {
     ///
     /// # Errors
     /// When the system cannot wait for the socket.
-    pub(crate) fn start(socket: StdListener, cluster: &Cluster, book: Book) -> io::Result<Control> {
+    pub(crate) fn start(
+        socket: StdListener,
+        state: StateFile,
+        cluster: &Cluster,
+        book: Book,
+    ) -> io::Result<Control> {
         let socket = UnixListener::from_std(socket)?;
         let control = Control(Arc::new(Shared {
             cluster: cluster.clone(),
             book: Mutex::new(book),
             changed: watch::Sender::new(0),
+            state,
+            state_is_old: AtomicBool::new(true),
             stream: Mutex::new(None),
             clients: Mutex::default(),
             refused: AtomicU64::new(0),
             next_client: AtomicU64::new(0),
         }));
+        control.write_state();
         tokio::spawn(accept(control.clone(), socket));
+        tokio::spawn(keep_state(control.clone()));
         Ok(control)
     }
 
@@ -136,7 +151,21 @@ impl Control {
 
     /// Lets whoever started the app in the background know of an event.
     pub(crate) fn tell(&self, starter: &mut Starter, event: &Event, ledger: &Ledger) {
+        if !starter.waits() {
+            return;
+        }
+        if self.book().settled().is_some() {
+            // Who is told that it is ready sees it ready.
+            self.write_state();
+        }
         starter.event(event, ledger, &self.book());
+    }
+
+    /// Writes down what a list shows, if that has changed.
+    fn write_state(&self) {
+        if self.0.state_is_old.swap(false, Ordering::Relaxed) {
+            self.0.state.write(&self.book().state_line());
+        }
     }
 
     /// Tells the end, and waits for answers that are on their way.
@@ -158,6 +187,7 @@ impl Control {
 
     fn note(&self, change: impl FnOnce(&mut Book)) {
         change(&mut lock(&self.0.book));
+        self.0.state_is_old.store(true, Ordering::Relaxed);
         self.0.changed.send_modify(|count| *count += 1);
     }
 
@@ -176,6 +206,15 @@ impl Control {
                 return std::future::pending().await;
             }
         }
+    }
+}
+
+/// Writes down what a list shows, as often as that changes and not oftener than can be of use.
+async fn keep_state(control: Control) {
+    let mut changed = control.0.changed.subscribe();
+    while changed.changed().await.is_ok() {
+        control.write_state();
+        tokio::time::sleep(STATE_PAUSE).await;
     }
 }
 
@@ -415,6 +454,8 @@ async fn work(control: &Control, request: Request) -> Answer {
             Err(Refusal { word: "deadline", code: crate::exit::Code::NotAnswering, text })
         }),
     };
+    // Who is told that something is done sees it done, also in a list.
+    control.write_state();
     reply.unwrap_or_else(|refusal| Answer::Line(protocol::not_done(&refusal)))
 }
 

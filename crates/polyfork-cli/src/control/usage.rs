@@ -12,6 +12,8 @@ pub(crate) struct Usage {
     pub(crate) cpu_ms: u64,
     /// Memory that is in RAM now, also what it shares with others.
     pub(crate) resident_bytes: u64,
+    /// Somebody has stopped it (SIGSTOP, a debugger).
+    pub(crate) is_stopped: bool,
 }
 
 /// Of one process; `None` when it is gone.
@@ -39,6 +41,7 @@ fn read(stat: &str) -> Option<Usage> {
     Some(Usage {
         cpu_ms: ticks.saturating_mul(1000) / per_second,
         resident_bytes: number(24)?.saturating_mul(page),
+        is_stopped: fields.first().is_some_and(|state| matches!(*state, "T" | "t")),
     })
 }
 
@@ -59,7 +62,10 @@ mod tests {
         let per_second = rustix::param::clock_ticks_per_second();
         let page = rustix::param::page_size() as u64;
         let usage = read(stat).expect("numbers");
-        assert_eq!(usage, Usage { cpu_ms: 42_000 / per_second, resident_bytes: 6 * page });
+        let wanted =
+            Usage { cpu_ms: 42_000 / per_second, resident_bytes: 6 * page, is_stopped: false };
+        assert_eq!(usage, wanted);
+        assert!(read(&stat.replace(" S ", " T ")).expect("numbers").is_stopped);
         assert_eq!(read("nonsense"), None);
         assert_eq!(read("7 (x) S 1"), None);
     }
