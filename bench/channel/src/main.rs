@@ -1,7 +1,8 @@
 //! One contender of `cargo xtask bench channel`: two processes, messages of about 96 bytes.
 //!
-//! `bench-channel HOW MODE MILLISECONDS [NODE SCRIPT]`. HOW is `native`, `json` or `advanced` (polyfork at both
-//! ends), `node-json` or `node-advanced` (polyfork here, the program NODE with SCRIPT as the child), `ipc-channel`,
+//! `bench-channel HOW MODE MILLISECONDS [NODE SCRIPT]`. HOW is `native`, `native-socket` (without the ring of shared
+//! memory), `json` or `advanced` (polyfork at both ends), `node-json` or `node-advanced` (polyfork here, the program
+//! NODE with SCRIPT as the child), `ipc-channel`,
 //! or `socket` (a bare Unix socket with blocking reads and writes of whole messages: the limit). MODE is `oneway`
 //! (the child sends as fast as it can, this side counts) or `echo` (one message there and back at a time).
 //! Prints one line of JSON: how many messages, in how many seconds, and the CPU time of this side.
@@ -110,6 +111,12 @@ async fn main() -> Result<()> {
     let count = Count::new(Duration::from_millis(limit.parse()?));
     match how.as_str() {
         "native" => polyfork(own(mode, Encoding::Native)?, mode, count).await,
+        "native-socket" => {
+            let forked = own(mode, Encoding::Native)?;
+            // The parent receives, so it refuses; what it sends is small.
+            forked.channel.allow_ring(false);
+            polyfork(forked, mode, count).await
+        }
         "json" => polyfork(own(mode, Encoding::Json)?, mode, count).await,
         "advanced" => polyfork(own(mode, Encoding::Advanced)?, mode, count).await,
         "node-json" | "node-advanced" => {
@@ -126,7 +133,7 @@ async fn main() -> Result<()> {
         "ipc-channel" => ipc_channel(mode, count),
         "socket" => socket(mode, count),
         other => bail!(
-            "no \"{other}\": native, json, advanced, node-json, node-advanced, ipc-channel or socket"
+            "no \"{other}\": native, native-socket, json, advanced, node-json, node-advanced, ipc-channel or socket"
         ),
     }
 }

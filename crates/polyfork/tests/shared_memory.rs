@@ -4,6 +4,8 @@
 //! started as a child.
 #![allow(clippy::unwrap_used, reason = "a panic in a test is its report")]
 
+#[path = "shared_memory/channel.rs"]
+mod channel;
 #[path = "shared_memory/roles.rs"]
 mod roles;
 #[path = "shared_memory/sharing.rs"]

@@ -320,6 +320,12 @@ impl<M: AsRef<[AtomicU64]>> Consumer<M> {
         Ok(Some((header >> 32) as u32))
     }
 
+    /// How many bytes of records there can be at one time, at most.
+    #[must_use]
+    pub fn most_bytes(&self) -> usize {
+        self.capacity as usize * WORD_BYTES
+    }
+
     /// Whether nothing can be taken now.
     ///
     /// # Errors

@@ -13,6 +13,7 @@
 pub mod decoder;
 pub mod outbox;
 pub mod port;
+pub mod stream;
 
 use std::net::SocketAddr;
 

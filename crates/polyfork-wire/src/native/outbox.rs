@@ -23,6 +23,8 @@ pub struct NativeChunk<'a, H> {
     pub bytes: &'a [u8],
     /// To be attached to the first of the bytes, all in one `sendmsg`. At most 253.
     pub handles: &'a [H],
+    /// It is the frame of one message with handles, or the rest of it.
+    pub apart: bool,
 }
 
 /// Frames and handles on their way to one peer. `H` is an owned descriptor, or a token for one.
@@ -106,6 +108,8 @@ struct Item<H> {
     handles: Vec<H>,
     /// Nothing may be joined to it.
     closed: bool,
+    /// It is one frame, and has or had handles.
+    apart: bool,
 }
 
 impl<H> NativeOutbox<H> {
@@ -147,7 +151,7 @@ impl<H> NativeOutbox<H> {
         } else {
             let mut bytes = std::mem::take(&mut self.spare);
             let added = finish(&mut bytes, count, most, write)?;
-            self.queue.push_back(Item { bytes, handles, closed: !plain });
+            self.queue.push_back(Item { bytes, handles, closed: !plain, apart: !plain });
             added
         };
         self.queued_bytes += added;
@@ -177,7 +181,7 @@ impl<H> NativeOutbox<H> {
             Some(run) if plain && !run.closed && run.bytes.len() + bytes.len() <= RUN_BYTES => {
                 run.bytes.extend_from_slice(&bytes);
             }
-            _ => self.queue.push_back(Item { bytes, handles, closed: !plain }),
+            _ => self.queue.push_back(Item { bytes, handles, closed: !plain, apart: !plain }),
         }
     }
 
@@ -185,7 +189,23 @@ impl<H> NativeOutbox<H> {
     #[must_use]
     pub fn peek(&self) -> Option<NativeChunk<'_, H>> {
         let front = self.queue.front()?;
-        Some(NativeChunk { bytes: &front.bytes[self.front_sent..], handles: &front.handles })
+        let bytes = &front.bytes[self.front_sent..];
+        Some(NativeChunk { bytes, handles: &front.handles, apart: front.apart })
+    }
+
+    /// Whether the next chunk begins with a whole frame, or there is none.
+    #[must_use]
+    pub fn is_between_frames(&self) -> bool {
+        self.front_sent == 0
+    }
+
+    /// What is pushed from now on does not share a chunk with what is queued. Returns the position in the stream at
+    /// which it will begin.
+    pub fn close_run(&mut self) -> u64 {
+        if let Some(last) = self.queue.back_mut() {
+            last.closed = true;
+        }
+        self.written + self.queued_bytes as u64
     }
 
     /// Reports that the kernel took the first `n` bytes of the chunk, and its handles if `n` is not 0. More than
@@ -362,7 +382,8 @@ impl<H> Again<H> {
         let end = self.place(position);
         if end > self.at {
             let bytes = self.stream[self.at..end].to_vec();
-            self.items.push(Item { bytes, handles, closed: true });
+            let apart = !handles.is_empty();
+            self.items.push(Item { bytes, handles, closed: true, apart });
             self.at = end;
         }
     }
@@ -402,6 +423,28 @@ mod tests {
     }
 
     #[test]
+    fn closed_run_is_not_joined_and_frames_with_handles_stand_apart() {
+        let mut outbox = NativeOutbox::new();
+        outbox.push(&ToWorker::Message(vec![1; 10]), Vec::new());
+        let end = outbox.close_run();
+        assert_eq!(end, outbox.queued_bytes() as u64);
+        outbox.push(&ToWorker::Message(vec![2; 10]), Vec::new());
+        outbox.push(&ToWorker::Message(vec![3; 10]), vec![7]);
+        assert!(outbox.is_between_frames());
+        for apart in [false, false, true] {
+            let chunk = outbox.peek().expect("there is more");
+            let length = chunk.bytes.len();
+            assert_eq!(chunk.apart, apart);
+            outbox.wrote(1);
+            assert!(!outbox.is_between_frames());
+            assert_eq!(outbox.peek().map(|chunk| chunk.apart), Some(apart), "its rest as well");
+            outbox.wrote(length - 1);
+            assert!(outbox.is_between_frames());
+        }
+        assert_eq!(outbox.close_run(), outbox.written_total());
+    }
+
+    #[test]
     fn plain_frames_are_joined_and_handles_begin_a_write() {
         let mut outbox = NativeOutbox::<u32>::new();
         outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
@@ -409,7 +452,8 @@ mod tests {
         outbox.push(&connections(0, 2), vec![1, 2]);
         outbox.push(&ToWorker::LeavingAcknowledged, vec![]);
         let frame = encode(&ToWorker::LeavingAcknowledged, 0);
-        let first = NativeChunk { bytes: &[&frame[..], &frame].concat(), handles: &[] };
+        let first =
+            NativeChunk { bytes: &[&frame[..], &frame].concat(), handles: &[], apart: false };
         assert_eq!(outbox.peek(), Some(first));
         outbox.wrote(2 * frame.len());
         assert_eq!(outbox.peek().expect("the second").handles, [1, 2]);
@@ -442,8 +486,11 @@ mod tests {
         outbox.push_with(vec![7], 3, whole).expect("it fits");
         assert_eq!(outbox.peek().expect("queued").bytes, [3, 0, 0, 0, 0, 0, b'a', b'b', b'c']);
         outbox.wrote(9);
-        let with_handle =
-            NativeChunk { bytes: &[3, 0, 0, 0, 1, 0, b'a', b'b', b'c'], handles: &[7] };
+        let with_handle = NativeChunk {
+            bytes: &[3, 0, 0, 0, 1, 0, b'a', b'b', b'c'],
+            handles: &[7],
+            apart: true,
+        };
         assert_eq!(outbox.peek(), Some(with_handle));
         outbox.wrote(9);
         outbox.forget_written();
@@ -511,11 +558,11 @@ mod tests {
         let frame = encode(&connections(0, 1), 1);
         outbox.wrote(3);
         assert_eq!(outbox.rewind_unread(&frame[..3], |_| false), Ok(vec![]));
-        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &frame, handles: &[1] }));
+        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &frame, handles: &[1], apart: true }));
         outbox.wrote(4);
         assert_eq!(outbox.rewind_unread(&frame[..4], |_| true), Ok(vec![vec![1]]));
         let last = encode(&ToWorker::LeavingAcknowledged, 0);
-        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &last, handles: &[] }));
+        assert_eq!(outbox.peek(), Some(NativeChunk { bytes: &last, handles: &[], apart: false }));
         assert_eq!((outbox.queued_bytes(), outbox.queued_handles()), (last.len(), 0));
     }
 

@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use bytes::{Buf, Bytes};
 use polyfork_wire::native::port::PortFrame;
 use polyfork_wire::native::{FrameDecoder, MAX_DESCRIPTORS, NativeOutbox, NotPushed};
 use polyfork_wire::node::advanced::{self, Value};
@@ -24,8 +25,11 @@ use polyfork_wire::{Limits, ProtocolError, RawJson};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::message::Body;
+use super::message::{Advanced, Body};
+use super::ring::{NativeOut, RingIn};
+use super::socket::{Socket, Write};
 use super::{Encoding, Handle, SendError};
+use crate::shared_memory::SharedArrayBuffer;
 
 /// Handle messages to a Node process that may be unacknowledged.
 const WINDOW: usize = 8;
@@ -42,15 +46,9 @@ pub(super) enum Kind {
 
 /// What came.
 pub(super) enum Event {
-    Message {
-        body: Body,
-        request: Option<u64>,
-        handles: Vec<Handle>,
-        /// Of a counted connection.
-        key: Option<String>,
-        /// To be acknowledged, before the message is passed on.
-        acknowledge: bool,
-    },
+    /// A message that is nothing else.
+    Plain(Body),
+    Message(Box<Came>),
     Reply {
         id: u64,
         body: Body,
@@ -74,14 +72,44 @@ pub(super) enum Event {
     TellClosed {
         key: String,
     },
+    /// The other end can do this.
+    Features(u32),
+    /// The other end would like to send by a ring in this memory, which is none if it is not as it must be.
+    Ring(Option<SharedArrayBuffer>),
+    /// The ring that we offered is used, or not.
+    RingAnswer {
+        taken: bool,
+    },
+    /// There is something to be looked at: a ring has room.
+    Wake,
     Nothing,
+}
+
+/// A message with something besides.
+pub(super) struct Came {
+    pub(super) body: Body,
+    pub(super) request: Option<u64>,
+    pub(super) handles: Vec<Handle>,
+    /// Of a counted connection.
+    pub(super) key: Option<String>,
+    /// To be acknowledged, before the message is passed on.
+    pub(super) acknowledge: bool,
 }
 
 /// Makes events of what is read.
 pub(super) enum Decoder {
     Json { lines: LineDecoder, inbox: Inbox<Option<OwnedFd>>, limits: Limits },
     Advanced { frames: advanced::FrameDecoder, inbox: Inbox<Option<OwnedFd>>, limits: Limits },
-    Native { frames: FrameDecoder<OwnedFd>, greeted: bool },
+    Native(Box<NativeDecoder>),
+}
+
+/// What comes by the socket, and by the ring if there is one.
+pub(super) struct NativeDecoder {
+    frames: FrameDecoder<OwnedFd>,
+    greeted: bool,
+    pub(super) ring: RingIn,
+    /// Came by the socket and waits for its turn.
+    held: Option<Event>,
 }
 
 impl Decoder {
@@ -95,9 +123,12 @@ impl Decoder {
                 inbox: Inbox::new(limits),
                 limits,
             },
-            Encoding::Native => {
-                Decoder::Native { frames: FrameDecoder::new(limits), greeted: false }
-            }
+            Encoding::Native => Decoder::Native(Box::new(NativeDecoder {
+                frames: FrameDecoder::new(limits),
+                greeted: false,
+                ring: RingIn::new(limits),
+                held: None,
+            })),
         }
     }
 
@@ -117,7 +148,8 @@ impl Decoder {
                 queue(inbox, fds, lost)?;
                 frames.feed(bytes);
             }
-            Decoder::Native { frames, .. } => {
+            Decoder::Native(native) => {
+                let frames = &mut native.frames;
                 for fd in fds.drain(..) {
                     frames.push_descriptor(fd)?;
                 }
@@ -148,52 +180,151 @@ impl Decoder {
                 };
                 let value = advanced::read(&frame, limits)?;
                 let mut event = node_event(advanced::parse_value(value, limits)?, inbox);
-                if let Event::Message { body: Body::Advanced { bytes, .. }, .. } = &mut event {
-                    *bytes = frame.len();
-                }
-                Ok(Some(event))
-            }
-            Decoder::Native { frames, greeted } => {
-                let Some(frame) = frames.next_with(|payload| native_event(payload, greeted))?
-                else {
-                    return Ok(None);
+                let body = match &mut event {
+                    Event::Plain(body) => Some(body),
+                    Event::Message(came) => Some(&mut came.body),
+                    _ => None,
                 };
-                let mut event = frame.message;
-                match &mut event {
-                    Event::Message { handles, .. } => {
-                        handles.extend(frame.descriptors.into_iter().map(Handle::look));
-                    }
-                    _ if !frame.descriptors.is_empty() => {
-                        return Err(ProtocolError::SurplusDescriptor);
-                    }
-                    _ => {}
+                if let Some(Body::Advanced(advanced)) = body {
+                    advanced.bytes = frame.len();
                 }
                 Ok(Some(event))
             }
+            Decoder::Native(native) => native.next(),
         }
+    }
+
+    /// The ring by which messages come, of a native channel.
+    pub(super) fn ring(&mut self) -> Option<&mut RingIn> {
+        match self {
+            Decoder::Native(native) => Some(&mut native.ring),
+            _ => None,
+        }
+    }
+
+    /// Whether what came by the socket waits for what comes by the ring: nothing more is to be read from the
+    /// socket then.
+    pub(super) fn is_holding(&self) -> bool {
+        matches!(self, Decoder::Native(native) if native.held.is_some())
     }
 }
 
-fn native_event(payload: &[u8], greeted: &mut bool) -> Result<Event, ProtocolError> {
-    let frame = PortFrame::read(payload)?;
-    let first = !std::mem::replace(greeted, true);
-    if first != (frame == PortFrame::Hello) {
-        return Err(ProtocolError::BadFrame { why: "the greeting is missing or comes twice" });
+impl NativeDecoder {
+    fn next(&mut self) -> Result<Option<Event>, ProtocolError> {
+        loop {
+            if let Some(payload) = self.ring.next()? {
+                return ring_event(payload).map(Some);
+            }
+            if let Some(event) = self.held.take() {
+                if self.ring.take_place()? {
+                    return Ok(Some(event));
+                }
+                // There is more before it than is taken at once.
+                self.held = Some(event);
+                return Ok(None);
+            }
+            match self.next_by_socket()? {
+                Some(event @ (Event::Plain(_) | Event::Message(_))) if self.ring.is_started() => {
+                    self.held = Some(event);
+                }
+                Some(Event::Reply { .. } | Event::Refused { .. }) if self.ring.is_started() => {
+                    return Err(ProtocolError::BadFrame { why: "it belongs into the ring" });
+                }
+                event => return Ok(event),
+            }
+        }
     }
-    let message = |body: &[u8], request| Event::Message {
-        body: Body::Native(body.into()),
-        request,
-        handles: Vec::new(),
-        key: None,
-        acknowledge: false,
+
+    fn next_by_socket(&mut self) -> Result<Option<Event>, ProtocolError> {
+        let (greeted, ring) = (&mut self.greeted, &mut self.ring);
+        let read = |payload: &[u8]| {
+            let frame = PortFrame::read(payload)?;
+            let first = !std::mem::replace(greeted, true);
+            if first != matches!(frame, PortFrame::Hello { .. }) {
+                let why = "the greeting is missing or comes twice";
+                return Err(ProtocolError::BadFrame { why });
+            }
+            Ok(match frame {
+                PortFrame::Hello { features } => Event::Features(features),
+                PortFrame::Message(body) => {
+                    Event::Plain(Body::Native(Bytes::copy_from_slice(body)))
+                }
+                PortFrame::Request { id, body } => {
+                    request(id, Body::Native(Bytes::copy_from_slice(body)))
+                }
+                PortFrame::Reply { id, body } => {
+                    Event::Reply { id, body: Body::Native(Bytes::copy_from_slice(body)) }
+                }
+                PortFrame::Refused { id } => Event::Refused { id },
+                PortFrame::Ring => Event::Ring(None),
+                PortFrame::RingAnswer { taken } => Event::RingAnswer { taken },
+                PortFrame::RingStart => {
+                    ring.start()?;
+                    Event::Nothing
+                }
+                PortFrame::Wake => Event::Wake,
+            })
+        };
+        let Some(frame) = self.frames.next_with(read)? else { return Ok(None) };
+        with_descriptors(frame.message, frame.descriptors).map(Some)
+    }
+}
+
+/// Gives an event the descriptors that came with it.
+fn with_descriptors(event: Event, descriptors: Vec<OwnedFd>) -> Result<Event, ProtocolError> {
+    if descriptors.is_empty() {
+        return Ok(event);
+    }
+    let mut handles = descriptors.into_iter().map(Handle::look);
+    match event {
+        Event::Plain(body) => {
+            let handles = handles.collect();
+            let came = Came { body, request: None, handles, key: None, acknowledge: false };
+            Ok(Event::Message(Box::new(came)))
+        }
+        Event::Message(mut came) => {
+            came.handles.extend(handles);
+            Ok(Event::Message(came))
+        }
+        Event::Ring(_) => match (handles.next(), handles.next()) {
+            (Some(Handle::Memory(memory)), None) => Ok(Event::Ring(Some(memory))),
+            _ => Ok(Event::Ring(None)),
+        },
+        _ => Err(ProtocolError::SurplusDescriptor),
+    }
+}
+
+/// What came by the ring.
+fn ring_event(mut payload: Bytes) -> Result<Event, ProtocolError> {
+    // A body is a part of the payload, which is a part of what came with it.
+    let body = |mut payload: Bytes, before: usize| {
+        payload.advance(before);
+        Body::Native(payload)
     };
-    Ok(match frame {
-        PortFrame::Hello => Event::Nothing,
-        PortFrame::Message(body) => message(body, None),
-        PortFrame::Request { id, body } => message(body, Some(id)),
-        PortFrame::Reply { id, body } => Event::Reply { id, body: Body::Native(body.into()) },
+    let before = |body: &[u8]| payload.len() - body.len();
+    Ok(match PortFrame::read(&payload)? {
+        PortFrame::Message(rest) => {
+            let at = before(rest);
+            payload.advance(at);
+            Event::Plain(Body::Native(payload))
+        }
+        PortFrame::Request { id, body: rest } => {
+            let at = before(rest);
+            request(id, body(payload, at))
+        }
+        PortFrame::Reply { id, body: rest } => {
+            let at = before(rest);
+            Event::Reply { id, body: body(payload, at) }
+        }
         PortFrame::Refused { id } => Event::Refused { id },
+        _ => return Err(ProtocolError::BadFrame { why: "it does not belong into the ring" }),
     })
+}
+
+fn request(id: u64, body: Body) -> Event {
+    let request = Some(id);
+    let came = Came { body, request, handles: Vec::new(), key: None, acknowledge: false };
+    Event::Message(Box::new(came))
 }
 
 /// Keeps what came for the envelopes. One that was lost keeps its place, so that the next is not taken for it.
@@ -248,7 +379,8 @@ impl UserValue for Value {
         let id = self.get("id").and_then(Value::as_f64).and_then(whole);
         let numbered = word.zip(id);
         // The body stays where it is: what is in it may refer to objects by their place.
-        (Body::Advanced { value: self, wrapped: numbered.is_some(), bytes: 0 }, numbered)
+        let wrapped = numbered.is_some();
+        (Body::Advanced(Box::new(Advanced { value: self, wrapped, bytes: 0 })), numbered)
     }
 }
 
@@ -302,7 +434,10 @@ fn user_event<M: UserValue>(
         Some((Word::Refused, id)) if handles.is_empty() => return Event::Refused { id },
         _ => None,
     };
-    Event::Message { body, request, handles, key, acknowledge }
+    if request.is_none() && handles.is_empty() && key.is_none() && !acknowledge {
+        return Event::Plain(body);
+    }
+    Event::Message(Box::new(Came { body, request, handles, key, acknowledge }))
 }
 
 /// The shape of requests and answers between a Rust program and a script.
@@ -332,9 +467,42 @@ pub(super) struct Passed {
     again: Option<(Vec<u8>, u8)>,
 }
 
+impl From<Handle> for Passed {
+    fn from(handle: Handle) -> Passed {
+        Passed { handle, again: None }
+    }
+}
+
 impl AsFd for Passed {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.handle.as_fd()
+    }
+}
+
+/// How far writing came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// There is nothing to write now.
+    All,
+    /// The socket is full.
+    SocketFull,
+    /// The ring is full.
+    RingFull,
+    /// The kernel is short of something that comes back.
+    Shortage,
+    /// The other end is gone, or broke the ring.
+    Gone,
+}
+
+impl Written {
+    /// How many bytes went, or why none did.
+    pub(super) fn from(written: Write) -> Result<usize, Written> {
+        match written {
+            Write::Some(written) => Ok(written),
+            Write::Full => Err(Written::SocketFull),
+            Write::Shortage => Err(Written::Shortage),
+            Write::Gone => Err(Written::Gone),
+        }
     }
 }
 
@@ -346,7 +514,7 @@ pub(super) enum Outgoing {
         /// Frames instead of lines.
         advanced: bool,
     },
-    Native(NativeOutbox<Passed>),
+    Native(Box<NativeOut>),
 }
 
 impl Outgoing {
@@ -354,15 +522,7 @@ impl Outgoing {
         match encoding {
             Encoding::Json => Outgoing::node(false),
             Encoding::Advanced => Outgoing::node(true),
-            Encoding::Native => {
-                let mut queue = NativeOutbox::new();
-                let hello = |to: &mut Vec<u8>| {
-                    PortFrame::Hello.write(to);
-                    Ok::<_, std::convert::Infallible>(())
-                };
-                queue.push_with(Vec::new(), usize::MAX, hello).expect("a greeting fits");
-                Outgoing::Native(queue)
-            }
+            Encoding::Native => Outgoing::Native(Box::new(NativeOut::new())),
         }
     }
 
@@ -379,7 +539,7 @@ impl Outgoing {
         most: usize,
     ) -> Result<(), SendError> {
         match self {
-            Outgoing::Native(queue) => push_native(queue, kind, value, handles, most),
+            Outgoing::Native(native) => push_native(&mut native.queue, kind, value, handles, most),
             Outgoing::Node { queue, advanced: false } => {
                 let json = json_text(kind, value, most)?;
                 push_json(queue, json, handles)
@@ -393,13 +553,7 @@ impl Outgoing {
     /// Tells the asker that there will be no answer.
     pub(super) fn push_refusal(&mut self, id: u64) {
         match self {
-            Outgoing::Native(queue) => {
-                let refused = |to: &mut Vec<u8>| {
-                    PortFrame::Refused { id }.write(to);
-                    Ok::<_, std::convert::Infallible>(())
-                };
-                queue.push_with(Vec::new(), usize::MAX, refused).expect("nine bytes fit");
-            }
+            Outgoing::Native(native) => native.push_frame(PortFrame::Refused { id }),
             Outgoing::Node { queue, advanced } => {
                 let line = format!("{{\"polyfork\":\"refused\",\"id\":{id}}}\n");
                 queue.push(as_spoken(line.into_bytes(), *advanced));
@@ -424,40 +578,42 @@ impl Outgoing {
         Ok(())
     }
 
-    /// What to write now.
-    pub(super) fn peek(&self) -> Option<(&[u8], Vec<BorrowedFd<'_>>)> {
+    /// Writes as far as it goes. `sleeps`: the caller will wait for what is missing.
+    pub(super) fn write_to(&mut self, socket: &Socket, sleeps: bool) -> Written {
         match self {
-            Outgoing::Node { queue, .. } => queue
-                .peek()
-                .map(|chunk| (chunk.bytes, chunk.handle.map(AsFd::as_fd).into_iter().collect())),
-            Outgoing::Native(queue) => queue
-                .peek()
-                .map(|chunk| (chunk.bytes, chunk.handles.iter().map(AsFd::as_fd).collect())),
+            Outgoing::Native(native) => native.write_to(socket, sleeps),
+            Outgoing::Node { queue, .. } => {
+                while let Some(chunk) = queue.peek() {
+                    let fds: Vec<_> = chunk.handle.map(AsFd::as_fd).into_iter().collect();
+                    match Written::from(socket.write(chunk.bytes, &fds)) {
+                        Ok(written) => queue.wrote(written),
+                        Err(stopped) => return stopped,
+                    }
+                }
+                Written::All
+            }
         }
     }
 
-    pub(super) fn wrote(&mut self, n: usize) {
+    /// The ring by which messages leave, of a native channel.
+    pub(super) fn native(&mut self) -> Option<&mut NativeOut> {
         match self {
-            Outgoing::Node { queue, .. } => queue.wrote(n),
-            Outgoing::Native(queue) => {
-                queue.wrote(n);
-                // Between two Rust programs the kernel keeps what is under way.
-                queue.forget_written();
-            }
+            Outgoing::Native(native) => Some(native),
+            Outgoing::Node { .. } => None,
         }
     }
 
     pub(super) fn queued_bytes(&self) -> usize {
         match self {
             Outgoing::Node { queue, .. } => queue.queued_bytes(),
-            Outgoing::Native(queue) => queue.queued_bytes(),
+            Outgoing::Native(native) => native.queue.queued_bytes(),
         }
     }
 
     pub(super) fn queued_handles(&self) -> usize {
         match self {
             Outgoing::Node { queue, .. } => queue.queued_handles() + queue.in_flight(),
-            Outgoing::Native(queue) => queue.queued_handles(),
+            Outgoing::Native(native) => native.queue.queued_handles(),
         }
     }
 
@@ -472,7 +628,7 @@ impl Outgoing {
     pub(super) fn written_total(&self) -> u64 {
         match self {
             Outgoing::Node { queue, .. } => queue.written_total(),
-            Outgoing::Native(queue) => queue.written_total(),
+            Outgoing::Native(native) => native.queue.written_total(),
         }
     }
 
@@ -480,7 +636,7 @@ impl Outgoing {
     pub(super) fn is_empty(&self) -> bool {
         match self {
             Outgoing::Node { queue, .. } => queue.is_empty(),
-            Outgoing::Native(queue) => queue.is_empty(),
+            Outgoing::Native(native) => native.queue.is_empty(),
         }
     }
 }
@@ -498,7 +654,7 @@ fn push_native<T: Serialize + ?Sized>(
     for handle in &handles {
         handle.prepare()?;
     }
-    let handles = handles.into_iter().map(|handle| Passed { handle, again: None }).collect();
+    let handles = handles.into_iter().map(Passed::from).collect();
     let pushed = queue.push_with(handles, most, |to| {
         match kind {
             Kind::Message => PortFrame::Message(&[]),

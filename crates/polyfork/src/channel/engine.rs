@@ -4,6 +4,9 @@
 //! has come together, the receiver before it waits, or the writer task. The reader task decodes, answers what
 //! Node's protocol wants answered, and queues messages until there are too many.
 //!
+//! Between two Rust processes what is written may go into a ring of shared memory, and what is read come out of one (`ring`).
+//! Nobody waits for a ring alone: who sleeps is woken by the socket.
+//!
 //! The rule that surprises: a receiver that is behind stops the reader, except while a handle or a
 //! request waits for its answer, which comes in the same stream. Then reading goes on up to a second, higher
 //! limit.
@@ -14,9 +17,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use polyfork_wire::node::cluster::{self, HANDLE_ACK, HANDLE_NACK};
 use polyfork_wire::{Limits, ProtocolError};
@@ -25,10 +29,11 @@ use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::AbortHandle;
 
 pub(super) use super::codec::Kind;
-use super::codec::{Decoder, Event, Outgoing};
+use super::codec::{Came, Decoder, Event, Outgoing, Written};
 use super::count::Counts;
-use super::message::{Answer, Body, Message};
-use super::socket::{Read, SHORTAGE_PAUSE, Socket, Write};
+use super::message::{Answer, Body, Message, Rest};
+use super::ring::{NativeOut, RingIn, TURN_BYTES};
+use super::socket::{Read, SHORTAGE_PAUSE, Socket};
 use super::{ChannelError, Encoding, Handle, SendError};
 
 /// Senders wait above this many queued bytes.
@@ -46,6 +51,16 @@ const MOST_ANSWER_BYTES: usize = 64 << 10;
 /// Most ends say little; those that say much get a larger buffer.
 const FIRST_READ_BYTES: usize = 4 << 10;
 const READ_BYTES: usize = 64 << 10;
+/// A sender writes by itself into the ring when this much has come together: it costs no system call.
+const RING_FROM_BYTES: usize = 8 << 10;
+/// How often to look for room in a ring when the other end cannot tell us.
+const RING_POLL: Duration = Duration::from_millis(2);
+/// How often to look once more before sleeping.
+const LOOKS: u32 = 8;
+/// How long a look takes: so many times what a processor needs to do nothing.
+const LOOK_SPINS: u32 = 16;
+/// When looking did not help, so many times at most it is not tried again.
+const MOST_SKIPPED: u32 = 255;
 
 /// How far the life of the sending half has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +90,8 @@ pub(crate) struct Shared {
     pub(super) counts: Counts,
     ended: watch::Sender<bool>,
     reader: Mutex<Option<AbortHandle>>,
+    /// Whether messages may go through shared memory.
+    ring_allowed: AtomicBool,
 }
 
 struct Out {
@@ -108,6 +125,7 @@ enum Flushed {
     /// There is nothing to write now.
     Done,
     Full,
+    RingFull,
     Shortage,
     /// Nothing will be written any more.
     Closed,
@@ -142,6 +160,7 @@ impl Shared {
             counts: Counts::default(),
             ended: watch::Sender::new(false),
             reader: Mutex::new(None),
+            ring_allowed: AtomicBool::new(true),
         });
         tokio::spawn(Arc::clone(&shared).write_all());
         let reader = Arc::clone(&shared).read_all(Decoder::new(encoding, limits));
@@ -226,7 +245,8 @@ impl Shared {
         if before == 0 {
             self.dirty.notify_one();
         }
-        if before < WRITE_FROM_BYTES && out.queue.queued_bytes() >= WRITE_FROM_BYTES {
+        let from = if out.by_ring() { RING_FROM_BYTES } else { WRITE_FROM_BYTES };
+        if before < from && out.queue.queued_bytes() >= from {
             self.flush_locked(out);
         }
     }
@@ -346,13 +366,23 @@ impl Shared {
     // Writing.
 
     async fn write_all(self: Arc<Self>) {
+        let mut looks = spins();
         loop {
-            let flushed = self.flush_locked(&mut lock(&self.out));
+            // Before it sleeps for room, it looks for some a few times.
+            let (flushed, moved) = self.write_now(looks == 0);
+            if moved || flushed != Flushed::RingFull {
+                looks = spins();
+            }
             match flushed {
                 Flushed::Done => self.dirty.notified().await,
                 Flushed::Shortage => tokio::time::sleep(SHORTAGE_PAUSE).await,
                 Flushed::Full if self.socket.writable().await => {}
                 Flushed::Full => self.close_out(&mut lock(&self.out)),
+                Flushed::RingFull if looks > 0 => {
+                    looks -= 1;
+                    tokio::task::yield_now().await;
+                }
+                Flushed::RingFull => self.wait_for_room_in_ring().await,
                 Flushed::Closed => break,
             }
         }
@@ -361,39 +391,63 @@ impl Shared {
         }
     }
 
+    /// Waits until the other end says that it took something out of the ring, or can no longer say so.
+    async fn wait_for_room_in_ring(&self) {
+        let ended = lock(&self.out).reading_ended;
+        if !ended && !lock(&self.inn).reader_stopped {
+            return self.dirty.notified().await;
+        }
+        // Nobody reads what it says. It may go on taking all the same.
+        tokio::select! {
+            () = self.dirty.notified() => {}
+            () = tokio::time::sleep(RING_POLL) => {}
+        }
+        if ended && self.socket.is_hung_up() {
+            self.close_out(&mut lock(&self.out));
+        }
+    }
+
     fn flush_locked(&self, out: &mut Out) -> Flushed {
+        let flushed = self.flush_out(out, false);
+        if flushed == Flushed::RingFull {
+            // The writer waits for room.
+            self.dirty.notify_one();
+        }
+        flushed
+    }
+
+    /// How far the writer came, and whether it came any further. `sleeps`: it will wait for what is missing.
+    fn write_now(&self, sleeps: bool) -> (Flushed, bool) {
+        let mut out = lock(&self.out);
+        let before = out.queue.written_total();
+        let flushed = self.flush_out(&mut out, sleeps);
+        (flushed, out.queue.written_total() != before)
+    }
+
+    fn flush_out(&self, out: &mut Out, sleeps: bool) -> Flushed {
         if out.state == State::Closed {
             return Flushed::Closed;
         }
         let before = out.queue.written_total();
-        let flushed = self.write_queue(out);
+        let written = out.queue.write_to(&self.socket, sleeps);
         if out.queue.written_total() != before {
             out.wake();
             self.resume_reader();
         }
-        match flushed {
-            Write::Gone => {
+        match written {
+            Written::Gone => {
                 self.close_out(out);
                 Flushed::Closed
             }
-            Write::Some(_) if out.state == State::Closing && out.is_done() => {
+            Written::All if out.state == State::Closing && out.is_done() => {
                 self.close_out(out);
                 Flushed::Closed
             }
-            Write::Some(_) => Flushed::Done,
-            Write::Full => Flushed::Full,
-            Write::Shortage => Flushed::Shortage,
+            Written::All => Flushed::Done,
+            Written::SocketFull => Flushed::Full,
+            Written::RingFull => Flushed::RingFull,
+            Written::Shortage => Flushed::Shortage,
         }
-    }
-
-    fn write_queue(&self, out: &mut Out) -> Write {
-        while let Some((bytes, fds)) = out.queue.peek() {
-            match self.socket.write(bytes, &fds) {
-                Write::Some(written) => out.queue.wrote(written),
-                other => return other,
-            }
-        }
-        Write::Some(0)
     }
 
     /// Nothing is written any more, because all was or because nobody reads it.
@@ -543,14 +597,15 @@ impl Shared {
     async fn read_to_end(self: &Arc<Self>, decoder: &mut Decoder) -> Result<bool, ProtocolError> {
         let mut buffer = vec![0; FIRST_READ_BYTES];
         let mut fds = VecDeque::new();
+        let mut pace = Pace::default();
         let mut last = false;
         loop {
             let got = if last {
-                self.socket.read_now(&mut buffer, &mut fds)
+                Next::Read(self.socket.read_now(&mut buffer, &mut fds))
             } else {
                 tokio::select! {
                     biased;
-                    got = self.read_when_wanted(&mut buffer, &mut fds) => got,
+                    got = self.next_input(decoder, &mut buffer, &mut fds, &mut pace) => got?,
                     () = self.process_ended.notified() => {
                         last = true;
                         continue;
@@ -558,30 +613,98 @@ impl Shared {
                 }
             };
             let received = match got {
-                Read::Some(received) => received,
+                Next::Ring => None,
+                Next::Read(Read::Some(received)) => Some(received),
                 // A message that is cut off is no fault: whoever dies while writing leaves one.
-                Read::End => return Ok(last),
-                Read::Empty if last => return Ok(true),
-                Read::Empty => continue,
+                Next::Read(Read::End) => {
+                    self.take_last(decoder)?;
+                    return Ok(last);
+                }
+                Next::Read(Read::Empty) if last => {
+                    self.take_last(decoder)?;
+                    return Ok(true);
+                }
+                Next::Read(Read::Empty) => continue,
             };
-            decoder.feed(&buffer[..received.len], &mut fds, received.truncated)?;
-            let mut came = Vec::new();
-            let fault = self.take_in(decoder, &mut came).err();
-            self.deliver(came);
-            if let Some(fault) = fault {
-                return Err(fault);
+            if let Some(received) = received {
+                decoder.feed(&buffer[..received.len], &mut fds, received.truncated)?;
             }
-            if received.len == buffer.len() && buffer.len() < READ_BYTES {
+            self.take_turn(decoder, TURN_BYTES)?;
+            if received.is_some_and(|got| got.len == buffer.len()) && buffer.len() < READ_BYTES {
                 buffer.resize(READ_BYTES, 0);
             }
         }
     }
 
-    async fn read_when_wanted(&self, buffer: &mut [u8], fds: &mut VecDeque<OwnedFd>) -> Read {
+    /// Waits for something to decode.
+    async fn next_input(
+        &self,
+        decoder: &mut Decoder,
+        buffer: &mut [u8],
+        fds: &mut VecDeque<OwnedFd>,
+        pace: &mut Pace,
+    ) -> Result<Next, ProtocolError> {
         while !self.may_read() {
             self.resume.notified().await;
         }
-        self.socket.read(buffer, fds).await
+        if decoder.is_holding() {
+            tokio::task::yield_now().await;
+            return Ok(Next::Ring);
+        }
+        let Some(ring) = decoder.ring().filter(|ring| ring.is_started()) else {
+            return Ok(Next::Read(self.socket.read(buffer, fds).await));
+        };
+        let looks = pace.looks();
+        for look in 0..=looks {
+            let more = ring.has_more()? || look > 0 && comes_soon(ring)?;
+            if more && look > 0 {
+                pace.helped();
+            }
+            tokio::select! {
+                biased;
+                got = self.socket.read(buffer, fds) => return Ok(Next::Read(got)),
+                // The socket, and who receives, get their turn as well.
+                () = tokio::task::yield_now() => if more { return Ok(Next::Ring) },
+            }
+        }
+        if looks > 0 {
+            pace.did_not_help();
+        }
+        if !ring.prepare_sleep()? {
+            return Ok(Next::Ring);
+        }
+        let _awake = Awake(ring);
+        Ok(Next::Read(self.socket.read(buffer, fds).await))
+    }
+
+    /// Decodes what is there, not more than so much out of the ring.
+    fn take_turn(
+        self: &Arc<Self>,
+        decoder: &mut Decoder,
+        bytes: usize,
+    ) -> Result<(), ProtocolError> {
+        if let Some(ring) = decoder.ring() {
+            ring.begin_turn(bytes);
+        }
+        let mut came = Vec::new();
+        let fault = self.take_in(decoder, &mut came).err();
+        self.deliver(came);
+        if decoder.ring().is_some_and(|ring| ring.must_wake()) {
+            let mut out = lock(&self.out);
+            if out.state != State::Closed
+                && let Some(native) = out.queue.native()
+            {
+                native.wake_other();
+                self.flush_locked(&mut out);
+            }
+        }
+        fault.map_or(Ok(()), Err)
+    }
+
+    /// Decodes what the other end left behind.
+    fn take_last(self: &Arc<Self>, decoder: &mut Decoder) -> Result<(), ProtocolError> {
+        let Some(most) = decoder.ring().and_then(|ring| ring.most()) else { return Ok(()) };
+        self.take_turn(decoder, most)
     }
 
     /// Whether there is room for what is read.
@@ -597,6 +720,10 @@ impl Shared {
             || (inn.weight + inn.taken <= most
                 && (answers <= MOST_ANSWER_BYTES || state == State::Closed));
         inn.reader_stopped = !may;
+        if !may {
+            // The writer cannot be told any more that there is room in its ring.
+            self.dirty.notify_one();
+        }
         may
     }
 
@@ -608,16 +735,15 @@ impl Shared {
     ) -> Result<(), ProtocolError> {
         while let Some(event) = decoder.next()? {
             match event {
-                Event::Message { body, request, handles, key, acknowledge } => {
+                Event::Plain(body) => came.push(Message::plain(body)),
+                Event::Message(message) => {
+                    let Came { body, request, handles, key, acknowledge } = *message;
                     if acknowledge {
                         self.answer(HANDLE_ACK);
                     }
-                    came.push(Message {
-                        body,
-                        handles,
-                        counted: key.map(|key| self.counts.count(key, Arc::downgrade(self))),
-                        answer: request.map(|id| Answer::new(id, Arc::downgrade(self))),
-                    });
+                    let counted = key.map(|key| self.counts.count(key, Arc::downgrade(self)));
+                    let answer = request.map(|id| Answer::new(id, Arc::downgrade(self)));
+                    came.push(Message::new(body, Rest { handles, counted, answer }));
                 }
                 Event::Reply { id, body } => self.answered(id, Some(body)),
                 Event::Refused { id } => self.answered(id, None),
@@ -639,10 +765,61 @@ impl Shared {
                         self.say_all_closed(&key);
                     }
                 }
+                Event::Ring(memory) => {
+                    let allowed = self.ring_allowed.load(Ordering::Relaxed);
+                    let taken = match decoder.ring().filter(|_| allowed) {
+                        Some(ring) => ring.take_offer(memory)?,
+                        None => false,
+                    };
+                    self.native_out(|native| {
+                        native.answer_offer(taken);
+                        Ok(())
+                    })?;
+                }
+                Event::Features(features) => self.native_out(|native| {
+                    native.other_can(features);
+                    Ok(())
+                })?,
+                Event::RingAnswer { taken } => {
+                    self.native_out(|native| native.offer_was_answered(taken))?;
+                }
+                Event::Wake => self.dirty.notify_one(),
                 Event::Nothing => {}
             }
         }
         Ok(())
+    }
+
+    /// Changes how a native channel writes, and sees to it that it does.
+    fn native_out(
+        &self,
+        change: impl FnOnce(&mut NativeOut) -> Result<(), ProtocolError>,
+    ) -> Result<(), ProtocolError> {
+        let mut out = lock(&self.out);
+        if out.state == State::Closed {
+            return Ok(());
+        }
+        let Some(native) = out.queue.native() else { return Ok(()) };
+        change(native)?;
+        self.dirty.notify_one();
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn uses_ring(&self) -> bool {
+        lock(&self.out).by_ring()
+    }
+
+    #[cfg(test)]
+    pub(super) fn queued_bytes(&self) -> usize {
+        lock(&self.out).queue.queued_bytes()
+    }
+
+    pub(super) fn allow_ring(&self, allowed: bool) {
+        self.ring_allowed.store(allowed, Ordering::Relaxed);
+        if let Some(native) = lock(&self.out).queue.native() {
+            native.allow_ring(allowed);
+        }
     }
 
     fn deliver(&self, came: Vec<Message>) {
@@ -666,7 +843,72 @@ impl Shared {
     }
 }
 
+/// What there is to decode.
+enum Next {
+    Read(Read),
+    /// Something in the ring.
+    Ring,
+}
+
+/// Whether to look again before sleeping: where it does not help, less and less often.
+#[derive(Default)]
+struct Pace {
+    skip: u32,
+    skipped: u32,
+}
+
+impl Pace {
+    fn looks(&mut self) -> u32 {
+        if self.skip == 0 {
+            return spins();
+        }
+        self.skip -= 1;
+        0
+    }
+
+    fn helped(&mut self) {
+        self.skipped = 0;
+    }
+
+    fn did_not_help(&mut self) {
+        self.skipped = (self.skipped * 2 + 1).min(MOST_SKIPPED);
+        self.skip = self.skipped;
+    }
+}
+
+/// Looks for a moment.
+fn comes_soon(ring: &mut RingIn) -> Result<bool, ProtocolError> {
+    for _ in 0..LOOK_SPINS {
+        std::hint::spin_loop();
+        if ring.has_more()? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Looking again while somebody else works takes a second processor.
+fn spins() -> u32 {
+    static LOOKS_HERE: OnceLock<u32> = OnceLock::new();
+    let several = || std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    *LOOKS_HERE.get_or_init(|| if several() { LOOKS } else { 0 })
+}
+
+/// Says that nobody sleeps any more, also when the sleep is given up.
+struct Awake<'a>(&'a mut RingIn);
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        self.0.awake();
+    }
+}
+
 impl Out {
+    /// Whether messages go into a ring now.
+    fn by_ring(&mut self) -> bool {
+        self.queue.native().is_some_and(|native| native.uses_ring())
+    }
+
     /// Whether nothing more will be written, asked when nothing can be written now.
     fn is_done(&self) -> bool {
         self.queue.is_empty() || self.reading_ended

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::sync::Weak;
 
+use bytes::Bytes;
 use polyfork_wire::node::advanced::{self, Value};
 use polyfork_wire::node::message::UserMessage;
 use serde::de::DeserializeOwned;
@@ -23,27 +24,30 @@ const HANDLE_WEIGHT_BYTES: usize = 4096;
 #[derive(Clone)]
 pub(super) enum Body {
     Json(UserMessage),
-    Advanced {
-        value: Value,
-        /// The message is the `body` of this object.
-        wrapped: bool,
-        /// As it travelled.
-        bytes: usize,
-    },
-    Native(Box<[u8]>),
+    Advanced(Box<Advanced>),
+    Native(Bytes),
+}
+
+#[derive(Clone)]
+pub(super) struct Advanced {
+    pub(super) value: Value,
+    /// The message is the `body` of this object.
+    pub(super) wrapped: bool,
+    /// As it travelled.
+    pub(super) bytes: usize,
 }
 
 impl Body {
     pub(super) fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         match self {
             Body::Json(json) => json.parse().map_err(|e| DecodeError(e.to_string())),
-            Body::Advanced { value, wrapped, .. } => {
+            Body::Advanced(advanced) => {
                 #[derive(Deserialize)]
                 struct Wrapped<T> {
                     body: T,
                 }
-                let value = value.clone();
-                let read = if *wrapped {
+                let value = advanced.value.clone();
+                let read = if advanced.wrapped {
                     advanced::from_value(value).map(|Wrapped { body }| body)
                 } else {
                     advanced::from_value(value)
@@ -61,7 +65,7 @@ impl Body {
     pub(super) fn len(&self) -> usize {
         match self {
             Body::Json(json) => json.as_str().len(),
-            Body::Advanced { bytes, .. } => *bytes,
+            Body::Advanced(advanced) => advanced.bytes,
             Body::Native(bytes) => bytes.len(),
         }
     }
@@ -69,7 +73,14 @@ impl Body {
 
 /// A message that was received.
 pub struct Message {
-    pub(super) body: Body,
+    body: Body,
+    /// Most have nothing but a body, and each is moved several times on its way.
+    rest: Option<Box<Rest>>,
+}
+
+/// What some messages have besides.
+#[derive(Default)]
+pub(super) struct Rest {
     pub(super) handles: Vec<Handle>,
     pub(super) counted: Option<Counted>,
     pub(super) answer: Option<Answer>,
@@ -88,7 +99,7 @@ impl Message {
     pub fn json(&self) -> Option<&str> {
         match &self.body {
             Body::Json(json) => Some(json.as_str()),
-            Body::Advanced { .. } | Body::Native(_) => None,
+            Body::Advanced(_) | Body::Native(_) => None,
         }
     }
 
@@ -96,7 +107,7 @@ impl Message {
     /// integers, buffers and cycles. A request is the member `body` of it.
     pub fn value(&self) -> Option<&Value> {
         match &self.body {
-            Body::Advanced { value, .. } => Some(value),
+            Body::Advanced(advanced) => Some(&advanced.value),
             Body::Json(_) | Body::Native(_) => None,
         }
     }
@@ -104,29 +115,30 @@ impl Message {
     /// Takes the handle that came with it; with several, the next one. Handles that are not taken are closed
     /// with the message.
     pub fn take_handle(&mut self) -> Option<Handle> {
-        (!self.handles.is_empty()).then(|| self.handles.remove(0))
+        let rest = self.rest.as_mut().filter(|rest| !rest.handles.is_empty())?;
+        Some(rest.handles.remove(0))
     }
 
     /// The handles that came with it and were not taken.
     pub fn handles(&self) -> &[Handle] {
-        &self.handles
+        self.rest.as_ref().map_or(&[], |rest| &rest.handles)
     }
 
     /// Takes all handles.
     pub fn take_handles(&mut self) -> Vec<Handle> {
-        std::mem::take(&mut self.handles)
+        self.rest.as_mut().map(|rest| std::mem::take(&mut rest.handles)).unwrap_or_default()
     }
 
     /// For a connection that a Node server accepted: keep this beside the connection and drop it when the
     /// connection is closed. The server's `getConnections` counts it until then, and its `close` waits.
     /// `None` for everything else.
     pub fn take_counted(&mut self) -> Option<Counted> {
-        self.counted.take()
+        self.rest.as_mut()?.counted.take()
     }
 
     /// Whether the other end waits for an answer.
     pub fn wants_reply(&self) -> bool {
-        self.answer.is_some()
+        self.rest.as_ref().is_some_and(|rest| rest.answer.is_some())
     }
 
     /// Answers a request. A request that is dropped without is answered as refused.
@@ -137,7 +149,7 @@ impl Message {
     /// # Errors
     /// [`SendError`].
     pub async fn reply<T: Serialize + ?Sized>(mut self, value: &T) -> Result<(), SendError> {
-        match self.answer.take() {
+        match self.take_answer() {
             Some(answer) => answer.give(value).await,
             None => Ok(()),
         }
@@ -145,11 +157,20 @@ impl Message {
 
     /// Splits the way back off, to answer after the message was taken apart.
     pub fn take_answer(&mut self) -> Option<Answer> {
-        self.answer.take()
+        self.rest.as_mut()?.answer.take()
+    }
+
+    pub(super) fn new(body: Body, rest: Rest) -> Message {
+        let plain = rest.handles.is_empty() && rest.counted.is_none() && rest.answer.is_none();
+        Message { body, rest: (!plain).then(|| Box::new(rest)) }
+    }
+
+    pub(super) fn plain(body: Body) -> Message {
+        Message { body, rest: None }
     }
 
     pub(super) fn weight(&self) -> usize {
-        WEIGHT_BYTES + self.body.len() + self.handles.len() * HANDLE_WEIGHT_BYTES
+        WEIGHT_BYTES + self.body.len() + self.handles().len() * HANDLE_WEIGHT_BYTES
     }
 }
 
@@ -157,13 +178,13 @@ impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.body {
             Body::Json(json) => write!(f, "Message({}", json.as_str())?,
-            Body::Advanced { value, .. } => write!(f, "Message({value:?}")?,
+            Body::Advanced(advanced) => write!(f, "Message({:?}", advanced.value)?,
             Body::Native(bytes) => write!(f, "Message({} bytes", bytes.len())?,
         }
-        for handle in &self.handles {
+        for handle in self.handles() {
             write!(f, ", {handle:?}")?;
         }
-        f.write_str(if self.answer.is_some() { ", wants a reply)" } else { ")" })
+        f.write_str(if self.wants_reply() { ", wants a reply)" } else { ")" })
     }
 }
 

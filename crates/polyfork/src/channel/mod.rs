@@ -29,6 +29,7 @@ mod engine;
 mod error;
 mod handle;
 mod message;
+mod ring;
 pub(crate) mod socket;
 #[cfg(test)]
 mod tests;
@@ -326,6 +327,14 @@ impl Sender {
     /// [`recv`](Receiver::recv).
     pub async fn closed(&self) {
         self.shared().ended().await;
+    }
+
+    /// Whether messages may go through shared memory, on a native channel whose other end can do that. By default they
+    /// may: once 64 KiB were sent in one direction, a ring of 68 KiB takes over for that direction, and what is in it
+    /// does not enter the kernel. The order of messages, what is bounded and what is lost when a process dies stay
+    /// the same. Each end decides for what it sends and for what it is sent, until a ring is in use.
+    pub fn allow_ring(&self, allowed: bool) {
+        self.shared().allow_ring(allowed);
     }
 
     /// The limits in force.

@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use polyfork_sys::channel::{self, Received};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -113,6 +114,15 @@ impl Socket {
             }
             Err(_) => false,
         }
+    }
+
+    /// Whether the other end is closed in both directions, so that nobody reads what is sent.
+    pub(crate) fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.get_ref(), PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let polled = rustix::event::poll(&mut fds, Some(&now));
+        polled.is_ok_and(|found| found > 0)
+            && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     }
 
     /// Tells the other end that nothing more comes, or with [`Shutdown::Both`] that all is over.

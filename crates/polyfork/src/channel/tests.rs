@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
+mod ring;
+
 const LONG: Duration = Duration::from_secs(60);
 const ALL: [Encoding; 3] = [Encoding::Json, Encoding::Advanced, Encoding::Native];
 
@@ -401,7 +403,7 @@ async fn fault_is_told_once_after_the_last_good_message() {
         b"1\n{\"cmd\":\"NODE_HANDLE_ACK\"}\n",
         b"1\n\xff\n",
     ];
-    let hello = frame(&PortFrame::Hello);
+    let hello = frame(&PortFrame::Hello { features: 0 });
     let one = frame(&PortFrame::Message(&[2]));
     let native = [
         [&hello[..], &one, &one[..3], &[9; 40]].concat(),
@@ -442,7 +444,7 @@ async fn cut_off_last_message_is_dropped_without_an_error() {
         (Encoding::Json, b"1\n{\"a\":".to_vec()),
         (Encoding::Native, {
             let one = frame(&PortFrame::Message(&[2]));
-            [&frame(&PortFrame::Hello)[..], &one, &one[..7]].concat()
+            [&frame(&PortFrame::Hello { features: 0 })[..], &one, &one[..7]].concat()
         }),
     ] {
         let (mut channel, mut peer) = with_peer(encoding);
@@ -548,7 +550,7 @@ proptest::proptest! {
         runtime.block_on(async {
             let (mut channel, mut peer) = with_peer(encoding);
             if greeted && native {
-                peer.write_all(&frame(&PortFrame::Hello)).unwrap();
+                peer.write_all(&frame(&PortFrame::Hello { features: 0 })).unwrap();
             }
             peer.write_all(&bytes).unwrap();
             drop(peer);

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use polyfork::shared_memory::{Atomics, SharedArrayBuffer, WaitOutcome};
 
-use crate::support::{PATIENCE, block_on, next_memory};
+use crate::support::{PATIENCE, block_on, next, next_memory};
 
 /// Adds one to every word, tells so in the first, and makes memory of its own for the parent.
 #[test]
@@ -49,5 +49,51 @@ fn plays() {
                 words.notify(0, 1);
             }
         }
+    });
+}
+
+/// Sends numbers for ever, with a handle now and then.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn floods() {
+    block_on(async {
+        let parent = polyfork::process::channel().unwrap();
+        for number in 0_u32.. {
+            let text = "x".repeat(number as usize % 60);
+            let sent = if number % 500 == 499 {
+                let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+                parent.send_with(&(number, text), one).await
+            } else {
+                parent.send(&(number, text)).await
+            };
+            if sent.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Sends so many numbers, sees to it that they have left, and dies at once.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn dies_after_flush() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let count: u32 = next(&mut parent).await.to().unwrap();
+        for number in 0..count {
+            parent.send(&(number, "x".repeat(number as usize % 60))).await.unwrap();
+        }
+        parent.flush().await.unwrap();
+        std::process::abort();
+    });
+}
+
+/// Receives for ever.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn receives() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        while parent.recv().await.unwrap().is_some() {}
     });
 }
