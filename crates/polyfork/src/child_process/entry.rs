@@ -237,7 +237,7 @@ pub trait AnyEntry: Sync + sealed::Sealed {
     fn run_on(&self, channel: Channel) -> Running;
 }
 
-mod sealed {
+pub(crate) mod sealed {
     pub trait Sealed {}
     impl<In, Out> Sealed for super::Entry<In, Out> {}
 }

@@ -42,6 +42,7 @@ mod sync;
 
 pub use child::{Child, ChildError, Event, Exit};
 pub use command::{Command, Shell};
+pub(crate) use entry::sealed;
 pub use entry::{
     AnyEntry, Entry, EntryResult, ForkedEntry, Port, PortError, fork_entry, fork_entry_with,
     run_entries,

@@ -36,7 +36,7 @@ mod port;
 mod worker;
 
 pub use broadcast::{BroadcastChannel, BroadcastError, Broadcasted, WhenFull};
-pub use pool::{Pool, PoolBuilder, Priority, Task, TaskError};
+pub use pool::{Job, JobPool, Place, Pool, PoolBuilder, Priority, Task, TaskError};
 pub use port::{
     CyclicTransfer, MessageChannel, MessagePort, PostError, Poster, Transferred, TryPostError,
     TryReceiveError, receive_message_on_port,

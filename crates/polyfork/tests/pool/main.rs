@@ -5,6 +5,7 @@
 
 mod ending;
 mod figures;
+mod processes;
 mod queue;
 mod running;
 mod threads;

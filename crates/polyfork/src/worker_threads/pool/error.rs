@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::thread::quietly;
+use crate::child_process::Exit;
 
 /// Why a task has no result.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -17,18 +18,31 @@ pub enum TaskError {
         /// The panic's text, or what stands for it when the panic carried something else.
         text: String,
     },
-    /// It was aborted before it began, and never will.
-    #[error("task was aborted before it began")]
+    /// It was aborted: before it began, or, in a child process, at any time.
+    #[error("task was aborted")]
     Aborted,
     /// Its time was up.
     #[error("task {}", if *begun { "was not done in time; it has been asked to stop" } else { "had not begun in time" })]
     TimedOut {
-        /// It was running then, and runs on until it looks at its [`Context`](super::Context) or ends.
+        /// It was running then, and runs on until it looks at its [`Context`](super::Context) or ends. In a child process it
+        /// was killed.
         begun: bool,
     },
     /// The queue was full.
     #[error("task was refused: the queue is full")]
     Full,
+    /// Its process ended under it. The next task gets another one.
+    #[error("process of the task ended under it{}", how(*exit))]
+    Crashed {
+        /// How it ended.
+        exit: Exit,
+    },
+    /// It could not be given to a process: none could be started, or the job or its result cannot be sent.
+    #[error("task was not done in a process: {reason}")]
+    Process {
+        /// What went wrong, on what.
+        reason: String,
+    },
     /// It had to make room in the full queue for a newer one.
     #[error("task lost its place in the full queue to a newer one")]
     Displaced,
@@ -38,6 +52,14 @@ pub enum TaskError {
     /// There is no thread, and none could be started.
     #[error("task was dropped: cannot start a thread of the pool: {0}")]
     NoThread(Arc<io::Error>),
+}
+
+fn how(exit: Exit) -> String {
+    match (exit.code, exit.signal) {
+        (Some(code), _) => format!(" with exit code {code}"),
+        (None, Some(signal)) => format!(": killed by {signal}"),
+        (None, None) => String::new(),
+    }
 }
 
 /// The pool could not be made.

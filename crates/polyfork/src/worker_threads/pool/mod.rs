@@ -74,6 +74,26 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # In threads or in processes
+//!
+//! A [`Job`] is a function of this program with a name. A pool of it runs in threads or in child processes, by one word:
+//!
+//! ```no_run
+//! use polyfork::child_process::run_entries;
+//! use polyfork::worker_threads::pool::{Job, Place, Pool};
+//!
+//! const SQUARE: Job<u64, u64> = Job::new("square", |number, _context| number * number);
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     run_entries(&[&SQUARE]); // does not return in a child
+//!     let pool = Pool::of(&SQUARE, Place::Process)?; // or Place::Thread
+//!     assert_eq!(pool.run_blocking(12)?, 144);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! See [`Place`] for what a process can do that a thread cannot.
+//!
 //! # Ending the pool
 //!
 //! [`Pool::close`] has everything done that was brought before, [`Pool::abandon`] only what has begun; either can be awaited.
@@ -82,8 +102,10 @@
 //! Behaviour resembles: piscina (queue, abort, histograms, recycling). Who sleeps and who is woken is decided in
 //! `polyfork_core::sync::pool`, where it is model-checked.
 
+mod child;
 mod error;
 mod histogram;
+mod job;
 mod stats;
 mod task;
 mod thread;
@@ -92,16 +114,19 @@ mod timer;
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context as Waking, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use polyfork_core::sync::lock;
 use polyfork_core::sync::pool::{Brought, Dispatch, Mark, Sizes, WhenFull};
+use tokio_util::sync::CancellationToken;
 
 pub use error::{PoolError, Rejected, TaskError};
 pub use histogram::Distribution;
+pub use job::{Job, JobBuilder, JobPool, Place};
 pub use polyfork_core::sync::pool::Priority;
 pub use stats::Stats;
 pub use task::{AbortHandle, Cancelled, Context, Task};
@@ -141,6 +166,7 @@ pub struct PoolBuilder {
     max: Option<usize>,
     capacity: usize,
     options: Options,
+    prepare: Option<Arc<child::Prepare>>,
 }
 
 /// What the threads need to know.
@@ -151,6 +177,8 @@ struct Options {
     tasks_per_thread: Option<u64>,
     replace_after_panic: bool,
     full: Full,
+    /// Each thread has a child process, which ends with it.
+    has_children: bool,
     on_thread_start: Option<Hook>,
     on_thread_stop: Option<Hook>,
 }
@@ -313,10 +341,11 @@ impl Pool {
             tasks_per_thread: None,
             replace_after_panic: false,
             full: Full::default(),
+            has_children: false,
             on_thread_start: None,
             on_thread_stop: None,
         };
-        PoolBuilder { min: None, max: None, capacity: CAPACITY, options }
+        PoolBuilder { min: None, max: None, capacity: CAPACITY, options, prepare: None }
     }
 
     /// Brings a closure to the pool: it proceeds from now on, whether or not the task is awaited. Does not block, except under
@@ -386,7 +415,7 @@ impl Pool {
     /// Takes no more tasks from now on. What has not begun never will ([`TaskError::Closed`]), what runs is asked to stop; when
     /// the last one has, the threads end.
     pub fn abandon(&self) -> Closing {
-        self.owner.0.abandoned.store(true, Ordering::Relaxed);
+        self.owner.0.abandoned.cancel();
         self.owner.0.shut(true);
         Closing { shared: self.owner.0.clone() }
     }
@@ -613,7 +642,7 @@ impl Future for Closing {
 struct Shared {
     options: Options,
     dispatch: Dispatch<Queued, Arc<Bed>>,
-    abandoned: AtomicBool,
+    abandoned: CancellationToken,
     threads: Mutex<Threads>,
     next_thread: AtomicU64,
     counters: Counters,
@@ -633,17 +662,12 @@ struct Threads {
     left: Vec<JoinHandle<()>>,
 }
 
-/// What a lock protects here stays in order whoever panics: no foreign code runs under any of them.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Shared {
     fn new(sizes: Sizes, options: Options) -> Self {
         Self {
             options,
             dispatch: Dispatch::new(sizes),
-            abandoned: AtomicBool::new(false),
+            abandoned: CancellationToken::new(),
             threads: Mutex::default(),
             next_thread: AtomicU64::new(0),
             counters: Counters::default(),
@@ -668,7 +692,7 @@ impl Shared {
     }
 
     fn is_abandoned(&self) -> bool {
-        self.abandoned.load(Ordering::Relaxed)
+        self.abandoned.is_cancelled()
     }
 
     /// Brings a task, by the policy of the pool.
@@ -715,18 +739,19 @@ impl Shared {
     /// Runs a task that nobody else will, on this thread.
     fn run_here<W: Work + ?Sized>(&self, task: &W) {
         let begin = Instant::now();
-        let worked = self.run(task, begin);
         let waited = begin.saturating_duration_since(task.head().brought);
-        lock(&self.in_passing).end(worked, waited, begin.elapsed());
+        self.run(task, begin, &mut |worked| {
+            lock(&self.in_passing).end(worked, waited, begin.elapsed());
+        });
     }
 
     /// Runs a task, unless its time is up.
-    fn run<W: Work + ?Sized>(&self, task: &W, now: Instant) -> Worked {
+    fn run<W: Work + ?Sized>(&self, task: &W, now: Instant, ran: &mut dyn FnMut(Worked)) {
         if task.head().deadline.is_some_and(|deadline| deadline <= now) {
             task.time_is_up();
-            return Worked::NotBegun;
+        } else {
+            task.work(ran);
         }
-        task.work()
     }
 
     /// Takes a task out of the queue. Whether it was there.

@@ -30,7 +30,7 @@ pub(super) struct Meter {
     /// When the task in hand began, in ns since `born`, plus one; 0 when there is none.
     since: AtomicU64,
     completed: AtomicU64,
-    panicked: AtomicU64,
+    failed: AtomicU64,
     run: Histogram,
     wait: Histogram,
 }
@@ -40,7 +40,7 @@ impl Meter {
         let zero = || AtomicU64::new(0);
         let (run, wait) = (Histogram::new(), Histogram::new());
         let born = Instant::now();
-        Self { born, since: zero(), completed: zero(), panicked: zero(), run, wait }
+        Self { born, since: zero(), completed: zero(), failed: zero(), run, wait }
     }
 
     pub(super) fn begin(&self, now: Instant) {
@@ -48,12 +48,13 @@ impl Meter {
         self.since.store(u64::try_from(ns).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
     }
 
-    pub(super) fn end(&self, worked: Worked, waited: Duration, ran: Duration) {
+    pub(super) fn idle(&self) {
         self.since.store(0, Ordering::Relaxed);
-        if worked == Worked::NotBegun {
-            return;
-        }
-        let counter = if worked == Worked::Panicked { &self.panicked } else { &self.completed };
+    }
+
+    pub(super) fn end(&self, worked: Worked, waited: Duration, ran: Duration) {
+        self.idle();
+        let counter = if worked == Worked::Failed { &self.failed } else { &self.completed };
         add(counter, 1);
         self.run.record(ran);
         self.wait.record(waited);
@@ -63,7 +64,7 @@ impl Meter {
 /// The sum over threads that are gone.
 pub(super) struct Totals {
     completed: u64,
-    panicked: u64,
+    failed: u64,
     running: usize,
     lived: Duration,
     busy: Duration,
@@ -75,7 +76,7 @@ impl Totals {
     pub(super) fn new() -> Self {
         Self {
             completed: 0,
-            panicked: 0,
+            failed: 0,
             running: 0,
             lived: Duration::ZERO,
             busy: Duration::ZERO,
@@ -87,7 +88,7 @@ impl Totals {
     /// Adds what a thread has done. `lives`: it is a thread, rather than whoever runs tasks in passing.
     pub(super) fn add(&mut self, meter: &Meter, lives: bool) {
         self.completed += meter.completed.load(Ordering::Relaxed);
-        self.panicked += meter.panicked.load(Ordering::Relaxed);
+        self.failed += meter.failed.load(Ordering::Relaxed);
         self.run.add(&meter.run);
         self.wait.add(&meter.wait);
         let age = meter.born.elapsed();
@@ -123,8 +124,8 @@ pub struct Stats {
     pub in_line: usize,
     /// Tasks that were run to their end.
     pub completed: u64,
-    /// Tasks that panicked.
-    pub panicked: u64,
+    /// Tasks that panicked, or whose process ended under them.
+    pub failed: u64,
     /// Tasks aborted before they began.
     pub aborted: u64,
     /// Tasks whose time was up, begun or not.
@@ -162,7 +163,7 @@ impl Stats {
             waiting: view.waiting,
             in_line: view.in_line,
             completed: totals.completed,
-            panicked: totals.panicked,
+            failed: totals.failed,
             aborted: read(&counters.aborted),
             timed_out: read(&counters.timed_out),
             refused: read(&counters.refused),

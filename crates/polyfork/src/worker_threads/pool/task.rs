@@ -11,12 +11,14 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::{Context as Waking, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Instant;
 
+use polyfork_core::sync::lock;
 use polyfork_core::sync::pool::{Mark, Marked, Priority};
+use tokio_util::sync::CancellationToken;
 
 use super::error::{TaskError, panic_text};
 use super::thread::{is_own_thread, quietly};
@@ -24,15 +26,16 @@ use super::{Shared, timer};
 
 /// What is to be run.
 pub(super) trait Run<T>: Send {
-    fn run(self, context: &Context<'_>) -> T;
+    /// An error is the task's outcome, as if it had panicked.
+    fn run(self, context: &Context<'_>) -> Result<T, TaskError>;
 }
 
 /// A closure that asks nothing.
 pub(super) struct Plain<F>(pub(super) F);
 
 impl<T, F: FnOnce() -> T + Send> Run<T> for Plain<F> {
-    fn run(self, _context: &Context<'_>) -> T {
-        self.0()
+    fn run(self, _context: &Context<'_>) -> Result<T, TaskError> {
+        Ok(self.0())
     }
 }
 
@@ -40,15 +43,17 @@ impl<T, F: FnOnce() -> T + Send> Run<T> for Plain<F> {
 pub(super) struct Shown<F>(pub(super) F);
 
 impl<T, F: FnOnce(&Context<'_>) -> T + Send> Run<T> for Shown<F> {
-    fn run(self, context: &Context<'_>) -> T {
-        self.0(context)
+    fn run(self, context: &Context<'_>) -> Result<T, TaskError> {
+        Ok(self.0(context))
     }
 }
 
 /// What a running task can ask about itself. Borrow it freely, also into other threads that end before the task does.
+///
+/// In a child process ([`Place::Process`](super::Place::Process)) it knows nothing: a task there is not asked to stop but killed.
 #[derive(Debug)]
 pub struct Context<'a> {
-    head: &'a Head,
+    head: Option<&'a Head>,
 }
 
 /// The task was asked to stop, and its time to do so has come.
@@ -57,10 +62,28 @@ pub struct Context<'a> {
 pub struct Cancelled;
 
 impl Context<'_> {
+    /// In another process.
+    pub(super) fn elsewhere() -> Self {
+        Self { head: None }
+    }
+
+    /// Calls `stopper` when the task is asked to stop: at once, if it was already. Replaces the one before.
+    pub(super) fn on_stop(&self, stopper: impl FnOnce() + Send + 'static) {
+        if let Some(head) = self.head {
+            head.on_stop(Box::new(stopper));
+        }
+    }
+
+    /// Fires when the pool is abandoned.
+    pub(super) fn abandoned(&self) -> Option<&CancellationToken> {
+        self.head.map(|head| &head.shared.abandoned)
+    }
+
     /// Whether the task should stop: it was aborted, nobody waits for it any more, its time is up, or the pool is abandoned.
     /// Reads one flag; ask as often as you like.
     pub fn is_cancelled(&self) -> bool {
-        self.head.stop.load(Ordering::Relaxed) || self.head.shared.is_abandoned()
+        self.head
+            .is_some_and(|head| head.stop.load(Ordering::Relaxed) || head.shared.is_abandoned())
     }
 
     /// [`is_cancelled`](Self::is_cancelled) for use with `?`.
@@ -73,21 +96,24 @@ impl Context<'_> {
 
     /// When its time is up, if it has a limit.
     pub fn deadline(&self) -> Option<Instant> {
-        self.head.deadline
+        self.head.and_then(|head| head.deadline)
     }
 
     /// How urgent it was said to be.
     pub fn priority(&self) -> Priority {
-        self.head.priority
+        self.head.map(|head| head.priority).unwrap_or_default()
     }
 }
 
+type Stopper = Box<dyn FnOnce() + Send>;
+
 /// What both faces of a task know.
-#[derive(Debug)]
 pub(super) struct Head {
     pub(super) mark: Mark,
     /// The task should stop.
     stop: AtomicBool,
+    /// Is called when it should stop, by whoever says so.
+    stopper: Mutex<Option<Stopper>>,
     pub(super) priority: Priority,
     pub(super) brought: Instant,
     pub(super) deadline: Option<Instant>,
@@ -96,31 +122,62 @@ pub(super) struct Head {
 
 impl Head {
     pub(super) fn new(shared: Arc<Shared>, priority: Priority, deadline: Option<Instant>) -> Self {
-        let stop = AtomicBool::new(false);
-        Self { mark: Mark::new(), stop, priority, brought: Instant::now(), deadline, shared }
+        Self {
+            mark: Mark::new(),
+            stop: AtomicBool::new(false),
+            stopper: Mutex::new(None),
+            priority,
+            brought: Instant::now(),
+            deadline,
+            shared,
+        }
     }
 
     pub(super) fn ask_to_stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::SeqCst);
+        let stopper = lock(&self.stopper).take();
+        if let Some(stopper) = stopper {
+            stopper();
+        }
+    }
+
+    fn on_stop(&self, stopper: Stopper) {
+        *lock(&self.stopper) = Some(stopper);
+        // Whoever asked before saw no stopper.
+        if self.stop.load(Ordering::SeqCst) {
+            self.ask_to_stop();
+        }
+    }
+
+    fn forget_stopper(&self) {
+        let stopper = lock(&self.stopper).take();
+        drop(stopper);
     }
 }
 
-/// What became of a task that a thread was given.
+impl std::fmt::Debug for Head {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Head")
+            .field("priority", &self.priority)
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What became of a task that was run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Worked {
     /// It was run to its end.
     Done,
-    /// It panicked.
-    Panicked,
-    /// It had been given up before.
-    NotBegun,
+    /// It panicked, or its process ended under it.
+    Failed,
 }
 
 /// The side of the threads.
 pub(super) trait Work: Send + Sync {
     fn head(&self) -> &Head;
-    /// Runs it, unless it was given up. Does not panic.
-    fn work(&self) -> Worked;
+    /// Runs it, unless it was given up, and calls `ran` before anybody hears of the outcome. Does not panic.
+    fn work(&self, ran: &mut dyn FnMut(Worked));
     /// Its outcome is `error`, if it has not begun. Whether that was so.
     fn give_up(&self, error: TaskError) -> bool;
     /// Its time is up: its outcome is that, unless it has one already; if it runs it is asked to stop.
@@ -226,7 +283,7 @@ impl<F, T> Cell<F, T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Slot<F, T>> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.slot)
     }
 
     /// It ran. If somebody has given it up meanwhile, what came out is dropped.
@@ -279,27 +336,22 @@ where
         &self.head
     }
 
-    fn work(&self) -> Worked {
+    fn work(&self, ran: &mut dyn FnMut(Worked)) {
         let mut slot = self.lock();
         let task = match std::mem::replace(&mut slot.step, Step::Running) {
             Step::Waiting(task) => task,
             other => {
                 slot.step = other;
-                return Worked::NotBegun;
+                return;
             }
         };
         drop(slot);
-        let context = Context { head: &self.head };
-        match catch_unwind(AssertUnwindSafe(|| task.run(&context))) {
-            Ok(outcome) => {
-                self.finish(Ok(outcome));
-                Worked::Done
-            }
-            Err(payload) => {
-                self.finish(Err(TaskError::Panicked { text: panic_text(payload) }));
-                Worked::Panicked
-            }
-        }
+        let context = Context { head: Some(&self.head) };
+        let outcome = catch_unwind(AssertUnwindSafe(|| task.run(&context)))
+            .unwrap_or_else(|payload| Err(TaskError::Panicked { text: panic_text(payload) }));
+        self.head.forget_stopper();
+        ran(if outcome.is_ok() { Worked::Done } else { Worked::Failed });
+        self.finish(outcome);
     }
 
     fn give_up(&self, error: TaskError) -> bool {
@@ -385,7 +437,7 @@ impl<T: Send + 'static> Task<T> {
     /// Aborts the task if it has not begun, and asks it to stop if it has (see [`Context::is_cancelled`]).
     ///
     /// `true`: it will never run, and its outcome is [`TaskError::Aborted`]. `false`: it has begun, or is over, and
-    /// its outcome is what it makes of it.
+    /// its outcome is what it makes of it; in a child process it is killed, and its outcome is [`TaskError::Aborted`] too.
     pub fn abort(&self) -> bool {
         self.cell.as_ref().is_some_and(|cell| abort(&**cell))
     }

@@ -153,6 +153,9 @@ impl Member {
             quietly(hook);
         }
         let left = self.rounds();
+        if self.shared.options.has_children {
+            quietly(super::child::end);
+        }
         if let Some(hook) = &self.shared.options.on_thread_stop {
             quietly(hook);
         }
@@ -198,14 +201,19 @@ impl Member {
     fn do_task(&mut self, task: Queued) -> bool {
         let begin = self.clock.take().unwrap_or_else(Instant::now);
         self.meter.begin(begin);
-        let worked = self.shared.run(&*task.0, begin);
-        let end = Instant::now();
         let waited = begin.saturating_duration_since(task.0.head().brought);
-        self.meter.end(worked, waited, end.saturating_duration_since(begin));
-        self.clock = Some(end);
+        let mut well = true;
+        let (meter, clock) = (&self.meter, &mut self.clock);
+        self.shared.run(&*task.0, begin, &mut |worked| {
+            let end = Instant::now();
+            meter.end(worked, waited, end.saturating_duration_since(begin));
+            *clock = Some(end);
+            well = worked == Worked::Done;
+        });
+        self.meter.idle();
         self.tasks += 1;
         // A result that nobody waits for is dropped here.
-        quietly(|| drop(task)) && worked != Worked::Panicked
+        quietly(|| drop(task)) && well
     }
 
     fn has_done_enough(&self, well: bool) -> bool {
