@@ -26,6 +26,7 @@ async fn example(name: &str) -> PathBuf {
             ["build", "-p", "polyfork", "--example", name, "--target-dir"].map(Into::into).into();
         args.push(profile.parent().unwrap().into());
         args.extend(profile.ends_with("release").then(|| "--release".into()));
+        args.extend(cfg!(feature = "axum").then(|| "--all-features".into()));
         let built = exec_file(env!("CARGO"), args).max_buffer(16 << 20).await;
         built.unwrap_or_else(|error| panic!("{name} is not built: {error}"));
     }
@@ -118,6 +119,74 @@ async fn rust_worker_for_node_counts_and_serves() {
                 assert_eq!(text, "{ primes: 9592 }\nserving\nserved by Rust\n\n", "{version}");
             }
             Err(reason) => skip(&format!("{test}::{version}"), &reason),
+        }
+    }
+}
+
+#[cfg(feature = "axum")]
+mod offload {
+    use polyfork::child_process::{Child, Command, Signal, Stdio};
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::TcpStream;
+
+    use super::{PATIENCE, example};
+
+    struct Server {
+        address: String,
+        /// Killed when it is dropped.
+        _child: Child,
+    }
+
+    async fn start(place: &str) -> Server {
+        let mut command = Command::new(example("offload").await);
+        command.env("PLACE", place).env("PORT", "0").stdin(Stdio::Ignore).stderr(Stdio::Pipe);
+        command.kill_on_drop(true).parent_death_signal(Signal::KILL);
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).await.unwrap();
+        let address = line.trim().strip_prefix("listening on http://").unwrap().to_owned();
+        Server { address, _child: child }
+    }
+
+    impl Server {
+        async fn ask(&self, path: &str) -> TcpStream {
+            let mut stream = TcpStream::connect(&self.address).await.unwrap();
+            let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            stream
+        }
+
+        async fn get(&self, path: &str) -> (String, Vec<u8>) {
+            let mut answer = Vec::new();
+            let mut stream = self.ask(path).await;
+            let read = stream.read_to_end(&mut answer);
+            tokio::time::timeout(PATIENCE, read).await.expect("an answer").unwrap();
+            let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").unwrap();
+            let body = answer.split_off(end + 4);
+            (String::from_utf8(answer).unwrap(), body)
+        }
+    }
+
+    #[tokio::test]
+    async fn offload_computes_and_answers_meanwhile_in_threads_and_in_processes() {
+        for place in ["thread", "process"] {
+            let server = start(place).await;
+            // More of them than there are cores, none of which is ever waited for.
+            let mut heavy = Vec::new();
+            for _ in 0..4 {
+                heavy.push(server.ask("/primes/200000000").await);
+            }
+            let (head, body) = server.get("/").await;
+            assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+            assert_eq!(body, b"still here\n");
+            // Those who hang up make room for others.
+            drop(heavy);
+            let (_, body) = server.get("/primes/1000").await;
+            assert_eq!(String::from_utf8(body).unwrap(), "168 primes below 1000\n", "{place}");
+            let (head, body) = server.get("/tile/6/20/30").await;
+            assert!(head.contains("image/png") && body.starts_with(b"\x89PNG\r\n"), "{head}");
+            let (head, _) = server.get("/tile/1/2/0").await;
+            assert!(head.starts_with("HTTP/1.1 404"), "{head}");
         }
     }
 }
