@@ -195,8 +195,13 @@ pub(crate) fn signal(pid: u32, signal: Signal) {
     }
 }
 
+/// Open descriptors, but for the one by which the state on file is being replaced at this very moment.
 pub(crate) fn descriptors(pid: u32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+    let lasting = |entry: &fs::DirEntry| {
+        !fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("state.new"))
+    };
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    entries.filter(lasting).count()
 }
 
 /// Processes whose parent is `pid`, with their state letter.
