@@ -134,8 +134,13 @@ impl Supervisor {
             return;
         }
         self.take(input, out);
-        self.do_what_is_due(out);
-        self.advance_reload(out);
+        // A switch may tell a worker to stop that has no time left for it, and its end may let a reload go on.
+        loop {
+            self.do_what_is_due(out);
+            if !self.advance_reload(out) {
+                break;
+            }
+        }
         self.settle(out);
     }
 

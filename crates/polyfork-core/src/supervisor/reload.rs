@@ -181,49 +181,53 @@ impl Supervisor {
         }
     }
 
-    /// Does what can be done by now.
+    /// Does what can be done by now; true if that was anything.
     ///
     /// It ends: each round ends the reload, or empties the batch, or begins one of the slots that are left.
-    pub(super) fn advance_reload(&mut self, out: &mut Vec<Action>) {
-        loop {
-            if self.reload.is_none() {
-                self.begin_reload();
-            }
-            let Some(reload) = &mut self.reload else { return };
-            reload.draining.retain(|worker| self.workers.contains_key(worker));
-            let unfit = reload.batch.iter().find_map(|(slot, worker)| {
-                let reason = why_unfit(self.workers.get(worker))?;
-                Some(ReloadFault::Candidate { slot: *slot, worker: *worker, reason })
-            });
-            if let Some(fault) = reload.fault.or(unfit) {
-                self.fail_reload(fault, out);
-                continue;
-            }
-            if reload.batch.is_empty() {
-                if !reload.draining.is_empty() && reload.renews.is_none() {
-                    return;
-                }
-                if reload.left.is_empty() {
-                    self.end_reload(out);
-                    continue;
-                }
-                self.begin_batch(out);
-                continue;
-            }
-            let on_trial = |worker| {
-                self.workers.get(worker).is_some_and(|w| w.view.state == WorkerState::Trial)
-            };
-            if !reload.batch.values().all(on_trial) {
-                reload.until = None;
-                return;
-            }
-            let probation = reload.plan.probation;
-            let until = *reload.until.get_or_insert(self.now + probation);
-            if until > self.now {
-                return;
-            }
-            self.switch(out);
+    pub(super) fn advance_reload(&mut self, out: &mut Vec<Action>) -> bool {
+        let before = out.len();
+        while self.step_reload(out) {}
+        out.len() > before
+    }
+
+    fn step_reload(&mut self, out: &mut Vec<Action>) -> bool {
+        if self.reload.is_none() {
+            self.begin_reload();
         }
+        let Some(reload) = &mut self.reload else { return false };
+        reload.draining.retain(|worker| self.workers.contains_key(worker));
+        let unfit = reload.batch.iter().find_map(|(slot, worker)| {
+            let reason = why_unfit(self.workers.get(worker))?;
+            Some(ReloadFault::Candidate { slot: *slot, worker: *worker, reason })
+        });
+        if let Some(fault) = reload.fault.or(unfit) {
+            self.fail_reload(fault, out);
+            return true;
+        }
+        if reload.batch.is_empty() {
+            if !reload.draining.is_empty() && reload.renews.is_none() {
+                return false;
+            }
+            if reload.left.is_empty() {
+                self.end_reload(out);
+                return true;
+            }
+            self.begin_batch(out);
+            return true;
+        }
+        let on_trial =
+            |worker| self.workers.get(worker).is_some_and(|w| w.view.state == WorkerState::Trial);
+        if !reload.batch.values().all(on_trial) {
+            reload.until = None;
+            return false;
+        }
+        let probation = reload.plan.probation;
+        let until = *reload.until.get_or_insert(self.now + probation);
+        if until > self.now {
+            return false;
+        }
+        self.switch(out);
+        true
     }
 
     fn begin_batch(&mut self, out: &mut Vec<Action>) {
