@@ -29,7 +29,7 @@ fn with_grandchild(mut command: Command) -> (Child, OwnedFd) {
 
 #[test]
 fn signals_are_sent_by_number_real_time_ones_too() {
-    let child = shell("sleep 1000").spawn().unwrap();
+    let child = shell("exec sleep 1000").spawn().unwrap();
     send_signal(child.pidfd(), 0).unwrap();
     assert_eq!(errno(send_signal(child.pidfd(), 65)), Some(libc::EINVAL));
     assert_eq!(errno(send_signal(child.pidfd(), -1)), Some(libc::EINVAL));

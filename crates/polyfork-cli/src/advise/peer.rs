@@ -1,6 +1,6 @@
 //! The four ways, driven alike: start one, say something, hear something, end it.
 //!
-//! What they do is the same function on the other side of each: [`serve`] in a thread, in a forked process, in a
+//! On the other side of each are the same answers: in a thread, in a forked process, in a
 //! worker of a cluster. A spawned program knows nothing of us; there, `cat` gives back what it reads.
 //!
 //! The surprising rule: a thread is waited for by blocking, as a thread would be; everything else by the runtime.
