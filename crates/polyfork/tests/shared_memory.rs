@@ -6,6 +6,10 @@
 
 #[path = "shared_memory/channel.rs"]
 mod channel;
+#[path = "shared_memory/locks.rs"]
+mod locks;
+#[path = "shared_memory/ring.rs"]
+mod ring;
 #[path = "shared_memory/roles.rs"]
 mod roles;
 #[path = "shared_memory/sharing.rs"]

@@ -8,6 +8,10 @@
 //! | --- | --- |
 //! | counters, flags, numbers | a [`View`] and its atomics |
 //! | waiting until a number changes | [`Atomics`] |
+//! | a value of several words, written by one, read by many | [`SeqCell`] |
+//! | one at a time, also when one dies | [`SharedMutex`] |
+//! | bytes from one to another | [`ring`] |
+//! | messages from one to another | a [`channel`](crate::channel), which uses a ring by itself |
 //!
 //! ```
 //! use std::sync::atomic::Ordering::SeqCst;
@@ -36,6 +40,9 @@
 //! Behaviour follows: ECMA-262 "Atomics" and "SharedArrayBuffer", futex(7), memfd_create(2).
 
 mod atomics;
+mod mutex;
+pub mod ring;
+mod seq_cell;
 mod waiter;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,8 +51,10 @@ use std::sync::atomic::{
 };
 
 pub use atomics::{Atomics, WaitOutcome, Waiting};
+pub use mutex::{SharedMutex, SharedMutexGuard};
 use polyfork_sys::memory::Memory;
 pub use polyfork_sys::memory::{MemoryError, View, ViewError, Word};
+pub use seq_cell::{BeingWritten, SeqCell};
 
 /// The longest buffer that is taken from another process when nothing else is said: 1 GiB. Of a growable one it
 /// is what it can grow to.

@@ -1,10 +1,13 @@
 //! What this program does as somebody's child. Started by its full name, with `--ignored`.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
-use polyfork::shared_memory::{Atomics, SharedArrayBuffer, WaitOutcome};
+use polyfork::shared_memory::{
+    Atomics, SeqCell, SharedArrayBuffer, SharedMutex, WaitOutcome, ring,
+};
 
-use crate::support::{PATIENCE, block_on, next, next_memory};
+use crate::support::{PATIENCE, block_on, next, next_memory, record};
 
 /// Adds one to every word, tells so in the first, and makes memory of its own for the parent.
 #[test]
@@ -95,5 +98,93 @@ fn receives() {
     block_on(async {
         let mut parent = polyfork::process::channel().unwrap();
         while parent.recv().await.unwrap().is_some() {}
+    });
+}
+
+/// Adds numbers to a ring for ever, in records of changing length.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn produces() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let memory = next_memory(&mut parent).await;
+        let mut producer = ring::Producer::new(&memory).unwrap();
+        let first: u64 = next(&mut parent).await.to().unwrap();
+        for number in first.. {
+            if producer.push(&record(number), None).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Takes numbers out of a ring and says how far it came, for ever.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn consumes() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let memory = next_memory(&mut parent).await;
+        let seen = next_memory(&mut parent).await.u64().unwrap();
+        let mut consumer = ring::Consumer::new(&memory).unwrap();
+        let mut got = Vec::new();
+        while consumer.pop(&mut got, None).unwrap() {
+            let number = seen[0].load(SeqCst);
+            assert_eq!(got, record(number));
+            seen[0].store(number + 1, SeqCst);
+        }
+    });
+}
+
+/// Takes the lock, says so, and keeps it until it is told otherwise.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn holds() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let memory = next_memory(&mut parent).await;
+        let lock = SharedMutex::new(&memory, 0).unwrap();
+        let guard = lock.lock();
+        parent.send(&"locked").await.unwrap();
+        next(&mut parent).await;
+        drop(guard);
+    });
+}
+
+/// Counts in two words that only the lock keeps together, for ever.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn counts() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let memory = next_memory(&mut parent).await;
+        let lock = SharedMutex::new(&memory, 0).unwrap();
+        let words = memory.view::<AtomicU64>(64, 2).unwrap();
+        let most: u64 = next(&mut parent).await.to().unwrap();
+        for _ in 0..most {
+            let guard = lock.lock();
+            if guard.is_inconsistent() {
+                words[1].store(words[0].load(Relaxed), Relaxed);
+                guard.set_consistent();
+            }
+            let count = words[0].load(Relaxed);
+            assert_eq!(words[1].load(Relaxed), count);
+            words[0].store(count + 1, Relaxed);
+            words[1].store(count + 1, Relaxed);
+        }
+    });
+}
+
+/// Writes values whose words belong together, for ever.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn writes() {
+    block_on(async {
+        let mut parent = polyfork::process::channel().unwrap();
+        let memory = next_memory(&mut parent).await;
+        let cell = SeqCell::<8>::new(&memory, 0).unwrap();
+        for number in 0.. {
+            cell.write_over(std::array::from_fn(|n| number ^ n as u64)).unwrap();
+        }
     });
 }

@@ -42,3 +42,13 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime").block_on(future)
 }
+
+/// What stands for a number in a ring: its bytes again and again, at most 79 of them.
+pub(crate) fn record(number: u64) -> Vec<u8> {
+    number.to_le_bytes().into_iter().cycle().take(8 + number as usize % 72).collect()
+}
+
+/// `short` of something, or `long` if this is the long run (`POLYFORK_STRESS=1`).
+pub(crate) fn amount(short: u64, long: u64) -> u64 {
+    if std::env::var_os("POLYFORK_STRESS").is_some() { long } else { short }
+}
