@@ -30,13 +30,17 @@ pub(crate) const FORK_FD: &str = "POLYFORK_FORK_FD";
 /// Name of the entry that a child of the same executable runs.
 pub(crate) const FORK_ENTRY: &str = "POLYFORK_FORK_ENTRY";
 
+/// Set when the parent follows the child's events, so that its messages are [wrapped](crate::child_process::Started).
+pub(crate) const FORK_EVENTS: &str = "POLYFORK_FORK_EVENTS";
+
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 9] = [
+pub(crate) const NOT_INHERITED: [&str; 10] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
     FORK_FD,
     FORK_ENTRY,
+    FORK_EVENTS,
     CHANNEL_PID,
     names::POLYFORK_CHANNEL_FD,
     names::POLYFORK_WORKER_ID,
@@ -105,6 +109,11 @@ pub fn is_forked() -> bool {
 /// The entry that this process shall run.
 pub(crate) fn entry() -> Option<OsString> {
     own(&|key: &str| std::env::var_os(key), std::process::id(), FORK_ENTRY)
+}
+
+/// Whether its parent follows the events of that entry.
+pub(crate) fn tells_events() -> bool {
+    own(&|key: &str| std::env::var_os(key), std::process::id(), FORK_EVENTS).is_some()
 }
 
 /// What the environment says.

@@ -18,7 +18,7 @@ use std::future::Future;
 use std::mem;
 use std::num::NonZeroUsize;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use super::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
@@ -52,7 +52,10 @@ pub fn queue<T>(capacity: Option<NonZeroUsize>) -> (Sender<T>, Receiver<T>) {
         }),
     });
     let sender = Sender { shared: Arc::clone(&shared) };
-    (sender, Receiver { shared, batch: VecDeque::new(), taken: 0, received: 0 })
+    (
+        sender,
+        Receiver { shared, batch: std::sync::Mutex::default(), held: 0, taken: 0, received: 0 },
+    )
 }
 
 /// Keeps what one side writes all the time out of the other's cache lines (two at once are fetched on x86).
@@ -466,8 +469,11 @@ impl<T> Drop for Closed<'_, T> {
 /// Dropped, it closes the queue and drops what was not received.
 pub struct Receiver<T> {
     shared: Arc<Shared<T>>,
-    /// Taken out of the inbox at once.
-    batch: VecDeque<T>,
+    /// Taken out of the inbox at once. Never locked: the lock is there so that a receiver that is shared asks no more of
+    /// its messages than one that is moved, since nobody gets at them by a shared reference.
+    batch: std::sync::Mutex<VecDeque<T>>,
+    /// How many are in it.
+    held: usize,
     /// Messages ever taken out of the inbox.
     taken: usize,
     /// Messages ever received; kept for bounded queues.
@@ -482,13 +488,15 @@ impl<T> Receiver<T> {
     #[inline]
     pub fn try_receive(&mut self) -> Result<T, TryReceive> {
         if self.shared.aborted.load(Ordering::Acquire) {
-            self.batch.clear();
+            self.held = 0;
+            self.batch().clear();
             return Err(TryReceive::Closed);
         }
-        if self.batch.is_empty() {
+        if self.held == 0 {
             self.refill()?;
         }
-        let message = self.batch.pop_front().ok_or(TryReceive::Empty)?;
+        let message = self.batch().pop_front().ok_or(TryReceive::Empty)?;
+        self.held -= 1;
         self.received_one();
         Ok(message)
     }
@@ -520,14 +528,14 @@ impl<T> Receiver<T> {
     /// looks a few times before it sleeps.
     #[inline]
     pub fn looks_empty(&self) -> bool {
-        self.batch.is_empty() && self.shared.tail.0.load(Ordering::Acquire) == self.taken << 1
+        self.held == 0 && self.shared.tail.0.load(Ordering::Acquire) == self.taken << 1
     }
 
     /// How many messages wait.
     pub fn len(&self) -> usize {
         let posted = self.shared.tail.0.load(Ordering::Acquire) >> 1;
         let mask = usize::MAX >> 1;
-        self.batch.len() + (posted.wrapping_sub(self.taken) & mask)
+        self.held + (posted.wrapping_sub(self.taken) & mask)
     }
 
     /// Whether no message waits.
@@ -554,14 +562,23 @@ impl<T> Receiver<T> {
         if tail == taken | 1 {
             return Err(TryReceive::Closed);
         }
-        let room = self.batch.capacity();
+        let shared = &self.shared;
+        let batch = self.batch.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let room = batch.capacity();
         if room > KEEP && (tail.wrapping_sub(taken) >> 1).saturating_mul(TOO_LARGE) < room {
-            self.batch = VecDeque::new();
+            *batch = VecDeque::new();
         }
-        let mut state = self.shared.lock();
-        mem::swap(&mut self.batch, &mut state.inbox);
+        let mut state = shared.lock();
+        mem::swap(batch, &mut state.inbox);
         self.taken = state.posted;
+        drop(state);
+        self.held = batch.len();
         Ok(())
+    }
+
+    #[inline]
+    fn batch(&mut self) -> &mut VecDeque<T> {
+        self.batch.get_mut().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[inline]

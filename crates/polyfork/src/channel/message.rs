@@ -4,16 +4,18 @@
 
 use std::fmt;
 use std::sync::Weak;
+use std::time::Duration;
 
 use bytes::Bytes;
 use polyfork_wire::node::advanced::{self, Value};
 use polyfork_wire::node::message::UserMessage;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use super::count::Counted;
 use super::engine::{Kind, Shared};
-use super::{DecodeError, Handle, SendError};
+use super::{DecodeError, Handle, Reply, RequestError, SendError};
 
 /// What a message counts for beyond its bytes, when it waits to be received.
 const WEIGHT_BYTES: usize = 128;
@@ -54,11 +56,7 @@ impl Body {
                 };
                 read.map_err(|error| DecodeError(error.to_string()))
             }
-            Body::Native(bytes) => match postcard::take_from_bytes(bytes) {
-                Ok((value, [])) => Ok(value),
-                Ok(_) => Err(DecodeError("bytes follow its value".into())),
-                Err(error) => Err(DecodeError(error.to_string())),
-            },
+            Body::Native(bytes) => decode(bytes),
         }
     }
 
@@ -87,6 +85,11 @@ pub(super) struct Rest {
 }
 
 impl Message {
+    /// A message that came by other means than a channel: from a thread.
+    pub(crate) fn local(bytes: Bytes, handles: Vec<Handle>, answer: Option<Answer>) -> Self {
+        Self::new(Body::Native(bytes), Rest { handles, counted: None, answer })
+    }
+
     /// Reads the message as a value of type `T`.
     ///
     /// # Errors
@@ -190,14 +193,24 @@ impl fmt::Debug for Message {
 
 /// The way back for the answer to one request. Dropped, it tells the asker that there is none.
 pub struct Answer {
-    id: u64,
-    channel: Weak<Shared>,
-    given: bool,
+    /// Gone when it was given.
+    way: Option<Way>,
+}
+
+enum Way {
+    Channel { id: u64, channel: Weak<Shared> },
+    Thread(oneshot::Sender<Option<Body>>),
 }
 
 impl Answer {
     pub(super) fn new(id: u64, channel: Weak<Shared>) -> Answer {
-        Answer { id, channel, given: false }
+        Answer { way: Some(Way::Channel { id, channel }) }
+    }
+
+    /// The way back to a thread of this process, and where the answer will be.
+    pub(crate) fn local() -> (Answer, Asked) {
+        let (sender, receiver) = oneshot::channel();
+        (Answer { way: Some(Way::Thread(sender)) }, Asked(receiver))
     }
 
     /// Sends the answer. Waits while the channel is full.
@@ -205,25 +218,77 @@ impl Answer {
     /// # Errors
     /// [`SendError`].
     pub async fn give<T: Serialize + ?Sized>(mut self, value: &T) -> Result<(), SendError> {
-        let channel = self.channel.upgrade().ok_or(SendError::Disconnected)?;
-        let sent = channel.send(Kind::Reply(self.id), value, Vec::new()).await;
-        self.given = sent.is_ok();
-        sent
+        match &self.way {
+            Some(Way::Channel { id, channel }) => {
+                let channel = channel.upgrade().ok_or(SendError::Disconnected)?;
+                channel.send(Kind::Reply(*id), value, Vec::new()).await?;
+                self.way = None;
+            }
+            Some(Way::Thread(_)) => {
+                let bytes = encode(value)?;
+                if let Some(Way::Thread(asker)) = self.way.take() {
+                    // Nobody waits for it any more: then it was too late.
+                    drop(asker.send(Some(Body::Native(bytes))));
+                }
+            }
+            None => {}
+        }
+        Ok(())
     }
 }
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        if !self.given
-            && let Some(channel) = self.channel.upgrade()
-        {
-            channel.refuse(self.id);
+        match self.way.take() {
+            Some(Way::Channel { id, channel }) => {
+                if let Some(channel) = channel.upgrade() {
+                    channel.refuse(id);
+                }
+            }
+            Some(Way::Thread(asker)) => drop(asker.send(None)),
+            None => {}
         }
     }
 }
 
 impl fmt::Debug for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Answer({})", self.id)
+        match &self.way {
+            Some(Way::Channel { id, .. }) => write!(f, "Answer({id})"),
+            Some(Way::Thread(_)) => f.write_str("Answer(to a thread)"),
+            None => f.write_str("Answer(given)"),
+        }
+    }
+}
+
+/// Where the answer of a thread will be.
+pub(crate) struct Asked(oneshot::Receiver<Option<Body>>);
+
+impl Asked {
+    /// Waits for it, at most for `limit`.
+    pub(crate) async fn answer(self, limit: Duration) -> Result<Reply, RequestError> {
+        match tokio::time::timeout(limit, self.0).await {
+            Err(_elapsed) => Err(RequestError::Deadline(limit)),
+            Ok(Err(_gone)) => Err(RequestError::Disconnected),
+            Ok(Ok(None)) => Err(RequestError::Refused),
+            Ok(Ok(Some(body))) => Ok(Reply(body)),
+        }
+    }
+}
+
+/// A value as the native encoding has it.
+pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, SendError> {
+    match postcard::to_stdvec(value) {
+        Ok(bytes) => Ok(bytes.into()),
+        Err(error) => Err(SendError::Encode(error.to_string())),
+    }
+}
+
+/// Reads what [`encode`] wrote.
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(DecodeError("bytes follow its value".into())),
+        Err(error) => Err(DecodeError(error.to_string())),
     }
 }

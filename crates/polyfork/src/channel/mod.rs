@@ -51,6 +51,7 @@ pub use error::{
 };
 pub use handle::Handle;
 pub use message::{Answer, Message};
+pub(crate) use message::{decode, encode};
 pub use polyfork_wire::node::advanced;
 pub use polyfork_wire::{Limits, ProtocolError};
 

@@ -1,38 +1,36 @@
-//! Named functions of this program that run in a process of their own.
+//! Named functions of this program that run in a process of their own, or in a thread.
 //!
-//! An [`Entry`] is a name and an async function over a typed [`Port`]. The parent starts this executable again with
-//! the name in its environment; the first line of `main` sees that and runs the function instead of the program.
+//! An [`Entry`] is a name and an async function over a typed [`Port`]. For a process the parent starts this executable
+//! again with the name in its environment; the first line of `main` sees that and runs the function instead of the
+//! program. The port is in `port`; `place` leaves open whether it is a process.
 //!
-//! The rule that surprises: nothing of the parent's memory is there. The child begins as a fresh process, so
+//! The rule that surprises: nothing of the parent's memory is there. A child begins as a fresh process, so
 //! what it needs is sent to it.
 
 use std::fmt;
 use std::future::Future;
-use std::marker::PhantomData;
 use std::pin::Pin;
 use std::process::exit;
-use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::fork::{ForkError, start};
-use super::{Child, Command};
-use crate::channel::{
-    AlreadyDisconnected, Channel, ChannelError, DecodeError, Encoding, Handle, Limits, Message,
-    RequestError, SendError, Sender,
-};
+use super::port::{Framing, ToParent};
+use super::{Child, Command, Port};
+use crate::channel::{Channel, Encoding, Limits};
 use crate::process::{self, FORK_ENTRY, ProcessError};
+use crate::worker_threads::{IntoExit, WorkerError, WorkerExit, allow_exit, caught};
 
-/// The exit code of a child whose entry failed, as of a program whose `main` returns an error.
-const FAILED: i32 = 1;
+/// The exit code of a child whose entry panicked, as of a program whose `main` panics.
+const PANICKED: i32 = 101;
 /// The exit code of a child that was asked for an entry this program has not (`EX_SOFTWARE`).
 const UNKNOWN_ENTRY: i32 = 70;
 
 /// What the function of an entry returns.
 pub type EntryResult = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
-type Running = Pin<Box<dyn Future<Output = EntryResult> + Send>>;
+pub(super) type Running = Pin<Box<dyn Future<Output = EntryResult> + Send>>;
 
 /// A named function of this program that gets messages of type `In` and sends messages of type `Out`.
 ///
@@ -62,8 +60,8 @@ type Running = Pin<Box<dyn Future<Output = EntryResult> + Send>>;
 /// }
 /// ```
 pub struct Entry<In, Out> {
-    name: &'static str,
-    run: fn(Port<In, Out>) -> Running,
+    pub(super) name: &'static str,
+    pub(super) run: fn(Port<In, Out>) -> Running,
 }
 
 impl<In, Out> Entry<In, Out> {
@@ -81,109 +79,6 @@ impl<In, Out> Entry<In, Out> {
 impl<In, Out> fmt::Debug for Entry<In, Out> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Entry({:?})", self.name)
-    }
-}
-
-/// One end of a typed channel: gets `In`, sends `Out`.
-pub struct Port<In, Out> {
-    channel: Channel,
-    types: PhantomData<fn(Out) -> In>,
-}
-
-/// Why nothing was received on a [`Port`].
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PortError {
-    /// The other end broke the protocol; the channel has ended.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// A message is not of type `In`. The next ones can be received.
-    #[error(transparent)]
-    Decode(#[from] DecodeError),
-}
-
-impl<In: DeserializeOwned, Out: Serialize> Port<In, Out> {
-    /// A typed port over a channel.
-    pub fn new(channel: Channel) -> Self {
-        Self { channel, types: PhantomData }
-    }
-
-    /// The next message; `None` when the channel has ended. Cancel safe.
-    ///
-    /// # Errors
-    /// [`PortError`].
-    pub async fn recv(&mut self) -> Result<Option<In>, PortError> {
-        match self.channel.recv().await? {
-            Some(message) => Ok(Some(message.to()?)),
-            None => Ok(None),
-        }
-    }
-
-    /// The next message with its handles and the way to answer it. Cancel safe.
-    ///
-    /// # Errors
-    /// [`PortError`].
-    pub async fn recv_message(&mut self) -> Result<Option<(In, Message)>, PortError> {
-        match self.channel.recv().await? {
-            Some(message) => Ok(Some((message.to()?, message))),
-            None => Ok(None),
-        }
-    }
-
-    /// Sends a message; see [`Sender::send`].
-    ///
-    /// # Errors
-    /// [`SendError`].
-    pub async fn send(&self, message: &Out) -> Result<(), SendError> {
-        self.channel.send(message).await
-    }
-
-    /// Sends a message with a handle; see [`Sender::send_with`].
-    ///
-    /// # Errors
-    /// [`SendError`].
-    pub async fn send_with(
-        &self,
-        message: &Out,
-        handle: impl Into<Handle>,
-    ) -> Result<(), SendError> {
-        self.channel.send_with(message, handle).await
-    }
-
-    /// Asks, and waits for the answer, which may be of any type the two agree on; see [`Sender::request`].
-    ///
-    /// # Errors
-    /// [`RequestError`].
-    pub async fn request(
-        &self,
-        message: &Out,
-        limit: Duration,
-    ) -> Result<crate::channel::Reply, RequestError> {
-        self.channel.request(message, limit).await
-    }
-
-    /// Ends the channel after everything was written; see [`Sender::disconnect`].
-    ///
-    /// # Errors
-    /// [`AlreadyDisconnected`].
-    pub async fn disconnect(&self) -> Result<(), AlreadyDisconnected> {
-        self.channel.disconnect().await
-    }
-
-    /// The sending half, for other tasks. It sends anything, so it is for values of type `Out`.
-    pub fn sender(&self) -> Sender {
-        self.channel.sender()
-    }
-
-    /// The channel, without types.
-    pub fn into_channel(self) -> Channel {
-        self.channel
-    }
-}
-
-impl<In, Out> fmt::Debug for Port<In, Out> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Port").field(&self.channel).finish()
     }
 }
 
@@ -235,6 +130,11 @@ pub trait AnyEntry: Sync + sealed::Sealed {
     fn entry_name(&self) -> &'static str;
     #[doc(hidden)]
     fn run_on(&self, channel: Channel) -> Running;
+    /// For a parent that follows events.
+    #[doc(hidden)]
+    fn run_telling(&self, channel: Channel) -> Running {
+        self.run_on(channel)
+    }
 }
 
 pub(crate) mod sealed {
@@ -254,14 +154,19 @@ where
     fn run_on(&self, channel: Channel) -> Running {
         (self.run)(Port::new(channel))
     }
+
+    fn run_telling(&self, channel: Channel) -> Running {
+        (self.run)(Port::framed(channel, Framing::Child))
+    }
 }
 
 /// Runs the entry that this process was started for, and ends the process with it. Returns at once in every
 /// other process.
 ///
 /// Call it first in `main`, before a runtime is made: it makes its own, for the current thread. The exit code is 0 when
-/// the function returns `Ok`, 1 with a message on standard error when it returns an error, and 70 when there
-/// is no entry of that name.
+/// the function returns `Ok`, 1 with a message on standard error when it returns an error, 101 when it panics, what it
+/// gave to [`exit`](crate::worker_threads::exit()), and 70 when there is no entry of that name. A parent that follows its
+/// [events](super::Started) is told errors and panics; the code is 1 for both then.
 #[expect(clippy::print_stderr, reason = "as the end of `main` does with an error")]
 pub fn run_entries(entries: &[&dyn AnyEntry]) {
     let Some(name) = process::entry() else { return };
@@ -270,21 +175,46 @@ pub fn run_entries(entries: &[&dyn AnyEntry]) {
         eprintln!("polyfork: no entry {name:?} in this program; it has {known:?}");
         exit(UNKNOWN_ENTRY);
     };
-    let ended = run(*entry);
-    if let Err(error) = &ended {
-        eprintln!("polyfork: entry {name:?} failed: {error}");
-    }
-    exit(if ended.is_ok() { 0 } else { FAILED });
+    let tells = process::tells_events();
+    let ended = run(*entry, tells).unwrap_or_else(|error| Err::<(), _>(error).into_exit());
+    exit(match ended.error {
+        Some(WorkerError::Failed(error)) if !tells => {
+            eprintln!("polyfork: entry {name:?} failed: {error}");
+            ended.code
+        }
+        Some(WorkerError::Panicked(_)) if !tells => PANICKED,
+        _ => ended.code,
+    });
 }
 
-fn run(entry: &dyn AnyEntry) -> EntryResult {
+/// What cannot be told to the parent is the error.
+fn run(
+    entry: &dyn AnyEntry,
+    tells: bool,
+) -> Result<WorkerExit, Box<dyn std::error::Error + Send + Sync>> {
+    allow_exit();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let channel = runtime
+        .block_on(async { process::channel().map_err(|error: ProcessError| Box::new(error)) })?;
+    let sender = channel.sender();
+    let ended = caught(|| {
+        runtime.block_on(async {
+            if tells {
+                // A parent that is gone is seen by the entry.
+                let _gone = sender.send(&ToParent::<()>::Online).await;
+                // Before a function that may block.
+                let _gone = sender.flush().await;
+            }
+            let running = if tells { entry.run_telling(channel) } else { entry.run_on(channel) };
+            running.await.into_exit()
+        })
+    });
     runtime.block_on(async {
-        let channel = process::channel().map_err(|error: ProcessError| Box::new(error))?;
+        if let (true, Some(error)) = (tells, &ended.error) {
+            let _gone = sender.send(&ToParent::<()>::error(error)).await;
+        }
         // What the function sent leaves before the process ends, unless the parent does not read.
-        let sender = channel.sender();
-        let result = entry.run_on(channel).await;
         let _gone = sender.flush().await;
-        result
-    })
+    });
+    Ok(ended)
 }

@@ -11,6 +11,7 @@
 //! | `fork(__filename)` | [`fork_entry`], a function of this program in a process of its own |
 //! | `subprocess.send`, `on('message')` | [`Forked::channel`](struct@Forked) |
 //! | events | [`Child::next_event`] |
+//! | `fork(__filename)` or `new Worker(__filename)` | [`Entry::start`], which leaves the choice open |
 //!
 //! What differs from Node, on purpose:
 //!
@@ -36,20 +37,24 @@ mod entry;
 mod error;
 mod exec;
 mod fork;
+mod place;
+mod port;
 mod signal;
 mod stdio;
 mod sync;
 
+pub use crate::worker_threads::Place;
 pub use child::{Child, ChildError, Event, Exit};
 pub use command::{Command, Shell};
 pub(crate) use entry::sealed;
 pub use entry::{
-    AnyEntry, Entry, EntryResult, ForkedEntry, Port, PortError, fork_entry, fork_entry_with,
-    run_entries,
+    AnyEntry, Entry, EntryResult, ForkedEntry, fork_entry, fork_entry_with, run_entries,
 };
 pub use error::{ExecError, ExecErrorKind, OutputStream, SpawnError};
 pub use exec::{DEFAULT_MAX_BUFFER, Exec, Executing, Output, exec, exec_file};
 pub use fork::{ForkError, ForkNode, Forked, fork_node, fork_program};
+pub use place::{EntryEvent, EntryExit, StartError, Started};
+pub use port::{Port, PortError, PortSender};
 pub use signal::{Signal, UnknownSignal};
 pub use stdio::{ChildSocket, ChildStderr, ChildStdin, ChildStdout, Stdio};
 pub use sync::{SyncFault, SyncOutput, exec_file_sync, exec_sync, spawn_sync};

@@ -48,6 +48,7 @@ pub use worker::{
     post_message_to_thread, remove_environment_data, set_environment_data, thread_id,
     thread_messages, thread_name, workers_ended, workers_ended_blocking,
 };
+pub(crate) use worker::{Life, allow_exit, caught};
 
 /// Takes a lock that workers share, also when one of them panicked while it held it: what such a worker may have left
 /// half done is for you to judge, but its panic is not passed on to those that live.

@@ -318,8 +318,9 @@ impl<In, Out> MessagePort<In, Out> {
     /// Closes both directions at once: neither end can post any more. What was posted before can still be received, by
     /// either; then both see the end. Closing twice is harmless.
     pub fn close(&self) {
-        self.poster.queue.close();
+        // In this order, so that who sees the end of what it receives cannot post any more either.
         self.incoming.close();
+        self.poster.queue.close();
     }
 
     /// How many messages wait here.

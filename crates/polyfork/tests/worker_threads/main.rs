@@ -7,6 +7,7 @@
 mod broadcast;
 mod environment;
 mod faults;
+mod places;
 mod ports;
 mod roles;
 mod support;

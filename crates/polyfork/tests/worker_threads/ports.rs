@@ -330,3 +330,19 @@ fn poll_by_hand_is_woken_once_for_many_messages() {
     }
     assert_eq!(count.0.load(Ordering::SeqCst), 1);
 }
+
+/// What is only `Send` can be carried by a port that tasks of several threads share.
+#[test]
+fn ports_and_workers_ask_no_more_of_messages_than_to_be_sent() {
+    type OnlySend = std::cell::Cell<u32>;
+    fn is_send<T: Send>() {}
+    fn is_sync<T: Sync>() {}
+    is_send::<MessagePort<OnlySend, OnlySend>>();
+    is_sync::<MessagePort<OnlySend, OnlySend>>();
+    is_send::<polyfork::worker_threads::Worker<OnlySend, OnlySend>>();
+    is_sync::<polyfork::worker_threads::Worker<OnlySend, OnlySend>>();
+    is_send::<polyfork::worker_threads::WorkerContext<OnlySend, OnlySend>>();
+    is_sync::<polyfork::worker_threads::WorkerContext<OnlySend, OnlySend>>();
+    is_sync::<polyfork::worker_threads::Poster<OnlySend>>();
+    is_sync::<polyfork::worker_threads::BroadcastChannel<OnlySend>>();
+}

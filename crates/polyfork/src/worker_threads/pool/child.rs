@@ -235,11 +235,11 @@ where
 {
     Box::pin(async move {
         let channel = channel;
-        let mut port: Port<In, ()> = Port::new(channel);
+        let mut port: Port<In, Answer<Out>> = Port::new(channel);
         while let Some(input) = port.recv().await? {
             let answer = catch_unwind(AssertUnwindSafe(|| job(input, &Context::elsewhere())))
                 .map_or_else(|payload| Answer::Panicked(panic_text(payload)), Answer::Done);
-            port.sender().send(&answer).await?;
+            port.send(&answer).await?;
         }
         Ok(())
     })

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Mutex, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +15,8 @@ use crate::worker_threads::MessagePort;
 pub struct WorkerContext<In, Out> {
     port: MessagePort<In, Out>,
     stop: CancellationToken,
-    data: Option<Box<dyn Any + Send>>,
+    /// Never locked: so that a shared context asks no more of the data than to be `Send`.
+    data: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl<In, Out> WorkerContext<In, Out> {
@@ -23,17 +25,17 @@ impl<In, Out> WorkerContext<In, Out> {
         stop: CancellationToken,
         data: Option<Box<dyn Any + Send>>,
     ) -> Self {
-        Self { port, stop, data }
+        Self { port, stop, data: Mutex::new(data) }
     }
 
     /// Takes the data given by [`WorkerOptions::worker_data`](super::WorkerOptions::worker_data) (Node: `workerData`);
     /// `None` if there is none of this type, or if it was taken.
     pub fn worker_data<T: Any + Send>(&mut self) -> Option<T> {
-        let data = self.data.take()?;
-        match data.downcast() {
+        let place = self.data.get_mut().unwrap_or_else(PoisonError::into_inner);
+        match place.take()?.downcast() {
             Ok(data) => Some(*data),
             Err(data) => {
-                self.data = Some(data);
+                *place = Some(data);
                 None
             }
         }

@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The code of a worker that went wrong, as in Node.
 pub(super) const FAILED: i32 = 1;
@@ -42,13 +43,16 @@ pub enum WorkerError {
     /// Its function returned an error; the error's text.
     #[error("worker failed: {0}")]
     Failed(String),
+    /// It was a process, and a signal ended it; its name.
+    #[error("worker was ended by {0}")]
+    Killed(String),
 }
 
 impl WorkerError {
-    /// The text of the panic or of the error.
+    /// The text of the panic or of the error, or the signal's name.
     pub fn text(&self) -> &str {
         match self {
-            Self::Panicked(text) | Self::Failed(text) => text,
+            Self::Panicked(text) | Self::Failed(text) | Self::Killed(text) => text,
         }
     }
 }
@@ -85,7 +89,7 @@ impl<T: IntoExit, E: fmt::Display> IntoExit for Result<T, E> {
 /// What travels up the stack when a worker calls [`exit`].
 struct Leaving(i32);
 
-/// Ends this worker with a code (Node: `process.exit()` in a worker). Nothing after it is run, except what is dropped on
+/// Ends this worker, or the child process that runs an entry, with a code (Node: `process.exit()` in a worker). Nothing after it is run, except what is dropped on
 /// the way out.
 ///
 /// It unwinds the stack without a panic message, to the entry of the worker; code that catches panics would catch it.
@@ -95,12 +99,21 @@ struct Leaving(i32);
 /// # Panics
 /// Outside of workers, where nobody is there to catch it.
 pub fn exit(code: i32) -> ! {
-    assert!(!super::current::is_main_thread(), "exit() was called outside of a worker");
+    let caught = ALLOWED.load(Ordering::Relaxed) || !super::current::is_main_thread();
+    assert!(caught, "exit() was called outside of a worker");
     resume_unwind(Box::new(Leaving(code)));
 }
 
+/// This process runs an entry, so that there is somebody to catch it.
+static ALLOWED: AtomicBool = AtomicBool::new(false);
+
+/// From now on [`exit`] may be called outside of workers as well.
+pub(crate) fn allow_exit() {
+    ALLOWED.store(true, Ordering::Relaxed);
+}
+
 /// Runs what may end in any way, to its end.
-pub(super) fn caught(run: impl FnOnce() -> WorkerExit) -> WorkerExit {
+pub(crate) fn caught(run: impl FnOnce() -> WorkerExit) -> WorkerExit {
     // What it leaves behind in a broken state dies with its thread, or is behind a lock of its own.
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(exit) => exit,
@@ -130,7 +143,7 @@ fn discard(payload: Box<dyn Any + Send>) {
 }
 
 /// The text of a panic, as the standard library shows it.
-pub(crate) fn panic_text(payload: &(dyn Any + Send)) -> String {
+fn panic_text(payload: &(dyn Any + Send)) -> String {
     if let Some(text) = payload.downcast_ref::<&'static str>() {
         return (*text).to_owned();
     }

@@ -32,6 +32,7 @@ pub use env::{
     Env, Environment, env, get_environment_data, remove_environment_data, set_environment_data,
 };
 pub use exit::{ExitCode, IntoExit, WorkerError, WorkerExit, exit};
+pub(crate) use exit::{allow_exit, caught};
 pub use options::{WorkerOptions, WorkerSpawnError};
 
 use super::park::{block_on, block_on_until};
@@ -68,10 +69,52 @@ use super::{MessagePort, Poster, TryReceiveError};
 /// loops over its port ends. [`WorkerOptions::terminate_on_drop`] asks it to stop instead. When `main` returns, the
 /// process ends, whoever runs: see [`workers_ended`].
 pub struct Worker<In, Out> {
+    /// Before the port, which ends when it is dropped: the worker shall know whether it was asked to stop.
+    life: Life,
     port: MessagePort<Out, In>,
-    control: Arc<Control>,
     told: Told,
+}
+
+/// A worker without its port.
+pub(crate) struct Life {
+    control: Arc<Control>,
     terminate_on_drop: bool,
+}
+
+impl Life {
+    pub(crate) fn id(&self) -> u64 {
+        self.control.id
+    }
+
+    pub(crate) async fn begun(&self) {
+        self.control.begun().await;
+    }
+
+    pub(crate) async fn ended(&self) -> WorkerExit {
+        self.control.ended().await
+    }
+
+    pub(crate) async fn terminate(&self, limit: Duration) -> Result<WorkerExit, NotListening> {
+        self.control.ask_to_stop();
+        if let Some(exit) = self.control.exit() {
+            return Ok(exit);
+        }
+        let ended = tokio::time::timeout(limit, self.control.ended()).await;
+        ended.map_err(|_elapsed| self.not_listening(limit))
+    }
+
+    fn not_listening(&self, limit: Duration) -> NotListening {
+        let (id, name) = (self.control.id, self.control.name.clone());
+        NotListening { id, name, limit }
+    }
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        if self.terminate_on_drop {
+            self.control.ask_to_stop();
+        }
+    }
 }
 
 /// Which events were told.
@@ -145,12 +188,12 @@ impl<In: Send + 'static, Out: Send + 'static> Worker<In, Out> {
 impl<In, Out> Worker<In, Out> {
     /// Its id. Ids increase and are never used again.
     pub fn thread_id(&self) -> u64 {
-        self.control.id
+        self.life.control.id
     }
 
     /// Its name, if it has one.
     pub fn thread_name(&self) -> Option<&str> {
-        self.control.name.as_deref()
+        self.life.control.name.as_deref()
     }
 
     /// The next event; `None` after [`WorkerEvent::Exit`].
@@ -160,7 +203,7 @@ impl<In, Out> Worker<In, Out> {
     pub async fn next_event(&mut self) -> Option<WorkerEvent<Out>> {
         match self.told {
             Told::Nothing => {
-                self.control.begun().await;
+                self.life.control.begun().await;
                 self.told = Told::Online;
                 Some(WorkerEvent::Online)
             }
@@ -169,7 +212,7 @@ impl<In, Out> Worker<In, Out> {
                     return Some(WorkerEvent::Message(message));
                 }
                 // Its port may be closed long before it ends.
-                let exit = self.control.ended().await;
+                let exit = self.life.control.ended().await;
                 Some(match exit.error {
                     Some(error) => {
                         self.told = Told::Error;
@@ -182,7 +225,7 @@ impl<In, Out> Worker<In, Out> {
                 })
             }
             Told::Error => {
-                let exit = self.control.ended().await;
+                let exit = self.life.control.ended().await;
                 self.told = Told::Exit;
                 Some(WorkerEvent::Exit(exit.code))
             }
@@ -251,7 +294,7 @@ impl<In, Out> Worker<In, Out> {
 
     /// How it ended, once it has.
     pub fn exit(&self) -> Option<WorkerExit> {
-        self.control.exit()
+        self.life.control.exit()
     }
 
     /// Waits for its end. Messages stay to be received.
@@ -262,13 +305,13 @@ impl<In, Out> Worker<In, Out> {
     /// # Cancel safety
     /// Nothing is lost; the end is told to whoever asks.
     pub async fn join(&self) -> WorkerExit {
-        self.control.ended().await
+        self.life.control.ended().await
     }
 
     /// [`join`](Self::join), blocking the thread, until the operating system has its thread back.
     pub fn join_blocking(&self) -> WorkerExit {
-        let exit = block_on(self.control.ended());
-        let thread = polyfork_core::sync::lock(&self.control.thread).take();
+        let exit = block_on(self.life.control.ended());
+        let thread = polyfork_core::sync::lock(&self.life.control.thread).take();
         if let Some(thread) = thread
             && thread.thread().id() != std::thread::current().id()
         {
@@ -293,12 +336,7 @@ impl<In, Out> Worker<In, Out> {
     /// # Panics
     /// Outside of a tokio runtime with time enabled, if it has not ended already.
     pub async fn terminate(&self, limit: Duration) -> Result<WorkerExit, NotListening> {
-        self.control.ask_to_stop();
-        if let Some(exit) = self.exit() {
-            return Ok(exit);
-        }
-        let ended = tokio::time::timeout(limit, self.control.ended()).await;
-        ended.map_err(|_elapsed| self.not_listening(limit))
+        self.life.terminate(limit).await
     }
 
     /// [`terminate`](Self::terminate), blocking the thread. Needs no runtime.
@@ -306,34 +344,35 @@ impl<In, Out> Worker<In, Out> {
     /// # Errors
     /// [`NotListening`]: it still runs, and can be asked again.
     pub fn terminate_blocking(&self, limit: Duration) -> Result<WorkerExit, NotListening> {
-        self.control.ask_to_stop();
+        self.life.control.ask_to_stop();
         let deadline = Instant::now().checked_add(limit);
-        block_on_until(self.control.ended(), deadline).ok_or_else(|| self.not_listening(limit))
+        block_on_until(self.life.control.ended(), deadline)
+            .ok_or_else(|| self.life.not_listening(limit))
     }
 
-    fn not_listening(&self, limit: Duration) -> NotListening {
-        let (id, name) = (self.control.id, self.control.name.clone());
-        NotListening { id, name, limit }
+    /// Port and life apart.
+    pub(crate) fn into_parts(self) -> (MessagePort<Out, In>, Life) {
+        (self.port, self.life)
     }
 
     /// The processor time it has used; `None` before it runs and when it has ended.
     pub fn cpu_usage(&self) -> Option<CpuUsage> {
-        self.control.cpu_usage()
+        self.life.control.cpu_usage()
     }
 
     /// Takes it out of those that [`workers_ended`] waits for (Node: `worker.unref()`).
     pub fn unref(&self) {
-        self.control.set_referenced(false);
+        self.life.control.set_referenced(false);
     }
 
     /// Puts it back (Node: `worker.ref()`). Workers begin so.
     pub fn reference(&self) {
-        self.control.set_referenced(true);
+        self.life.control.set_referenced(true);
     }
 
     /// Whether [`workers_ended`] waits for it. Not when it has ended.
     pub fn has_ref(&self) -> bool {
-        self.control.is_referenced()
+        self.life.control.is_referenced()
     }
 }
 
@@ -345,19 +384,11 @@ impl<In, Out> std::ops::Deref for Worker<In, Out> {
     }
 }
 
-impl<In, Out> Drop for Worker<In, Out> {
-    fn drop(&mut self) {
-        if self.terminate_on_drop {
-            self.control.ask_to_stop();
-        }
-    }
-}
-
 impl<In, Out> fmt::Debug for Worker<In, Out> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Worker")
-            .field("id", &self.control.id)
-            .field("name", &self.control.name)
+            .field("id", &self.life.control.id)
+            .field("name", &self.life.control.name)
             .field("exit", &self.exit())
             .finish_non_exhaustive()
     }

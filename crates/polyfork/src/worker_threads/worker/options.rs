@@ -18,7 +18,7 @@ use super::control::{Control, Stage};
 use super::current::{Current, become_worker, leave};
 use super::env::{Data, Env};
 use super::exit::{FAILED, IntoExit, WorkerExit, caught, quietly};
-use super::{Told, Worker, WorkerContext};
+use super::{Life, Told, Worker, WorkerContext};
 use crate::worker_threads::{MessageChannel, MessagePort};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -161,16 +161,20 @@ impl WorkerOptions {
             .build()
             .map_err(WorkerSpawnError::Runtime)?;
         self.start(move |context, stop| {
-            let exit = caught(|| {
+            let mut exit = caught(|| {
                 runtime.block_on(async {
                     tokio::select! {
                         biased;
-                        returned = entry(context) => returned.into_exit(),
                         () = stop.cancelled() => WorkerExit { code: FAILED, error: None },
+                        returned = entry(context) => returned.into_exit(),
                     }
                 })
             });
             runtime.shutdown_background();
+            if stop.is_cancelled() && exit.success() {
+                // It may have ended because its port did: the code is no matter of luck.
+                exit.code = FAILED;
+            }
             exit
         })
     }
@@ -234,7 +238,8 @@ impl WorkerOptions {
             return Err(error);
         }
         *lock(&control.thread) = Some(thread);
-        Ok(Worker { port: parents, control, told: Told::Nothing, terminate_on_drop })
+        let life = Life { control, terminate_on_drop };
+        Ok(Worker { port: parents, life, told: Told::Nothing })
     }
 }
 
