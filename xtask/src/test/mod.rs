@@ -157,6 +157,49 @@ impl Session {
         Ok(Verdict::Passed)
     }
 
+    /// The tests whose file begins with `prefix`, built with a model checker in place of the standard library's atomics.
+    fn models(&mut self, configuration: &str, prefix: &str) -> Result<Verdict> {
+        let folder = paths::root().join("crates/polyfork-core/tests");
+        let entries = std::fs::read_dir(&folder).context("look for the models")?;
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        let mut names: Vec<String> = names
+            .filter(|name| name.starts_with(prefix))
+            .filter_map(|name| name.strip_suffix(".rs").map(str::to_owned))
+            .collect();
+        anyhow::ensure!(!names.is_empty(), "no models {prefix}*.rs in {}", folder.display());
+        names.sort();
+        let mut words = vec!["test", "--release", "-p", "polyfork-core", "--no-fail-fast"];
+        names.iter().for_each(|name| words.extend(["--test", name]));
+        let flags = env::var("RUSTFLAGS").unwrap_or_default();
+        let flags = format!("{flags} --cfg {configuration}");
+        // A folder of its own: the flags would have everything else built anew.
+        let target = paths::target().join("models");
+        let target = target.to_str().context("the path of the build folder is not UTF-8")?;
+        self.tests_as(&words, &[("RUSTFLAGS", flags.trim()), ("CARGO_TARGET_DIR", target)])
+    }
+
+    /// [`tests`](Self::tests) with variables that win over the caller's. None is run again: a model has no bad day.
+    fn tests_as(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
+        let mut command = test_command(words, &[], &self.tally);
+        command.envs(environment.iter().copied());
+        let failed_before = self.tally.failed();
+        let (tally, log) = (&mut self.tally, &mut self.log);
+        let run = proc::stream(command, stages::LIMIT, |output, line| {
+            log.take(output, line);
+            if output == Output::Out {
+                tally.read_line(line);
+            }
+        })?;
+        let told = self.tally.failed() > failed_before;
+        anyhow::ensure!(
+            run.ok() || (told && run.status.is_some()),
+            "cargo {}: {}",
+            words.join(" "),
+            proc::describe(run.status)
+        );
+        Ok(Verdict::Counted)
+    }
+
     /// A run of `cargo test`, whose tests are counted one by one.
     fn tests(&mut self, words: &[&str], environment: &[(&str, &str)]) -> Result<Verdict> {
         let failed_before = self.tally.failed();

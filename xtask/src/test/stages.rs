@@ -99,6 +99,15 @@ const STAGES: &[Stage] = &[
         },
     },
     Stage {
+        name: "models",
+        about: "lock-free algorithms in every schedule (loom) and many larger ones (shuttle)",
+        quick: false,
+        run: |session| {
+            session.models("polyfork_loom", "loom_")?;
+            session.models("polyfork_shuttle", "shuttle_")
+        },
+    },
+    Stage {
         name: "fuzz",
         about: "every decoder against random bytes, optimised",
         quick: false,
