@@ -316,6 +316,32 @@ fn is_in_a_small_group() {
 }
 
 #[test]
+fn inherited_memory_is_taken_once_and_nothing_else_is() {
+    let memory = Memory::create(100).unwrap();
+    let mut child = helper("takes_what_it_inherits");
+    child.fd(5, copy(&memory)).fd(6, common::pipe().0);
+    let status = child.spawn().unwrap().wait().unwrap();
+    assert!(status.success(), "{status}");
+    assert_eq!(memory.view::<AtomicU8>(99, 1).unwrap()[0].load(Ordering::SeqCst), 7);
+}
+
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn takes_what_it_inherits() {
+    use polyfork_sys::memory::take_inherited;
+    let taken = take_inherited(5).unwrap();
+    assert!(rustix::io::fcntl_getfd(&taken).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
+    let memory = Memory::adopt(taken, LIMIT).unwrap();
+    memory.view::<AtomicU8>(99, 1).unwrap()[0].store(7, Ordering::SeqCst);
+    assert_eq!(take_inherited(5).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+    for (number, errno) in [(6, Errno::INVAL), (77_777, Errno::BADF)] {
+        let told = take_inherited(number).unwrap_err();
+        assert_eq!(told.raw_os_error(), Some(errno.raw_os_error()));
+    }
+    assert_eq!(take_inherited(2).unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
+}
+
+#[test]
 fn waiting_works_across_mappings() {
     let ours = Memory::create(64).unwrap();
     let theirs = Memory::adopt(copy(&ours), LIMIT).unwrap();

@@ -28,6 +28,8 @@ pub const POLYFORK_CHANNEL_FD: &str = "POLYFORK_CHANNEL_FD";
 pub const POLYFORK_WORKER_ID: &str = "POLYFORK_WORKER_ID";
 /// Slot of a native worker, decimal, from 1.
 pub const POLYFORK_SLOT: &str = "POLYFORK_SLOT";
+/// Shared memory of a native worker: `NAME=DESCRIPTOR` each, separated by commas.
+pub const POLYFORK_MEMORY: &str = "POLYFORK_MEMORY";
 /// How many sockets are passed, from descriptor 3 on.
 pub const LISTEN_FDS: &str = "LISTEN_FDS";
 /// The process for which the sockets are meant.
@@ -38,13 +40,14 @@ pub const LISTEN_FDNAMES: &str = "LISTEN_FDNAMES";
 pub const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
 /// What a child must not pass on to its own children after it has found its channel.
-pub const CHANNEL_VARIABLES: [&str; 6] = [
+pub const CHANNEL_VARIABLES: [&str; 7] = [
     NODE_CHANNEL_FD,
     NODE_CHANNEL_SERIALIZATION_MODE,
     NODE_UNIQUE_ID,
     POLYFORK_CHANNEL_FD,
     POLYFORK_WORKER_ID,
     POLYFORK_SLOT,
+    POLYFORK_MEMORY,
 ];
 
 /// What a child must not pass on to its own children after it has found its sockets.
@@ -487,7 +490,7 @@ mod tests {
 
         #[test]
         fn garbage_never_panics(values in prop::collection::vec(any::<String>(), 6), options in any::<String>()) {
-            let names = [CHANNEL_VARIABLES, [LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES, "", "", ""]].concat();
+            let names = [CHANNEL_VARIABLES, [LISTEN_FDS, LISTEN_PID, LISTEN_FDNAMES, "", "", "", ""]].concat();
             let pairs: Vec<_> = names.iter().zip(values.iter().cycle()).collect();
             let _ = node_channel(pairs.iter().copied());
             let _ = native_channel(pairs.iter().copied());

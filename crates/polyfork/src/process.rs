@@ -34,7 +34,7 @@ pub(crate) const FORK_ENTRY: &str = "POLYFORK_FORK_ENTRY";
 pub(crate) const FORK_EVENTS: &str = "POLYFORK_FORK_EVENTS";
 
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 10] = [
+pub(crate) const NOT_INHERITED: [&str; 11] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
@@ -45,6 +45,7 @@ pub(crate) const NOT_INHERITED: [&str; 10] = [
     names::POLYFORK_CHANNEL_FD,
     names::POLYFORK_WORKER_ID,
     names::POLYFORK_SLOT,
+    names::POLYFORK_MEMORY,
 ];
 
 /// Why this process has no channel.

@@ -6,6 +6,8 @@
 
 #[path = "shared_memory/channel.rs"]
 mod channel;
+#[path = "shared_memory/cluster.rs"]
+mod cluster;
 #[path = "shared_memory/locks.rs"]
 mod locks;
 #[path = "shared_memory/ring.rs"]

@@ -25,10 +25,10 @@ mod view;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, MemfdFlags, OFlags, SealFlags};
 use rustix::io::Errno;
@@ -245,6 +245,39 @@ impl Memory {
     fn mapping(&self) -> &Arc<Mapping> {
         &self.0
     }
+}
+
+/// Takes over a descriptor of memory that this process inherited, known by number from its environment. It becomes
+/// close-on-exec. Whether it can be trusted is not looked at: see [`Memory::adopt`].
+///
+/// # Errors
+///
+/// - `AlreadyExists`: this number has been taken before.
+/// - `InvalidInput`: standard input, output or error, or nothing that can have seals.
+/// - `EBADF`: nothing is open under this number.
+pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if taken.contains(&number) {
+        let text = format!("descriptor {number} has been taken already");
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+    }
+    if number <= libc::STDERR_FILENO {
+        let text = format!("descriptor {number} cannot be shared memory");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    // SAFETY: fcntl(2) with F_GET_SEALS takes any number and touches no memory.
+    if unsafe { libc::fcntl(number, libc::F_GET_SEALS) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fcntl(2) with F_SETFD takes any number and touches no memory.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    taken.push(number);
+    // SAFETY: the number is open, as just seen. It was inherited over exec, so nothing in this process owns it unless
+    // we made an owner before; the list says that we did not.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 impl Mapping {

@@ -1254,10 +1254,24 @@ impl Primary {
     }
 }
 
-/// A worker's own pipes must not take the place of anything else.
+/// Whether it can stand in a list of names.
+fn is_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    !name.is_empty() && name.chars().all(fits)
+}
+
+/// A worker's own pipes must not take the place of anything else, and only some can have shared memory.
 pub(crate) fn check_pipes(settings: &Settings, dialect: Dialect) -> Result<(), StartError> {
     let first = process::first_free_number(dialect, settings.listen.len());
     let wrong = |number: &&u32| **number < first || i32::try_from(**number).is_err();
+    if let Some(name) = settings.memory.keys().find(|name| !is_name(name)) {
+        let text = format!("shared memory cannot have the name {name:?}");
+        return Err(StartError::Settings(text));
+    }
+    if !settings.memory.is_empty() && dialect != Dialect::Native {
+        let text = "only workers built on this crate can have shared memory".to_owned();
+        return Err(StartError::Settings(text));
+    }
     match settings.pipes.iter().find(wrong) {
         None => Ok(()),
         Some(number) => Err(StartError::Settings(format!(

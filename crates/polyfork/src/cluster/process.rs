@@ -202,6 +202,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     }
     let pipes = output_pipes(&mut command, &settings.output)?;
     let further = further_pipes(&mut command, &settings.pipes)?;
+    memory(&mut command, settings)?;
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
@@ -335,6 +336,21 @@ fn further_pipes(
         ours.insert(*number, end);
     }
     Ok(ours)
+}
+
+/// The memory that the settings ask for, behind everything else.
+fn memory(command: &mut Command, settings: &Settings) -> io::Result<()> {
+    if settings.memory.is_empty() {
+        return Ok(());
+    }
+    let first = settings.pipes.last().map_or(CHANNEL_FD, |last| i32::try_from(*last).unwrap_or(0));
+    let mut named = Vec::new();
+    for (number, (name, memory)) in (first.saturating_add(1)..).zip(&settings.memory) {
+        command.fd(number, memory.as_fd().try_clone_to_owned()?);
+        named.push(format!("{name}={number}"));
+    }
+    command.env(names::POLYFORK_MEMORY, named.join(","));
+    Ok(())
 }
 
 /// The first number that a worker's own pipes may have.

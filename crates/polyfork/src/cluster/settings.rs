@@ -3,7 +3,7 @@
 //! Only data. Defaults are chosen here; what they lead to is decided in `polyfork-core` and carried out in
 //! `primary`. Names follow Node's `cluster.settings` where Node has one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,6 +14,8 @@ use std::time::Duration;
 use polyfork_core::RestartPolicy;
 use polyfork_wire::limits::Limits;
 use tokio::sync::mpsc;
+
+use crate::shared_memory::SharedArrayBuffer;
 
 /// Which worker gets the next connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -167,6 +169,7 @@ pub struct Settings {
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
+    pub(crate) memory: BTreeMap<String, SharedArrayBuffer>,
     pub(crate) watchdog: Option<Duration>,
 }
 
@@ -199,6 +202,7 @@ impl Settings {
             drain_preload: true,
             serialization: Serialization::default(),
             pipes: BTreeSet::new(),
+            memory: BTreeMap::new(),
             watchdog: None,
         }
     }
@@ -338,6 +342,17 @@ impl Settings {
     #[must_use]
     pub fn pipe(mut self, number: u32) -> Self {
         self.pipes.insert(number);
+        self
+    }
+
+    /// Gives every worker this memory under a name: [`Worker::shared_memory`](super::Worker::shared_memory). All of
+    /// them, those that come later, and this process see the same bytes and can wait for each other.
+    ///
+    /// For workers built on this crate only. A name has letters, digits, `.`, `-` and `_`; it takes one
+    /// descriptor in each worker.
+    #[must_use]
+    pub fn shared_memory(mut self, name: impl Into<String>, memory: &SharedArrayBuffer) -> Self {
+        self.memory.insert(name.into(), memory.clone());
         self
     }
 

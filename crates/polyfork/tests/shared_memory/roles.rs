@@ -188,3 +188,19 @@ fn writes() {
         }
     });
 }
+
+/// A worker of a cluster: counts itself under its slot, and tells who waits.
+#[test]
+#[ignore = "run by the other tests as their child"]
+fn counts_in_a_cluster() {
+    block_on(async {
+        let worker = polyfork::cluster::Worker::from_env().unwrap();
+        let _listener = worker.listen("127.0.0.1:0").await.unwrap();
+        assert!(worker.shared_memory("others").is_none());
+        let counters = worker.shared_memory("counters").unwrap().u32().unwrap();
+        let slot = worker.slot().unwrap() as usize;
+        counters[slot].fetch_add(1, SeqCst);
+        counters.notify(slot, u32::MAX);
+        worker.shutdown().await;
+    });
+}

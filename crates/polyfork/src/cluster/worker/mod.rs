@@ -12,11 +12,13 @@
 mod channel;
 mod identity;
 mod inbox;
+mod memory;
 mod reader;
 mod registry;
 mod run;
 mod stop;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::future::Future;
 use std::io;
@@ -37,6 +39,7 @@ use tokio::net::ToSocketAddrs;
 use super::SendError;
 use super::event::Message;
 use super::listener::{ListenOptions, Listener, UnixListener};
+use crate::shared_memory::SharedArrayBuffer;
 use channel::Channel;
 pub(crate) use channel::{Closed, Mark};
 use identity::Identity;
@@ -99,6 +102,8 @@ pub(crate) struct Shared {
     welcome: OnceLock<Welcome>,
     /// Whether this process must end some time after its channel.
     owns_process: bool,
+    /// What the primary shares with all its workers.
+    memory: OnceLock<BTreeMap<String, SharedArrayBuffer>>,
 }
 
 /// What the primary says first.
@@ -134,6 +139,14 @@ pub enum WorkerError {
         /// The system's error.
         source: io::Error,
     },
+    /// The primary's shared memory cannot be used.
+    #[error("cannot use the shared memory {name:?}: {why}")]
+    Memory {
+        /// Its name.
+        name: String,
+        /// Why not.
+        why: String,
+    },
     /// Signal handlers cannot be installed.
     #[error("cannot listen for signals")]
     Signals(#[source] io::Error),
@@ -159,7 +172,11 @@ impl Worker {
             Identity::Worker { channel, slot, id } => {
                 let unusable = |source| WorkerError::Channel { fd: channel, source };
                 let socket = polyfork_sys::channel::take_inherited(channel).map_err(unusable)?;
-                Worker::connected(socket, (id, slot), true).map_err(unusable)?
+                let memory = memory::inherited(|key| std::env::var_os(key))?;
+                let worker = Worker::connected(socket, (id, slot), true).map_err(unusable)?;
+                // Nobody has set it before.
+                let _ = worker.shared.memory.set(memory);
+                worker
             }
         };
         tokio::spawn(Arc::clone(&worker.shared).obey(signals));
@@ -215,6 +232,23 @@ impl Worker {
     /// The worker's slot, from 1: a stable position that its replacement takes over. `None` when standalone.
     pub fn slot(&self) -> Option<u32> {
         self.shared.welcome.get().map(|w| w.slot).or(self.shared.told.1)
+    }
+
+    /// The memory that the primary shares under this name with all its workers
+    /// ([`Settings::shared_memory`](crate::cluster::Settings::shared_memory)). `None` when there is none of this name,
+    /// so also when standalone.
+    ///
+    /// ```no_run
+    /// # async fn example(worker: polyfork::cluster::Worker) -> Result<(), Box<dyn std::error::Error>> {
+    /// use std::sync::atomic::Ordering::Relaxed;
+    ///
+    /// if let Some(memory) = worker.shared_memory("requests") {
+    ///     memory.u64()?[0].fetch_add(1, Relaxed);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn shared_memory(&self, name: &str) -> Option<SharedArrayBuffer> {
+        self.shared.memory.get()?.get(name).cloned()
     }
 
     /// How many reloads its slot has been through. `None` when standalone and before the primary said so.
@@ -419,6 +453,7 @@ impl Shared {
             told,
             welcome: OnceLock::new(),
             owns_process,
+            memory: OnceLock::new(),
         }
     }
 
