@@ -123,6 +123,24 @@ async fn rust_worker_for_node_counts_and_serves() {
     }
 }
 
+#[tokio::test]
+async fn worker_thread_computes_while_the_server_answers() {
+    let none: [&str; 0] = [];
+    let text = run(exec_file(example("worker_thread").await, none)).await;
+    let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("no {part:?} in {text}"));
+    assert!(text.starts_with("the worker is online\n"), "{text}");
+    assert!(at("664579 primes below 10000000") < at("the worker ended with code 0"));
+    at("requests were answered meanwhile");
+}
+
+#[tokio::test]
+async fn thread_or_process_differ_in_one_word_and_in_a_crash() {
+    let none: [&str; 0] = [];
+    let text = run(exec_file(example("thread_or_process").await, none)).await;
+    assert_eq!(text.matches("  Online\n  Message(9592)\n  Exit(").count(), 2, "{text}");
+    assert!(text.contains("  Online\n  Error(Killed(\"SIGABRT\"))\n"), "{text}");
+}
+
 #[cfg(feature = "axum")]
 mod offload {
     use polyfork::child_process::{Child, Command, Signal, Stdio};
