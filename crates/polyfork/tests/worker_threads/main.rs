@@ -10,5 +10,6 @@ mod faults;
 mod places;
 mod ports;
 mod roles;
+mod sharing;
 mod support;
 mod workers;
