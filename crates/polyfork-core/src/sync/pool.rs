@@ -5,16 +5,18 @@
 //! threads go round like this:
 //!
 //! ```text
-//!            next(Searching)                         next(Busy)
+//!             next(Called)                           next(Busy)
 //! started ────────────────────▶ Task ── run it ──────────────────▶ Task | Search | Sleep | Leave
 //! Search: look at `looks_empty` for a while, then next(Searching)
-//! Sleep:  park until called, then next(Searching); when its time is up: tired()
+//! Sleep:  park until called, then next(Called); when its time is up: tired()
 //! ```
 //!
 //! **No wake-up is lost**, because a thread lies down under the same lock under which it saw the queue empty. **At most
-//! one thread is woken for a task, and none while one is searching**: a thread is searching from the moment it is
-//! called (or started) until it has taken a task; when it takes one and more are waiting it calls the next. So a burst
-//! wakes the threads one after the other, each only if there is still something to do.
+//! one thread is woken for a task, and none while one is on its way or searching**; when that one takes a task and more are
+//! waiting it calls the next. So a burst wakes the threads one after the other, each only if there is still something to do.
+//!
+//! A thread that runs out of work searches for a while before it lies down, unless others do: threads that were called do not count
+//! here, because it may take the system milliseconds to let them run.
 //!
 //! The thread that lay down last is woken first: its caches are warm, and the others can get tired and leave.
 //!
@@ -52,7 +54,8 @@ pub enum WhenFull {
     StandInLine,
     /// It is given back.
     GiveBack,
-    /// The oldest of the lowest priority makes room, unless all are more urgent.
+    /// The oldest of the lowest priority makes room, unless all are more urgent. Not to be mixed with
+    /// [`StandInLine`](Self::StandInLine): it would pass those in line.
     Displace,
 }
 
@@ -91,9 +94,11 @@ pub enum Brought<T, S> {
 /// How a thread comes to [`Dispatch::next`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coming {
+    /// New, or called from its sleep.
+    Called,
     /// From a task.
     Busy,
-    /// New, called, or after a search.
+    /// From a search.
     Searching,
 }
 
@@ -151,7 +156,7 @@ pub enum Retire {
         /// It was the last, and no more tasks are taken.
         last: bool,
     },
-    /// Start a new thread and end. If it cannot be started, stay, as one that is [`Coming::Searching`].
+    /// Start a new thread and end. If it cannot be started, stay, as one that is [`Coming::Called`].
     Replace,
 }
 
@@ -184,7 +189,7 @@ pub struct View {
     pub threads: usize,
     /// Of these, the ones that sleep.
     pub sleeping: usize,
-    /// Of these, the ones that look for work.
+    /// Of these, the ones that look for work, or were called to it.
     pub searching: usize,
     /// Tasks that wait.
     pub waiting: usize,
@@ -208,6 +213,8 @@ struct State<T, S> {
     line: Lanes<T>,
     /// The last is woken first.
     sleepers: Vec<(u64, S)>,
+    /// Threads that were called, or are being started, and have not come yet.
+    called: usize,
     searching: usize,
     threads: usize,
     open: bool,
@@ -222,6 +229,7 @@ impl<T: Marked, S> Dispatch<T, S> {
             lanes: Lanes::new(),
             line: Lanes::new(),
             sleepers: Vec::new(),
+            called: 0,
             searching: 0,
             threads: 0,
             open: true,
@@ -262,8 +270,10 @@ impl<T: Marked, S> Dispatch<T, S> {
     /// What the thread `id` is to do. `sleeper` is asked for the way to wake it, if it is to sleep.
     pub fn next(&self, coming: Coming, id: u64, sleeper: impl FnOnce() -> S) -> Answer<T, S> {
         let mut state = self.lock();
-        if coming == Coming::Searching {
-            state.searching -= 1;
+        match coming {
+            Coming::Called => state.called -= 1,
+            Coming::Searching => state.searching -= 1,
+            Coming::Busy => {}
         }
         let (task, accepted, dead) = state.take();
         let (next, call) = match task {
@@ -297,7 +307,7 @@ impl<T: Marked, S> Dispatch<T, S> {
         let mut state = self.lock();
         let missed = !state.lanes.is_empty() || state.threads <= self.sizes.min;
         if missed && (state.open || !state.lanes.is_empty()) {
-            state.searching += 1;
+            state.called += 1;
             return Retire::Replace;
         }
         Retire::Leave { last: state.leave() }
@@ -307,13 +317,13 @@ impl<T: Marked, S> Dispatch<T, S> {
     /// all, the tasks that nobody will do.
     pub fn start_failed(&self) -> (Call<S>, Shut<T, S>) {
         let mut state = self.lock();
-        state.searching -= 1;
+        state.called -= 1;
         let ended = state.leave();
         let mut tasks = Vec::new();
         let mut call = Call::Nobody;
         if state.threads == 0 {
             tasks = state.take_all();
-        } else if !state.lanes.is_empty() && state.searching == 0 {
+        } else if !state.lanes.is_empty() && state.called + state.searching == 0 {
             call = state.wake();
         }
         self.tell(&state);
@@ -321,14 +331,14 @@ impl<T: Marked, S> Dispatch<T, S> {
     }
 
     /// Counts a thread that the caller starts by itself. `false`: there are as many as there may be, or no more are wanted.
-    /// It is called and searching, so its first question is `next(Searching)`.
+    /// Its first question is `next(Called)`.
     pub fn add_thread(&self) -> bool {
         let mut state = self.lock();
         if !state.open || state.threads >= self.sizes.max {
             return false;
         }
         state.threads += 1;
-        state.searching += 1;
+        state.called += 1;
         true
     }
 
@@ -364,7 +374,7 @@ impl<T: Marked, S> Dispatch<T, S> {
         state.open = false;
         let tasks = if abandon { state.take_all() } else { Vec::new() };
         let wake: Vec<S> = state.sleepers.drain(..).map(|(_, sleeper)| sleeper).collect();
-        state.searching += wake.len();
+        state.called += wake.len();
         self.tell(&state);
         Shut { wake, tasks, ended: state.threads == 0 }
     }
@@ -381,7 +391,7 @@ impl<T: Marked, S> Dispatch<T, S> {
         View {
             threads: state.threads,
             sleeping: state.sleepers.len(),
-            searching: state.searching,
+            searching: state.called + state.searching,
             waiting: state.lanes.len(),
             in_line: state.line.len(),
         }
@@ -417,13 +427,13 @@ impl<T: Marked, S> State<T, S> {
 
     /// Whom to set going for what waits, if anybody.
     fn call(&mut self, sizes: &Sizes) -> Call<S> {
-        if self.searching > 0 || self.lanes.is_empty() {
+        if self.called + self.searching > 0 || self.lanes.is_empty() {
             return Call::Nobody;
         }
         match self.wake() {
             Call::Nobody if self.threads < sizes.max => {
                 self.threads += 1;
-                self.searching += 1;
+                self.called += 1;
                 Call::Start
             }
             call => call,
@@ -433,7 +443,7 @@ impl<T: Marked, S> State<T, S> {
     fn wake(&mut self) -> Call<S> {
         match self.sleepers.pop() {
             Some((_, sleeper)) => {
-                self.searching += 1;
+                self.called += 1;
                 Call::Wake(sleeper)
             }
             None => Call::Nobody,

@@ -189,12 +189,12 @@ impl Pool {
 
     fn live(self: Arc<Self>, id: u64) {
         let bed = Arc::new(Latch::new());
-        let mut coming = Coming::Searching;
+        let mut coming = Coming::Called;
         let mut tasks = 0;
         loop {
             let answer = self.dispatch.next(coming, id, || bed.clone());
             self.set_going(answer.call);
-            coming = Coming::Searching;
+            coming = Coming::Called;
             match answer.next {
                 Next::Task(task) => {
                     task.run();
@@ -211,7 +211,7 @@ impl Pool {
                         return self.leave(last);
                     }
                 }
-                Next::Search => {}
+                Next::Search => coming = Coming::Searching,
                 Next::Sleep { timed } if timed && self.impatient => match self.dispatch.tired(id) {
                     Tired::Leave { last } => return self.leave(last),
                     Tired::Called | Tired::Stay => bed.wait(),

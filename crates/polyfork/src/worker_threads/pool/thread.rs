@@ -167,7 +167,7 @@ impl Member {
     }
 
     fn rounds(&mut self) -> Left {
-        let mut coming = Coming::Searching;
+        let mut coming = Coming::Called;
         loop {
             let answer = self.shared.dispatch.next(coming, self.id, || self.bed.clone());
             self.shared.set_going(answer.call);
@@ -175,7 +175,7 @@ impl Member {
                 task.0.wake();
             }
             self.drop_quietly(answer.dead);
-            coming = Coming::Searching;
+            coming = Coming::Called;
             match answer.next {
                 Next::Task(task) => {
                     let well = self.do_task(task);
@@ -186,7 +186,10 @@ impl Member {
                         return left;
                     }
                 }
-                Next::Search => self.search(),
+                Next::Search => {
+                    self.search();
+                    coming = Coming::Searching;
+                }
                 Next::Sleep { timed } => {
                     if let Some(left) = self.sleep(timed) {
                         return left;
@@ -229,7 +232,7 @@ impl Member {
             Retire::Replace => {
                 if self.shared.start_thread().is_err() {
                     self.shared.counters.start_failures.fetch_add(1, Ordering::Relaxed);
-                    *coming = Coming::Searching;
+                    *coming = Coming::Called;
                     return None;
                 }
                 Left { last: false }
