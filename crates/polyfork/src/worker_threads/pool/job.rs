@@ -18,7 +18,9 @@ use super::{Closing, Full, Pool, PoolBuilder, Priority, TaskBuilder};
 use crate::channel::Channel;
 use crate::child_process::{AnyEntry, Command, EntryResult, sealed};
 
-/// Where a pool runs its jobs.
+/// Where a [`JobPool`] runs its jobs, and an [`Entry`](crate::child_process::Entry) its function.
+///
+/// For a pool:
 ///
 /// | | `Thread` | `Process` |
 /// | --- | --- | --- |
