@@ -718,8 +718,11 @@ impl Watch {
             }
             let lines = self.report.borrow_mut().event(&event, &self.ledger.borrow());
             lines.iter().for_each(|line| self.own(line));
-            if matches!(event, Event::End(_)) {
-                return;
+            match event {
+                Event::End(_) => return,
+                // What made it so is not needed until something happens.
+                Event::AllReady { .. } => polyfork::process::give_back_code(),
+                _ => {}
             }
         }
     }

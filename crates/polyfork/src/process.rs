@@ -33,6 +33,12 @@ pub(crate) const FORK_ENTRY: &str = "POLYFORK_FORK_ENTRY";
 /// Set when the parent follows the child's events, so that its messages are [wrapped](crate::child_process::Started).
 pub(crate) const FORK_EVENTS: &str = "POLYFORK_FORK_EVENTS";
 
+/// Says that this process can do without the memory of the code that it has executed so far: for a primary that has
+/// started and goes to sleep. What it needs later comes back page by page, from the page cache (madvise(2)).
+pub fn give_back_code() {
+    polyfork_sys::system::give_back_code();
+}
+
 /// What no child inherits from this process by way of this crate: its own place in the world.
 pub(crate) const NOT_INHERITED: [&str; 11] = [
     names::NODE_CHANNEL_FD,

@@ -16,6 +16,9 @@ use rustix::process::Pid;
 use crate::wait::{self, Target};
 
 pub(crate) mod cgroup;
+mod code;
+
+pub use code::give_back_code;
 
 /// How many processors this process may really use.
 #[derive(Clone, Debug, PartialEq)]
