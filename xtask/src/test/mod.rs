@@ -168,7 +168,8 @@ impl Session {
             .collect();
         anyhow::ensure!(!names.is_empty(), "no models {prefix}*.rs in {}", folder.display());
         names.sort();
-        let mut words = vec!["test", "--profile", "models", "-p", "polyfork-core", "--no-fail-fast"];
+        let mut words =
+            vec!["test", "--profile", "models", "-p", "polyfork-core", "--no-fail-fast"];
         names.iter().for_each(|name| words.extend(["--test", name]));
         let flags = env::var("RUSTFLAGS").unwrap_or_default();
         let flags = format!("{flags} --cfg {configuration}");
