@@ -11,13 +11,10 @@ use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Instant;
-
-/// The first look lasts about 2^3 pauses of the processor.
-const FIRST: u8 = 3;
 
 struct Parker {
     thread: Thread,
@@ -45,44 +42,41 @@ thread_local! {
     static OWN: RefCell<(Arc<Parker>, Waker)> = RefCell::new(parker());
 }
 
-/// How long to look before one sleeps: longer and longer as long as that pays, hardly at all while it does not.
+/// How long to look before one sleeps: the whole takes about as long as the system takes to wake a thread.
 ///
-/// Whether it pays depends on where the other thread runs: on another processor it answers in a fraction of the time
-/// that falling asleep takes, on this one it cannot answer before we sleep.
-#[derive(Debug)]
+/// Few pauses and many offers of the processor, because the one we wait for may be waiting for this very processor: then
+/// every pause delays it, and an offer lets it run at once. If it runs elsewhere, an offer costs little more than a pause.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
-    /// Rounds of looking; the n-th is 2^n pauses.
-    rounds: AtomicU8,
-    most: u8,
+    /// Looks with a pause of the processor before each.
+    pauses: u32,
+    /// Then looks with the processor offered to others before each.
+    offers: u32,
 }
 
 impl Patience {
-    /// For a thread that would sleep: at most some microseconds.
-    pub(super) const fn of_thread() -> Self {
-        Self { rounds: AtomicU8::new(FIRST), most: 8 }
-    }
-
-    /// For a task, whose thread has other tasks: at most about one microsecond.
-    pub(super) const fn of_task() -> Self {
-        Self { rounds: AtomicU8::new(FIRST), most: 6 }
-    }
+    /// For a thread that would sleep: some 10 µs.
+    pub(super) const THREAD: Self = Self { pauses: 32, offers: 32 };
+    /// For a task, whose thread has other tasks: some 2 µs.
+    pub(super) const TASK: Self = Self { pauses: 16, offers: 4 };
 
     /// Looks until `done`, but not for long.
-    pub(super) fn look(&self, mut done: impl FnMut() -> bool) {
+    pub(super) fn look(self, mut done: impl FnMut() -> bool) {
         if !has_company() {
             return;
         }
-        let rounds = self.rounds.load(Ordering::Relaxed);
-        for round in 0..rounds {
-            for _ in 0..1 << round {
-                std::hint::spin_loop();
-            }
+        for _ in 0..self.pauses {
+            std::hint::spin_loop();
             if done() {
-                self.rounds.store((rounds + 1).min(self.most), Ordering::Relaxed);
                 return;
             }
         }
-        self.rounds.store(rounds.saturating_sub(1).max(1), Ordering::Relaxed);
+        for _ in 0..self.offers {
+            thread::yield_now();
+            if done() {
+                return;
+            }
+        }
     }
 }
 

@@ -104,8 +104,6 @@ pub struct MessagePort<In, Out> {
     id: u64,
     incoming: Receiver<In>,
     poster: Poster<Out>,
-    thread: Patience,
-    task: Patience,
 }
 
 /// Posts to the other end of a port; clone it freely, for other threads and tasks.
@@ -115,7 +113,6 @@ pub struct Poster<Out> {
     /// The port that receives.
     to: u64,
     queue: Sender<Out>,
-    patience: Patience,
 }
 
 impl<Out> Clone for Poster<Out> {
@@ -187,7 +184,7 @@ impl From<TryReceive> for TryReceiveError {
 
 impl<Out> Poster<Out> {
     pub(super) fn new(to: u64, queue: Sender<Out>) -> Self {
-        Self { to, queue, patience: Patience::of_thread() }
+        Self { to, queue }
     }
 
     /// Posts a message, as soon as there is room.
@@ -211,7 +208,7 @@ impl<Out> Poster<Out> {
             Err(TryPost::Closed(message)) => return Err(PostError(message)),
             Err(TryPost::Full(message)) => message,
         };
-        self.patience.look(|| !self.queue.looks_full());
+        Patience::THREAD.look(|| !self.queue.looks_full());
         block_on(self.queue.post(message)).map_err(PostError)
     }
 
@@ -250,8 +247,7 @@ impl<Out> fmt::Debug for Poster<Out> {
 
 impl<In, Out> MessagePort<In, Out> {
     pub(super) fn new(id: u64, incoming: Receiver<In>, poster: Poster<Out>) -> Self {
-        let (thread, task) = (Patience::of_thread(), Patience::of_task());
-        Self { id, incoming, poster, thread, task }
+        Self { id, incoming, poster }
     }
 
     /// The next message; `None` when the port is closed and everything was received.
@@ -268,7 +264,7 @@ impl<In, Out> MessagePort<In, Out> {
     pub fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<Option<In>> {
         let coop = ready!(tokio::task::coop::poll_proceed(cx));
         if self.incoming.looks_empty() {
-            self.task.look(|| !self.incoming.looks_empty());
+            Patience::TASK.look(|| !self.incoming.looks_empty());
         }
         let next = self.incoming.poll_receive(cx);
         if next.is_ready() {
@@ -284,7 +280,7 @@ impl<In, Out> MessagePort<In, Out> {
             Err(TryReceive::Closed) => return None,
             Err(TryReceive::Empty) => {}
         }
-        self.thread.look(|| !self.incoming.looks_empty());
+        Patience::THREAD.look(|| !self.incoming.looks_empty());
         block_on(poll_fn(|cx| self.incoming.poll_receive(cx)))
     }
 
