@@ -4,6 +4,9 @@
 //! (`bench/channel`, `bench/apps/channel.cjs`). This file runs them in interleaved rounds, prints medians and
 //! ratios, and says which aims were met. No time fails it.
 //!
+//! Surprising: our crates are built for speed here, as in a program that depends on them; the project's own release profile
+//! builds them to be small, for the command.
+//!
 //! Source: the table "Speed to aim for" of the project's design.
 
 use std::path::PathBuf;
@@ -80,7 +83,9 @@ pub(super) fn main(args: &mut Arguments, manifest: &Manifest) -> Result<ExitCode
 }
 
 fn contenders(manifest: &Manifest) -> Result<Vec<Contender>> {
-    let ours = cargo_build(&["-p", "bench-channel"])?;
+    let for_speed = |krate: &str| format!("profile.release.package.{krate}.opt-level=3");
+    let (lib, core) = (for_speed("polyfork"), for_speed("polyfork-core"));
+    let ours = cargo_build(&["-p", "bench-channel", "--config", &lib, "--config", &core])?;
     let script = paths::root().join("bench/apps/channel.cjs").display().to_string();
     let rust = |title: &str, how: &str| Contender {
         title: title.to_owned(),

@@ -81,6 +81,15 @@ pub enum PortFrame<'a> {
 }
 
 impl<'a> PortFrame<'a> {
+    /// The user's bytes, if this payload is a [`PortFrame::Message`]: what most are.
+    #[must_use]
+    pub fn message(payload: &'a [u8]) -> Option<&'a [u8]> {
+        match payload {
+            [MESSAGE, body @ ..] => Some(body),
+            _ => None,
+        }
+    }
+
     /// Reads a payload.
     ///
     /// # Errors

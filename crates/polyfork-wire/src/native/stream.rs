@@ -1,41 +1,47 @@
-//! Cuts native frames out of bytes that come without descriptors, many at a time and without copying each.
+//! Cuts native frames out of bytes that come without descriptors.
 //!
-//! The caller appends what it reads to [`FrameStream::buffer`]; payloads are parts of that very buffer, which lives as
-//! long as one of them. For streams with descriptors there is [`FrameDecoder`](super::FrameDecoder).
+//! The caller appends what it reads to [`FrameStream::buffer`] and looks at each payload where it lies. For streams with
+//! descriptors there is [`FrameDecoder`](super::FrameDecoder).
 //!
-//! The surprising rule: the buffer is handed out when a whole frame is in it, and the beginning of the next is copied into
-//! a new one. A long frame is not copied again and again, as nothing is handed out before it is complete.
-
-use bytes::{Buf, Bytes};
+//! The surprising rule: a payload is good until the next call. What is to be kept is copied by who knows
+//! how.
 
 use super::HEADER_BYTES;
 use crate::{Limits, ProtocolError};
 
-/// Most memory that is set aside for what may come.
-const KEEP_BYTES: usize = 64 << 10;
+/// An empty buffer larger than this is given back.
+const KEEP_BYTES: usize = 256 << 10;
 
 /// Collects bytes until frames are complete.
 ///
-/// Holds at most one frame and one read, provided that frames are taken until there are none before more is
-/// appended.
+/// Takes linear time however the stream is cut, and holds at most one frame and one read, provided that frames are
+/// taken until there are none before more is appended.
 #[derive(Debug)]
 pub struct FrameStream {
     limits: Limits,
-    /// Whole frames.
-    ready: Bytes,
-    filling: Vec<u8>,
+    bytes: Vec<u8>,
+    /// Everything before was taken.
+    start: usize,
 }
 
 impl FrameStream {
     /// An empty stream.
     #[must_use]
     pub const fn new(limits: Limits) -> Self {
-        Self { limits, ready: Bytes::new(), filling: Vec::new() }
+        Self { limits, bytes: Vec::new(), start: 0 }
     }
 
     /// Where to append what is read.
     pub fn buffer(&mut self) -> &mut Vec<u8> {
-        &mut self.filling
+        // What is left is the beginning of one frame. It is moved once: it then stands at the front.
+        if self.start > 0 {
+            self.bytes.drain(..self.start);
+            self.start = 0;
+            if self.bytes.is_empty() && self.bytes.capacity() > KEEP_BYTES {
+                self.bytes = Vec::new();
+            }
+        }
+        &mut self.bytes
     }
 
     /// The payload of the next complete frame, or `None` until more is appended.
@@ -46,49 +52,20 @@ impl FrameStream {
     /// [`MissingDescriptor`](ProtocolError::MissingDescriptor) for a frame that declares descriptors. There is no
     /// telling where the next frame begins then.
     #[expect(clippy::should_implement_trait, reason = "a stream has more after `None`")]
-    pub fn next(&mut self) -> Result<Option<Bytes>, ProtocolError> {
-        if self.ready.is_empty() && !self.make_ready()? {
-            return Ok(None);
+    pub fn next(&mut self) -> Result<Option<&[u8]>, ProtocolError> {
+        let rest = &self.bytes[self.start..];
+        let Some(length) = length_of(rest, &self.limits)? else { return Ok(None) };
+        let payload = rest.get(HEADER_BYTES..length);
+        if payload.is_some() {
+            self.start += length;
         }
-        // Checked when it was made ready.
-        let length = self.ready.get_u32_le() as usize;
-        self.ready.advance(HEADER_BYTES - 4);
-        if length == self.ready.len() {
-            return Ok(Some(std::mem::take(&mut self.ready)));
-        }
-        Ok(Some(self.ready.split_to(length)))
+        Ok(payload)
     }
 
-    /// True when the stream stands inside a frame.
+    /// True when the stream stands inside a frame, or before frames that were not taken.
     #[must_use]
     pub fn has_partial(&self) -> bool {
-        !self.filling.is_empty()
-    }
-
-    fn make_ready(&mut self) -> Result<bool, ProtocolError> {
-        let mut end = 0;
-        let mut fault = None;
-        loop {
-            match length_of(&self.filling[end..], &self.limits) {
-                Ok(Some(length)) if self.filling.len() - end >= length => end += length,
-                Ok(_) => break,
-                // What came before it is good.
-                Err(error) => {
-                    fault = Some(error);
-                    break;
-                }
-            }
-        }
-        if end == 0 {
-            return fault.map_or(Ok(false), Err);
-        }
-        // As much is to be expected again.
-        let mut rest = Vec::with_capacity(end.min(KEEP_BYTES));
-        rest.extend_from_slice(&self.filling[end..]);
-        let mut whole = std::mem::replace(&mut self.filling, rest);
-        whole.truncate(end);
-        self.ready = Bytes::from(whole);
-        Ok(true)
+        self.start < self.bytes.len()
     }
 }
 
@@ -149,7 +126,7 @@ mod tests {
     fn frames_before_a_faulty_one_are_taken_first() {
         let mut stream = FrameStream::new(limits());
         stream.buffer().extend([frame(b"good"), vec![0; 6]].concat());
-        assert_eq!(stream.next(), Ok(Some(Bytes::from_static(b"good"))));
+        assert_eq!(stream.next(), Ok(Some(&b"good"[..])));
         assert!(stream.next().is_err());
     }
 

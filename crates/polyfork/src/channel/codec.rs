@@ -10,7 +10,6 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use bytes::{Buf, Bytes};
 use polyfork_wire::native::port::PortFrame;
 use polyfork_wire::native::{FrameDecoder, MAX_DESCRIPTORS, NativeOutbox, NotPushed};
 use polyfork_wire::node::advanced::{self, Value};
@@ -25,7 +24,7 @@ use polyfork_wire::{Limits, ProtocolError, RawJson};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-use super::message::{Advanced, Body};
+use super::message::{Advanced, Body, Message};
 use super::ring::{NativeOut, RingIn};
 use super::socket::{Socket, Write};
 use super::{Encoding, Handle, SendError};
@@ -194,6 +193,14 @@ impl Decoder {
         }
     }
 
+    /// Takes messages that came by the ring and are nothing else, as far as they come one after another.
+    pub(super) fn take_plain(&mut self, came: &mut Vec<Message>) -> Result<(), ProtocolError> {
+        match self {
+            Decoder::Native(native) if native.held.is_none() => native.ring.take_plain(came),
+            _ => Ok(()),
+        }
+    }
+
     /// The ring by which messages come, of a native channel.
     pub(super) fn ring(&mut self) -> Option<&mut RingIn> {
         match self {
@@ -212,8 +219,8 @@ impl Decoder {
 impl NativeDecoder {
     fn next(&mut self) -> Result<Option<Event>, ProtocolError> {
         loop {
-            if let Some(payload) = self.ring.next()? {
-                return ring_event(payload).map(Some);
+            if let Some(event) = self.ring.next()? {
+                return Ok(Some(event));
             }
             if let Some(event) = self.held.take() {
                 if self.ring.take_place()? {
@@ -246,15 +253,9 @@ impl NativeDecoder {
             }
             Ok(match frame {
                 PortFrame::Hello { features } => Event::Features(features),
-                PortFrame::Message(body) => {
-                    Event::Plain(Body::Native(Bytes::copy_from_slice(body)))
-                }
-                PortFrame::Request { id, body } => {
-                    request(id, Body::Native(Bytes::copy_from_slice(body)))
-                }
-                PortFrame::Reply { id, body } => {
-                    Event::Reply { id, body: Body::Native(Bytes::copy_from_slice(body)) }
-                }
+                PortFrame::Message(body) => Event::Plain(Body::native(body)),
+                PortFrame::Request { id, body } => request(id, Body::native(body)),
+                PortFrame::Reply { id, body } => Event::Reply { id, body: Body::native(body) },
                 PortFrame::Refused { id } => Event::Refused { id },
                 PortFrame::Ring => Event::Ring(None),
                 PortFrame::RingAnswer { taken } => Event::RingAnswer { taken },
@@ -295,27 +296,11 @@ fn with_descriptors(event: Event, descriptors: Vec<OwnedFd>) -> Result<Event, Pr
 }
 
 /// What came by the ring.
-fn ring_event(mut payload: Bytes) -> Result<Event, ProtocolError> {
-    // A body is a part of the payload, which is a part of what came with it.
-    let body = |mut payload: Bytes, before: usize| {
-        payload.advance(before);
-        Body::Native(payload)
-    };
-    let before = |body: &[u8]| payload.len() - body.len();
-    Ok(match PortFrame::read(&payload)? {
-        PortFrame::Message(rest) => {
-            let at = before(rest);
-            payload.advance(at);
-            Event::Plain(Body::Native(payload))
-        }
-        PortFrame::Request { id, body: rest } => {
-            let at = before(rest);
-            request(id, body(payload, at))
-        }
-        PortFrame::Reply { id, body: rest } => {
-            let at = before(rest);
-            Event::Reply { id, body: body(payload, at) }
-        }
+pub(super) fn ring_event(payload: &[u8]) -> Result<Event, ProtocolError> {
+    Ok(match PortFrame::read(payload)? {
+        PortFrame::Message(body) => Event::Plain(Body::native(body)),
+        PortFrame::Request { id, body } => request(id, Body::native(body)),
+        PortFrame::Reply { id, body } => Event::Reply { id, body: Body::native(body) },
         PortFrame::Refused { id } => Event::Refused { id },
         _ => return Err(ProtocolError::BadFrame { why: "it does not belong into the ring" }),
     })

@@ -733,7 +733,9 @@ impl Shared {
         decoder: &mut Decoder,
         came: &mut Vec<Message>,
     ) -> Result<(), ProtocolError> {
-        while let Some(event) = decoder.next()? {
+        loop {
+            decoder.take_plain(came)?;
+            let Some(event) = decoder.next()? else { return Ok(()) };
             match event {
                 Event::Plain(body) => came.push(Message::plain(body)),
                 Event::Message(message) => {
@@ -787,7 +789,6 @@ impl Shared {
                 Event::Nothing => {}
             }
         }
-        Ok(())
     }
 
     /// Changes how a native channel writes, and sees to it that it does.

@@ -19,6 +19,8 @@ use super::{DecodeError, Handle, Reply, RequestError, SendError};
 
 /// What a message counts for beyond its bytes, when it waits to be received.
 const WEIGHT_BYTES: usize = 128;
+/// Bodies up to this length are kept where they are: a cache line with their length and what they are.
+const SMALL_BYTES: usize = 62;
 /// What a handle counts for: the system has few of them.
 const HANDLE_WEIGHT_BYTES: usize = 4096;
 
@@ -28,6 +30,15 @@ pub(super) enum Body {
     Json(UserMessage),
     Advanced(Box<Advanced>),
     Native(Bytes),
+    /// The same, for the many that are so small that moving them costs less than a place of their own.
+    Small(Small),
+}
+
+/// Bytes that are kept where they are.
+#[derive(Clone)]
+pub(super) struct Small {
+    length: u8,
+    bytes: [u8; SMALL_BYTES],
 }
 
 #[derive(Clone)]
@@ -40,6 +51,18 @@ pub(super) struct Advanced {
 }
 
 impl Body {
+    /// A copy of what came on a native channel.
+    pub(super) fn native(bytes: &[u8]) -> Body {
+        match u8::try_from(bytes.len()) {
+            Ok(length) if bytes.len() <= SMALL_BYTES => {
+                let mut small = Small { length, bytes: [0; SMALL_BYTES] };
+                small.bytes[..bytes.len()].copy_from_slice(bytes);
+                Body::Small(small)
+            }
+            _ => Body::Native(Bytes::copy_from_slice(bytes)),
+        }
+    }
+
     pub(super) fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         match self {
             Body::Json(json) => json.parse().map_err(|e| DecodeError(e.to_string())),
@@ -57,6 +80,7 @@ impl Body {
                 read.map_err(|error| DecodeError(error.to_string()))
             }
             Body::Native(bytes) => decode(bytes),
+            Body::Small(small) => decode(small.bytes()),
         }
     }
 
@@ -65,7 +89,14 @@ impl Body {
             Body::Json(json) => json.as_str().len(),
             Body::Advanced(advanced) => advanced.bytes,
             Body::Native(bytes) => bytes.len(),
+            Body::Small(small) => small.length.into(),
         }
+    }
+}
+
+impl Small {
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
     }
 }
 
@@ -102,7 +133,7 @@ impl Message {
     pub fn json(&self) -> Option<&str> {
         match &self.body {
             Body::Json(json) => Some(json.as_str()),
-            Body::Advanced(_) | Body::Native(_) => None,
+            Body::Advanced(_) | Body::Native(_) | Body::Small(_) => None,
         }
     }
 
@@ -111,7 +142,7 @@ impl Message {
     pub fn value(&self) -> Option<&Value> {
         match &self.body {
             Body::Advanced(advanced) => Some(&advanced.value),
-            Body::Json(_) | Body::Native(_) => None,
+            Body::Json(_) | Body::Native(_) | Body::Small(_) => None,
         }
     }
 
@@ -182,7 +213,7 @@ impl fmt::Debug for Message {
         match &self.body {
             Body::Json(json) => write!(f, "Message({}", json.as_str())?,
             Body::Advanced(advanced) => write!(f, "Message({:?}", advanced.value)?,
-            Body::Native(bytes) => write!(f, "Message({} bytes", bytes.len())?,
+            Body::Native(_) | Body::Small(_) => write!(f, "Message({} bytes", self.body.len())?,
         }
         for handle in self.handles() {
             write!(f, ", {handle:?}")?;

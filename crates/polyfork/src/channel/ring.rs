@@ -14,7 +14,6 @@
 
 use std::sync::atomic::AtomicU64;
 
-use bytes::Bytes;
 use polyfork_core::sync::ring::{self, Consumer, Corrupt, HEADER_WORDS, Producer, PushError};
 use polyfork_wire::native::port::{FEATURE_RING, PortFrame, RECORD_FRAMES, RECORD_PLACE};
 use polyfork_wire::native::stream::FrameStream;
@@ -22,7 +21,8 @@ use polyfork_wire::native::{HEADER_BYTES, NativeOutbox};
 use polyfork_wire::{Limits, ProtocolError};
 
 use super::Handle;
-use super::codec::{Passed, Written};
+use super::codec::{Event, Passed, Written, ring_event};
+use super::message::{Body, Message};
 use super::socket::Socket;
 use crate::shared_memory::{SharedArrayBuffer, View};
 
@@ -304,6 +304,8 @@ pub(super) struct RingIn {
     consumer: Option<Consumer<Words>>,
     started: bool,
     frames: FrameStream,
+    /// Was looked at, and comes before what is in the frames.
+    next: Option<Event>,
     /// What comes next is in the socket.
     at_place: bool,
     /// How much more is taken in this turn.
@@ -313,7 +315,7 @@ pub(super) struct RingIn {
 impl RingIn {
     pub(super) fn new(limits: Limits) -> RingIn {
         let frames = FrameStream::new(limits);
-        RingIn { consumer: None, started: false, frames, at_place: false, left: 0 }
+        RingIn { consumer: None, started: false, frames, next: None, at_place: false, left: 0 }
     }
 
     /// Takes what was offered, if it is a ring; whether it was.
@@ -354,31 +356,64 @@ impl RingIn {
         self.left = bytes;
     }
 
-    /// The next frame that came by the ring, unless it is the turn of the socket, or of somebody else.
-    pub(super) fn next(&mut self) -> Result<Option<Bytes>, ProtocolError> {
-        let Some(consumer) = self.consumer.as_mut().filter(|_| self.started) else {
-            return Ok(None);
-        };
+    /// What came by the ring next, unless it is the turn of the socket, or of somebody else.
+    pub(super) fn next(&mut self) -> Result<Option<Event>, ProtocolError> {
+        if let Some(event) = self.next.take() {
+            return Ok(Some(event));
+        }
         loop {
-            if let Some(frame) = self.frames.next()? {
-                return Ok(Some(frame));
+            if let Some(payload) = self.frames.next()? {
+                return ring_event(payload).map(Some);
             }
-            if self.at_place || self.left == 0 {
+            if !self.fill()? {
                 return Ok(None);
             }
-            let buffer = self.frames.buffer();
-            let before = buffer.len();
-            match consumer.pop(buffer).map_err(fault)? {
-                None => return Ok(None),
-                Some(RECORD_FRAMES) => {
-                    // An empty record is no reason to look on for ever.
-                    self.left = self.left.saturating_sub((buffer.len() - before).max(8));
-                }
-                Some(RECORD_PLACE) if !self.frames.has_partial() => self.at_place = true,
-                Some(_) => {
-                    return Err(ProtocolError::BadFrame { why: "the ring has no such record" });
+        }
+    }
+
+    /// Takes messages that are nothing else, one after another.
+    pub(super) fn take_plain(&mut self, came: &mut Vec<Message>) -> Result<(), ProtocolError> {
+        if !self.started || self.next.is_some() {
+            return Ok(());
+        }
+        loop {
+            while let Some(payload) = self.frames.next()? {
+                match PortFrame::message(payload) {
+                    Some(body) => came.push(Message::plain(Body::native(body))),
+                    None => {
+                        self.next = Some(ring_event(payload)?);
+                        return Ok(());
+                    }
                 }
             }
+            if !self.fill()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes records until a frame may be complete; false when there is none for now.
+    fn fill(&mut self) -> Result<bool, ProtocolError> {
+        let Some(consumer) = self.consumer.as_mut().filter(|_| self.started) else {
+            return Ok(false);
+        };
+        if self.at_place || self.left == 0 {
+            return Ok(false);
+        }
+        let buffer = self.frames.buffer();
+        let before = buffer.len();
+        match consumer.pop(buffer).map_err(fault)? {
+            None => Ok(false),
+            Some(RECORD_FRAMES) => {
+                // An empty record is no reason to look on for ever.
+                self.left = self.left.saturating_sub((buffer.len() - before).max(8));
+                Ok(true)
+            }
+            Some(RECORD_PLACE) if !self.frames.has_partial() => {
+                self.at_place = true;
+                Ok(false)
+            }
+            Some(_) => Err(ProtocolError::BadFrame { why: "the ring has no such record" }),
         }
     }
 
