@@ -360,6 +360,10 @@ fn fault_70_channels_are_never_read_by_read() {
     let sources = concat!(env!("CARGO_MANIFEST_DIR"), "/src/channel");
     for entry in std::fs::read_dir(sources).unwrap() {
         let path = entry.unwrap().path();
+        // Tests have a folder of their own.
+        if path.is_dir() {
+            continue;
+        }
         let text = std::fs::read_to_string(&path).unwrap();
         for call in ["read(fd", "readv(", "try_read", "read_buf", "AsyncRead", "io::Read", "recv("]
         {
