@@ -402,7 +402,7 @@ impl Shared {
             () = self.dirty.notified() => {}
             () = tokio::time::sleep(RING_POLL) => {}
         }
-        if ended && self.socket.is_hung_up() {
+        if self.socket.is_hung_up() {
             self.close_out(&mut lock(&self.out));
         }
     }
@@ -809,6 +809,13 @@ impl Shared {
     #[cfg(test)]
     pub(super) fn uses_ring(&self) -> bool {
         lock(&self.out).by_ring()
+    }
+
+    /// As if this process had been killed.
+    #[cfg(test)]
+    pub(super) fn cut_off(&self) {
+        self.close_out(&mut lock(&self.out));
+        self.stop_reading();
     }
 
     #[cfg(test)]

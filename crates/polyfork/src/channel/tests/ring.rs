@@ -201,6 +201,27 @@ async fn sender_goes_on_while_its_own_receiver_is_behind() {
 }
 
 #[tokio::test]
+async fn sender_learns_of_the_end_while_its_own_receiver_is_behind() {
+    let (here, mut there) = pair(Encoding::Native);
+    until_by_ring(&here, &mut there).await;
+    let flood = "x".repeat(1000);
+    let mut full = 0;
+    while full < 200 {
+        match there.try_send(&flood) {
+            Ok(()) => full = 0,
+            Err(_) => full += 1,
+        }
+        tokio::task::yield_now().await;
+    }
+    let sender = here.sender();
+    let sending = tokio::spawn(async move { while sender.send(&flood).await.is_ok() {} });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    // As a process that is killed.
+    there.shared().cut_off();
+    tokio::time::timeout(LONG, sending).await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn flush_waits_until_everything_is_in_the_ring() {
     let (here, mut there) = pair(Encoding::Native);
     let first = until_by_ring(&here, &mut there).await;
