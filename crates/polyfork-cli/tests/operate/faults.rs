@@ -119,7 +119,7 @@ fn fault_54_disk_full_for_state() {
 #[test]
 fn fault_56_two_hundred_workers_in_the_background() {
     let mut desk = Desk::new();
-    desk.place.file("idle.sh", "trap 'exit 0' TERM; sleep 600 & wait $!; kill $!");
+    desk.place.file("idle.sh", "exec sleep 600");
     let options = ["-w", "200", "--ready", "delay=10ms", "--name", "many"];
     let app = desk.start(&[&options[..], &["--", "sh", "idle.sh"]].concat());
     assert_eq!(app["workers_ready"], 200);
@@ -291,7 +291,7 @@ fn fault_99_links_where_folders_and_files_are_wanted() {
 #[test]
 fn fault_100_twenty_starts_at_once() {
     let mut desk = Desk::new();
-    desk.place.file("idle.sh", "sleep 600");
+    desk.place.file("idle.sh", "exec sleep 600");
     let options = ["start", "--json", "-w", "1", "--ready", "delay=10ms", "--name", "one"];
     let args = [&options[..], &["--", "sh", "idle.sh"]].concat();
     let starting: Vec<Running> = (0..20).map(|_| Running::start(desk.command(&args))).collect();
