@@ -137,6 +137,10 @@ impl Control {
                 });
             }
         });
+        if matches!(event, Event::AllReady { .. }) {
+            // Who reads that it is ready sees it ready in a list.
+            self.write_state();
+        }
         let mut stream = lock(&self.0.stream);
         if stream.as_ref().is_some_and(|stream| stream.receiver_count() == 0) {
             *stream = None;
