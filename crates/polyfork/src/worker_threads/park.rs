@@ -96,7 +96,8 @@ pub(super) fn block_on<F: Future>(future: F) -> F::Output {
 
 /// Waits for a future on this thread, until a moment; `None` when that came first.
 pub(super) fn block_on_until<F: Future>(future: F, deadline: Option<Instant>) -> Option<F::Output> {
-    let mut future = pin!(future);
+    // In a task of tokio's, whose turn is over after so many looks, the wake-up would wait for the task to give way.
+    let mut future = pin!(tokio::task::unconstrained(future));
     let mut wait = |parker: &Parker, waker: &Waker| {
         let mut cx = Context::from_waker(waker);
         loop {

@@ -55,6 +55,18 @@ async fn the_parent_follows_a_worker_from_async_code() {
     assert!(worker.join().await.success());
 }
 
+/// A task that has had its turn is to give way; a blocking form cannot, and must be woken all the same.
+#[tokio::test]
+async fn blocking_forms_in_a_task_are_woken_however_long_its_turn_was() {
+    for number in 0..400 {
+        let mut worker = Worker::spawn(echo).unwrap();
+        worker.post_message_blocking(number).unwrap();
+        assert!(worker.receive_blocking().is_some());
+        worker.close();
+        assert!(worker.join_blocking().success());
+    }
+}
+
 #[test]
 fn an_async_worker_has_a_runtime_of_its_own_and_futures_that_stay_there() {
     let mut worker = Worker::spawn_async(async |mut parent: WorkerContext<u32, u32>| {
