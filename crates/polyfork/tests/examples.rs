@@ -141,6 +141,34 @@ async fn thread_or_process_differ_in_one_word_and_in_a_crash() {
     assert!(text.contains("  Online\n  Error(Killed(\"SIGABRT\"))\n"), "{text}");
 }
 
+#[tokio::test]
+async fn shared_counters_are_exact_over_all_workers() {
+    use polyfork::child_process::{Command, Signal, Stdio};
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+
+    let mut command = Command::new(example("shared_counters").await);
+    command.env("PORT", "0").env("WORKERS", "2").stdout(Stdio::Pipe).kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap().unwrap();
+    let address = line.strip_prefix("http://").and_then(|rest| rest.strip_suffix('/')).unwrap();
+    let mut processes = std::collections::BTreeMap::<String, u64>::new();
+    for number in 1..=40u64 {
+        let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        let body = answer.split("\r\n\r\n").nth(1).unwrap();
+        let words: Vec<&str> = body.split_whitespace().collect();
+        assert_eq!(words.last().unwrap().parse(), Ok(number), "{body}");
+        *processes.entry(words[1].to_owned()).or_default() += 1;
+    }
+    assert!(!processes.is_empty() && processes.len() <= 2, "{processes:?}");
+    child.kill(Signal::TERM).unwrap();
+    let ended = tokio::time::timeout(PATIENCE, child.wait()).await.unwrap().unwrap();
+    assert!(ended.success(), "{ended:?}");
+}
+
 #[cfg(feature = "axum")]
 mod offload {
     use polyfork::child_process::{Child, Command, Signal, Stdio};
