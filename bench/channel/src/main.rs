@@ -1,7 +1,7 @@
 //! One contender of `cargo xtask bench channel`: two processes, messages of about 96 bytes.
 //!
-//! `bench-channel HOW MODE MILLISECONDS [NODE SCRIPT]`. HOW is `native`, `native-socket` (without the ring of shared
-//! memory), `json` or `advanced` (polyfork at both ends), `node-json` or `node-advanced` (polyfork here, the program
+//! `bench-channel HOW MODE MILLISECONDS [NODE SCRIPT]`. HOW is `native`, `native-borrowed` (the same messages, sent from and read
+//! into a struct that borrows its texts), `native-socket` (without the ring of shared memory), `json` or `advanced` (polyfork at both ends), `node-json` or `node-advanced` (polyfork here, the program
 //! NODE with SCRIPT as the child), `ipc-channel`,
 //! or `socket` (a bare Unix socket with blocking reads and writes of whole messages: the limit). MODE is `oneway`
 //! (the child sends as fast as it can, this side counts) or `echo` (one message there and back at a time).
@@ -41,6 +41,15 @@ struct Message {
     name: String,
     flags: [u8; 3],
     text: String,
+}
+
+/// The same, of texts that are somebody else's.
+#[derive(Debug, Serialize, Deserialize)]
+struct Borrowed<'a> {
+    id: u64,
+    name: &'a str,
+    flags: [u8; 3],
+    text: &'a str,
 }
 
 impl Message {
@@ -111,6 +120,11 @@ async fn main() -> Result<()> {
     let count = Count::new(Duration::from_millis(limit.parse()?));
     match how.as_str() {
         "native" => polyfork(own(mode, Encoding::Native)?, mode, count).await,
+        "native-borrowed" => {
+            let mut command = Command::new(std::env::current_exe()?);
+            command.env(MODE, mode).env(HOW, "borrowed");
+            borrowed(fork_program(&mut command, Encoding::Native)?, mode, count).await
+        }
         "native-socket" => {
             let forked = own(mode, Encoding::Native)?;
             // The parent receives, so it refuses; what it sends is small.
@@ -133,7 +147,7 @@ async fn main() -> Result<()> {
         "ipc-channel" => ipc_channel(mode, count),
         "socket" => socket(mode, count),
         other => bail!(
-            "no \"{other}\": native, native-socket, json, advanced, node-json, node-advanced, ipc-channel or socket"
+            "no \"{other}\": native, native-borrowed, native-socket, json, advanced, node-json, node-advanced, ipc-channel or socket"
         ),
     }
 }
@@ -147,6 +161,7 @@ fn own(mode: &str, encoding: Encoding) -> Result<Forked> {
 async fn child(how: &str, mode: &str) -> Result<()> {
     match how {
         "polyfork" => polyfork_child(mode).await,
+        "borrowed" => borrowed_child(mode).await,
         "ipc-channel" => ipc_channel_child(mode),
         "socket" => socket_child(mode),
         other => bail!("no child \"{other}\""),
@@ -183,6 +198,41 @@ async fn polyfork_child(mode: &str) -> Result<()> {
     for id in 0.. {
         // The parent stops by ending us.
         channel.send(&Message::new(id)).await?;
+    }
+    Ok(())
+}
+
+async fn borrowed(forked: Forked, mode: &str, mut count: Count) -> Result<()> {
+    let Forked { mut channel, child } = forked;
+    channel.send(&Message::new(0)).await?;
+    loop {
+        let message = channel.recv().await?.context("the child has gone")?;
+        let read: Borrowed<'_> = message.to_borrowed()?;
+        if count.one() {
+            break;
+        }
+        if mode == "echo" {
+            channel.send(&read).await?;
+        }
+    }
+    child.kill(Signal::KILL)?;
+    Ok(())
+}
+
+async fn borrowed_child(mode: &str) -> Result<()> {
+    let mut channel = polyfork::process::channel()?;
+    if mode == "echo" {
+        while let Some(message) = channel.recv().await? {
+            let read: Borrowed<'_> = message.to_borrowed()?;
+            channel.send(&read).await?;
+        }
+        return Ok(());
+    }
+    channel.recv().await?;
+    let one = Message::new(0);
+    for id in 0.. {
+        let message = Borrowed { id, name: &one.name, flags: one.flags, text: &one.text };
+        channel.send(&message).await?;
     }
     Ok(())
 }

@@ -169,6 +169,24 @@ async fn shared_counters_are_exact_over_all_workers() {
     assert!(ended.success(), "{ended:?}");
 }
 
+/// The example checks its sums itself.
+#[tokio::test]
+async fn shared_ring_adds_up_what_came_both_ways() {
+    use polyfork::child_process::{Command, Stdio};
+    use tokio::io::AsyncReadExt;
+
+    let mut command = Command::new(example("shared_ring").await);
+    command.stdout(Stdio::Pipe).kill_on_drop(true);
+    let mut child = command.spawn().unwrap();
+    let mut shown = String::new();
+    let mut stdout = child.stdout.take().unwrap();
+    tokio::time::timeout(PATIENCE, stdout.read_to_string(&mut shown)).await.unwrap().unwrap();
+    assert!(shown.starts_with("wait and notify: 200000 numbers in "), "{shown}");
+    assert!(shown.contains("\nring of records: 200000 numbers in "), "{shown}");
+    let ended = tokio::time::timeout(PATIENCE, child.wait()).await.unwrap().unwrap();
+    assert!(ended.success(), "{ended:?}");
+}
+
 #[cfg(feature = "axum")]
 mod offload {
     use polyfork::child_process::{Child, Command, Signal, Stdio};

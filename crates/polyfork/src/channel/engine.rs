@@ -597,6 +597,8 @@ impl Shared {
     async fn read_to_end(self: &Arc<Self>, decoder: &mut Decoder) -> Result<bool, ProtocolError> {
         let mut buffer = vec![0; FIRST_READ_BYTES];
         let mut fds = VecDeque::new();
+        // Used again and again: nothing is asked of the allocator for a message that is small.
+        let mut came = Vec::new();
         let mut pace = Pace::default();
         let mut last = false;
         loop {
@@ -617,11 +619,11 @@ impl Shared {
                 Next::Read(Read::Some(received)) => Some(received),
                 // A message that is cut off is no fault: whoever dies while writing leaves one.
                 Next::Read(Read::End) => {
-                    self.take_last(decoder)?;
+                    self.take_last(decoder, &mut came)?;
                     return Ok(last);
                 }
                 Next::Read(Read::Empty) if last => {
-                    self.take_last(decoder)?;
+                    self.take_last(decoder, &mut came)?;
                     return Ok(true);
                 }
                 Next::Read(Read::Empty) => continue,
@@ -629,7 +631,7 @@ impl Shared {
             if let Some(received) = received {
                 decoder.feed(&buffer[..received.len], &mut fds, received.truncated)?;
             }
-            self.take_turn(decoder, TURN_BYTES)?;
+            self.take_turn(decoder, &mut came, TURN_BYTES)?;
             if received.is_some_and(|got| got.len == buffer.len()) && buffer.len() < READ_BYTES {
                 buffer.resize(READ_BYTES, 0);
             }
@@ -681,13 +683,13 @@ impl Shared {
     fn take_turn(
         self: &Arc<Self>,
         decoder: &mut Decoder,
+        came: &mut Vec<Message>,
         bytes: usize,
     ) -> Result<(), ProtocolError> {
         if let Some(ring) = decoder.ring() {
             ring.begin_turn(bytes);
         }
-        let mut came = Vec::new();
-        let fault = self.take_in(decoder, &mut came).err();
+        let fault = self.take_in(decoder, came).err();
         self.deliver(came);
         if decoder.ring().is_some_and(|ring| ring.must_wake()) {
             let mut out = lock(&self.out);
@@ -702,9 +704,13 @@ impl Shared {
     }
 
     /// Decodes what the other end left behind.
-    fn take_last(self: &Arc<Self>, decoder: &mut Decoder) -> Result<(), ProtocolError> {
+    fn take_last(
+        self: &Arc<Self>,
+        decoder: &mut Decoder,
+        came: &mut Vec<Message>,
+    ) -> Result<(), ProtocolError> {
         let Some(most) = decoder.ring().and_then(|ring| ring.most()) else { return Ok(()) };
-        self.take_turn(decoder, most)
+        self.take_turn(decoder, came, most)
     }
 
     /// Whether there is room for what is read.
@@ -830,7 +836,7 @@ impl Shared {
         }
     }
 
-    fn deliver(&self, came: Vec<Message>) {
+    fn deliver(&self, came: &mut Vec<Message>) {
         if came.is_empty() {
             return;
         }
@@ -838,11 +844,11 @@ impl Shared {
         if inn.receiver_gone {
             drop(inn);
             // Requests among them are refused, which needs the other lock.
-            drop(came);
+            came.clear();
             return;
         }
         inn.weight += came.iter().map(Message::weight).sum::<usize>();
-        inn.queue.extend(came);
+        inn.queue.extend(came.drain(..));
         let waker = inn.waker.take();
         drop(inn);
         if let Some(waker) = waker {

@@ -84,6 +84,19 @@ impl Body {
         }
     }
 
+    pub(super) fn to_borrowed<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
+        match self {
+            Body::Json(json) => {
+                serde_json::from_str(json.as_str()).map_err(|e| DecodeError(e.to_string()))
+            }
+            Body::Advanced(_) => Err(DecodeError(
+                "the advanced encoding keeps nothing that could be borrowed: use `to`".into(),
+            )),
+            Body::Native(bytes) => decode(bytes),
+            Body::Small(small) => decode(small.bytes()),
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Body::Json(json) => json.as_str().len(),
@@ -127,6 +140,29 @@ impl Message {
     /// When it does not have that shape.
     pub fn to<T: DeserializeOwned>(&self) -> Result<T, DecodeError> {
         self.body.to()
+    }
+
+    /// Reads the message as a value that borrows texts (`&str`) and bytes (`&[u8]`) from it, so that nothing is copied and no
+    /// memory asked for.
+    ///
+    /// ```
+    /// # use polyfork::channel::Message;
+    /// #[derive(serde::Deserialize)]
+    /// struct Line<'a> {
+    ///     number: u64,
+    ///     text: &'a str,
+    /// }
+    /// fn length(message: &Message) -> Option<usize> {
+    ///     let line: Line<'_> = message.to_borrowed().ok()?;
+    ///     Some(line.text.len())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// When it does not have that shape; for a text with escapes in JSON, which cannot be borrowed (`Cow` takes both with
+    /// `#[serde(borrow)]`); and always in Node's advanced encoding.
+    pub fn to_borrowed<'a, T: Deserialize<'a>>(&'a self) -> Result<T, DecodeError> {
+        self.body.to_borrowed()
     }
 
     /// The JSON text, when the channel speaks JSON.
@@ -316,7 +352,7 @@ pub(crate) fn encode<T: Serialize + ?Sized>(value: &T) -> Result<Bytes, SendErro
 }
 
 /// Reads what [`encode`] wrote.
-pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
+pub(crate) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, DecodeError> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
         Ok(_) => Err(DecodeError("bytes follow its value".into())),

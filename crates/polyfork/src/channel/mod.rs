@@ -159,6 +159,7 @@ impl Channel {
     ///
     /// # Errors
     /// As [`Receiver::recv`].
+    #[inline]
     pub async fn recv(&mut self) -> Result<Option<Message>, ChannelError> {
         self.receiver.recv().await
     }
@@ -210,6 +211,7 @@ impl Receiver {
     /// # Errors
     /// [`ChannelError`], once, after the last good message, when the other end broke the protocol: nothing
     /// more is sent or received then.
+    #[inline]
     pub async fn recv(&mut self) -> Result<Option<Message>, ChannelError> {
         if let Some(message) = self.ready.pop_front() {
             return Ok(Some(message));

@@ -34,8 +34,8 @@ const OFFER_FROM_BYTES: u64 = 64 << 10;
 const MOST_RING_BYTES: usize = 16 << 20;
 /// A piece shorter than this waits for room for more, if there is more to come.
 const LEAST_PIECE_BYTES: usize = 1 << 10;
-/// So much is taken at once.
-pub(super) const TURN_BYTES: usize = 64 << 10;
+/// So much is taken at once: small messages of one turn stay in a processor's nearest cache until they are received.
+pub(super) const TURN_BYTES: usize = 16 << 10;
 
 type Words = View<AtomicU64>;
 

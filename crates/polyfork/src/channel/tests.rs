@@ -126,6 +126,30 @@ async fn try_send_gives_the_message_back_when_full_and_when_closed() {
 }
 
 #[tokio::test]
+async fn texts_are_read_where_they_are() {
+    #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    struct Line<'a> {
+        number: u64,
+        text: &'a str,
+    }
+    for encoding in ALL {
+        let (here, mut there) = pair(encoding);
+        for text in ["short", &"long ".repeat(100), "with \"quotes\""] {
+            here.send(&Line { number: 7, text }).await.unwrap();
+            let message = next(&mut there).await;
+            let read = message.to_borrowed::<Line<'_>>();
+            match (encoding, text.contains('"')) {
+                (Encoding::Advanced, _) => assert!(read.unwrap_err().to_string().contains("`to`")),
+                (Encoding::Json, true) => {
+                    assert!(read.is_err(), "an escaped text cannot be borrowed")
+                }
+                _ => assert_eq!(read.unwrap(), Line { number: 7, text }),
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn sender_waits_for_a_receiver_that_is_behind() {
     for encoding in ALL {
         let (here, mut there) = pair(encoding);
