@@ -64,9 +64,8 @@ async fn serve(worker: Worker) -> cluster::MainResult {
     if worker.id() == Some(1) && std::env::var_os("STALL").is_some() {
         tokio::spawn(stall());
     }
-    let app = router(worker.clone(), connections)
-        .into_make_service_with_connect_info::<std::net::SocketAddr>();
-    axum::serve(listener, app).with_graceful_shutdown(worker.shutdown()).await?;
+    // Like `axum::serve`, and no client loses a request when this worker leaves.
+    cluster::serve(listener, router(worker.clone(), connections), &worker).await;
     Ok(())
 }
 

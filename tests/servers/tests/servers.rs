@@ -93,7 +93,7 @@ mod axum_serve {
     use axum::extract::ConnectInfo;
     use axum::routing::get;
     use axum::serve::ListenerExt;
-    use polyfork::cluster::RemoteAddr;
+    use polyfork::cluster::{self, RemoteAddr};
 
     use super::*;
 
@@ -122,6 +122,54 @@ mod axum_serve {
         client(move || ask(at)).await;
         worker.disconnect().await;
         soon(serving).await.unwrap().unwrap();
+    }
+
+    /// One request on a connection that stays; its answer.
+    fn ask_again(stream: &mut TcpStream) -> String {
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\nhello") {
+            let mut some = [0; 512];
+            let count = stream.read(&mut some).unwrap();
+            assert_ne!(count, 0, "cut off after {:?}", String::from_utf8_lossy(&answer));
+            answer.extend(&some[..count]);
+        }
+        String::from_utf8(answer).unwrap().to_ascii_lowercase()
+    }
+
+    #[tokio::test]
+    async fn fault_21_a_kept_connection_is_asked_once_more_while_its_worker_leaves() {
+        let worker = Worker::from_env().unwrap();
+        let listener = worker.listen("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let app = Router::new().route("/", get(|| async { "hello" }));
+        let (serving, leaving) = (worker.clone(), worker.clone());
+        let serving = tokio::spawn(async move { cluster::serve(listener, app, &serving).await });
+        let (asked, first) = tokio::sync::oneshot::channel();
+        let (left, wait) = std::sync::mpsc::channel();
+        let client = client(move || {
+            let mut clients = [TcpStream::connect(at).unwrap(), TcpStream::connect(at).unwrap()];
+            for client in &mut clients {
+                assert!(!ask_again(client).contains("connection: close"));
+            }
+            asked.send(()).unwrap();
+            wait.recv().unwrap();
+            let [busy, idle] = &mut clients;
+            assert!(ask_again(busy).contains("connection: close"));
+            // Both are closed, and without a reset.
+            assert_eq!(busy.read(&mut [0; 8]).unwrap(), 0);
+            assert_eq!(idle.read(&mut [0; 8]).unwrap(), 0);
+        });
+        let leave = async {
+            first.await.unwrap();
+            let leaving = tokio::spawn(async move { leaving.disconnect().await });
+            worker.shutdown().await;
+            left.send(()).unwrap();
+            leaving
+        };
+        let (_, leaving) = tokio::join!(client, leave);
+        soon(serving).await.unwrap();
+        soon(leaving).await.unwrap();
     }
 
     #[tokio::test]

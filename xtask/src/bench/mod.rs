@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: polyfork beside its peers, in one run, by interleaved rounds.
 //!
-//! `channel`, `spawn` and `threads` are benchmarks of their own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
+//! `channel`, `spawn`, `threads`, `soak` and `operate` are benchmarks of their own. For `bench http`, `targets` starts a server, `load` sends requests, `measure` reads CPU, memory and fairness,
 //! `report` prints. This file chooses what to run and keeps the order: every round starts each
 //! server anew, measures it and stops it, so that a drift of the machine meets all of them alike
 //! and ratios can be taken within a round.
@@ -11,8 +11,11 @@
 
 mod channel;
 mod load;
+mod managed;
 mod measure;
+mod operate;
 mod report;
+mod soak;
 mod spawn;
 mod targets;
 mod threads;
@@ -35,6 +38,8 @@ Compares polyfork with its peers. Load goes to loopback only and is bounded in t
 Usage: cargo xtask bench http [OPTIONS]
        cargo xtask bench spawn [--seconds N] [--rounds R] [--json FILE]
        cargo xtask bench channel [--seconds N] [--rounds R] [--json FILE]
+       cargo xtask bench soak [--reloads N] [--kills N] [--upgrades N] [--requests N] [--only PART]
+       cargo xtask bench operate [--seconds N] [--rounds R] [--apps LIST]
        cargo xtask bench threads [--ms N] [--rounds R] [--only PARTS] [--json FILE]
 
 `spawn` starts /bin/true from parents of 10 MiB and 2 GiB, beside Node, Bun and std::process (default 2 s, 3 rounds).
@@ -42,6 +47,11 @@ Usage: cargo xtask bench http [OPTIONS]
 `threads` compares messages between threads, tasks of a pool, waiting on a word, the use of all cores, and a server under
 load with their rivals in Rust, Node and Bun (default 500 ms, 5 rounds). PARTS: messages tasks atomics speedup server,
 separated by commas.
+
+`soak` reloads, kills workers and replaces the primary while clients ask without a pause, beside PM2 and nginx, and counts what
+they lose (default 20, 300, 6; at least 60000 requests while reloading and upgrading; exit code 1 if we lost what we promise to
+keep). PART of a title leaves only such servers. `operate` measures the primary's memory, start, crash and idle time and `ls`
+beside PM2 (default 10 s idle, 3 rounds, lists of 1,10,100 apps).
 
 Options of `http`:
   --seconds N    length of one load (default 4)
@@ -76,7 +86,7 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
     }
     let which = args.subcommand()?;
     match which.as_deref() {
-        Some("http" | "spawn" | "channel" | "threads") => {}
+        Some("http" | "spawn" | "channel" | "threads" | "soak" | "operate") => {}
         Some(other) => bail!("no benchmark `{other}`; see --help"),
         None => bail!("which benchmark? see --help"),
     }
@@ -85,6 +95,8 @@ pub(crate) fn main(args: &mut Arguments) -> Result<ExitCode> {
     match which.as_deref() {
         Some("spawn") => return spawn::main(args, &manifest),
         Some("channel") => return channel::main(args, &manifest),
+        Some("soak") => return soak::main(args, &manifest),
+        Some("operate") => return operate::main(args, &manifest),
         Some("threads") => return threads::main(args, &manifest),
         _ => {}
     }

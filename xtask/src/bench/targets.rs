@@ -468,7 +468,7 @@ fn pm2_daemon(command: &mut Started, folder: &Path) -> Result<Option<i32>> {
 }
 
 /// Waits until the port answers.
-fn wait_answer(port: u16) -> Result<()> {
+pub(super) fn wait_answer(port: u16) -> Result<()> {
     wait_until(|| Ok(measure::get(port, "/").is_ok()))
 }
 
@@ -483,7 +483,7 @@ fn wait_until(mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
 }
 
 /// A port that is free now; the moment until the server binds it is ours alone on a quiet machine.
-fn free_port() -> Result<u16> {
+pub(super) fn free_port() -> Result<u16> {
     let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("find a free port")?;
     Ok(probe.local_addr()?.port())
 }
@@ -502,7 +502,7 @@ fn last_words(folder: &TempDir) -> String {
 }
 
 /// The search path with the folder of `program` in front.
-fn first_in_path(program: &Path) -> OsString {
+pub(super) fn first_in_path(program: &Path) -> OsString {
     let folder = program.parent().map(Path::to_path_buf);
     let rest = std::env::var_os("PATH").unwrap_or_default();
     let all = folder.into_iter().chain(std::env::split_paths(&rest));

@@ -12,16 +12,67 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::manifest::Tool;
-use super::pins::{SYSTEM, SystemPin};
+use super::pins::{SYSTEM, SystemPin, UNPACKED, UnpackedPin};
 use super::{Found, INSTALL_LIMIT, Outcome};
-use crate::proc;
+use crate::{paths, proc};
 
 /// All programs of the table.
 pub(super) fn install_all() -> Vec<Outcome> {
-    SYSTEM.iter().map(|pin| Outcome::tell(pin.name, true, install_one(pin))).collect()
+    let mut all: Vec<Outcome> =
+        SYSTEM.iter().map(|pin| Outcome::tell(pin.name, true, install_one(pin))).collect();
+    all.extend(UNPACKED.iter().map(|pin| Outcome::tell(pin.name, false, unpack_one(pin))));
+    all
+}
+
+/// Takes the program of the search path, or unpacks the package into `.peers/`.
+fn unpack_one(pin: &UnpackedPin) -> Result<Found, String> {
+    let found = |path: PathBuf, fresh| {
+        let version = own_version(&path).unwrap_or_else(|| "unknown version".into());
+        Found { tool: Tool { path, version }, fresh }
+    };
+    if let Some(path) = which(pin.name) {
+        return Ok(found(path, false));
+    }
+    let folder = paths::peers().join(format!("deb-{}", pin.name));
+    let program = folder.join(pin.entry);
+    if is_executable(&program) {
+        return Ok(found(program, false));
+    }
+    let fetched = || download(pin.package, &folder);
+    fetched()
+        .or_else(|_| apt(&["update"]).and_then(|()| fetched()))
+        .map_err(|error| format!("apt-get download {}: {error:#}", pin.package))?;
+    match is_executable(&program) {
+        true => Ok(found(program, true)),
+        false => Err(format!("{} has no {}", pin.package, pin.entry)),
+    }
+}
+
+/// Fetches a package and unpacks it into a folder.
+fn download(package: &str, folder: &Path) -> Result<()> {
+    let draft = tempfile::tempdir_in(paths::peers())?;
+    let mut fetch = Command::new("apt-get");
+    fetch.current_dir(draft.path()).args(["--quiet", "download", package]);
+    let run = proc::capture(fetch, INSTALL_LIMIT)?;
+    ensure!(run.ok(), "{}", run.complaint());
+    let file = std::fs::read_dir(draft.path())?.flatten().next().context("it fetched nothing")?;
+    let mut unpack = Command::new("dpkg-deb");
+    unpack.arg("--extract").arg(file.path()).arg(folder);
+    let run = proc::capture(unpack, INSTALL_LIMIT)?;
+    ensure!(run.ok(), "{}", run.complaint());
+    Ok(())
+}
+
+/// What a program answers to `-v`, the part behind the last slash.
+fn own_version(program: &Path) -> Option<String> {
+    let mut command = Command::new(program);
+    command.arg("-v");
+    let run = proc::capture(command, INSTALL_LIMIT).ok()?;
+    let text = if run.stderr.is_empty() { run.stdout } else { run.stderr };
+    text.trim().rsplit('/').next().map(str::to_owned).filter(|version| !version.is_empty())
 }
 
 fn install_one(pin: &SystemPin) -> Result<Found, String> {

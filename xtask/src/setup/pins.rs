@@ -76,6 +76,20 @@ pub(super) const SYSTEM: &[SystemPin] = &[
     SystemPin { name: "ss", package: "iproute2" },
 ];
 
+/// A program whose package is unpacked and not installed, because installing it would start it.
+pub(super) struct UnpackedPin {
+    /// Name in the manifest.
+    pub(super) name: &'static str,
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The program in it.
+    pub(super) entry: &'static str,
+}
+
+/// Programs that benchmarks compare with, by their manuals; tests do without.
+pub(super) const UNPACKED: &[UnpackedPin] =
+    &[UnpackedPin { name: "nginx", package: "nginx", entry: "usr/sbin/nginx" }];
+
 /// npm itself, where no npm is in the search path.
 pub(super) const NPM_PACKAGES: &[&str] = &["nodejs", "npm"];
 /// Python's virtual environments, where Python has none.

@@ -47,9 +47,9 @@ pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };
-#[cfg(feature = "axum")]
-pub use listener::RemoteAddr;
 pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
+#[cfg(feature = "axum")]
+pub use listener::{RemoteAddr, serve};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};

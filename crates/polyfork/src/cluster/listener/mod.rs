@@ -11,6 +11,8 @@
 #[cfg(feature = "axum")]
 mod axum;
 pub(crate) mod handed;
+#[cfg(feature = "axum")]
+mod http;
 mod own;
 
 use std::io;
@@ -30,6 +32,8 @@ use super::worker::{Mark, Registration, Source};
 #[cfg(feature = "axum")]
 pub use axum::RemoteAddr;
 use handed::Handed;
+#[cfg(feature = "axum")]
+pub use http::serve;
 use own::OwnSocket;
 
 /// Most connections that are taken from a listening socket after the stop has begun. They were waiting in it
