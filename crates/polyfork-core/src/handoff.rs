@@ -29,7 +29,7 @@ use crate::time::Time;
 use crate::turn::{Room, Turn};
 
 /// The limits of one listener's hand-over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct HandoffConfig {
     /// Unacknowledged connections per worker, 1 to [`HandoffConfig::MAX_WINDOW`], for workers that join without one.
     pub window: usize,
@@ -131,7 +131,7 @@ pub enum HandoffFault {
 }
 
 /// What became of the connections: `offered = acknowledged + shed + in_flight + queued`, always.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Counters {
     /// Given to [`Handoff::offer`].
     pub offered: u64,
@@ -150,7 +150,7 @@ pub struct Counters {
 }
 
 /// One listener's connections on their way to workers. `C` is the shell's owned descriptor, cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Handoff<C> {
     config: HandoffConfig,
     now: Time,
@@ -163,7 +163,7 @@ pub struct Handoff<C> {
     counters: Counters,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Held<C> {
     arrival: u64,
     offered: Time,
@@ -171,7 +171,7 @@ struct Held<C> {
     connection: C,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Flight<C> {
     seq: u64,
     sent: Time,
@@ -179,7 +179,7 @@ struct Flight<C> {
 }
 
 /// Whether a worker has to show, with one connection at a time, that it takes what it is sent.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 enum Trial {
     /// It is trusted with its window.
     No,
@@ -189,7 +189,7 @@ enum Trial {
     Silent(u32),
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Member<C> {
     window: usize,
     suspended: bool,
@@ -501,6 +501,75 @@ impl<C> Handoff<C> {
     pub fn counters(&self) -> Counters {
         let in_flight: usize = self.members.values().map(|m| m.in_flight.len()).sum();
         Counters { in_flight: in_flight as u64, queued: self.queue.len() as u64, ..self.counters }
+    }
+
+    /// The same hand-over with something else in the place of each connection: a name by which another process finds
+    /// it, or the connection that such a name stands for. Connections are visited in a fixed order.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `name`.
+    pub fn try_map<D, E>(&self, mut name: impl FnMut(&C) -> Result<D, E>) -> Result<Handoff<D>, E> {
+        let mut held = |held: &Held<C>| {
+            let Held { arrival, offered, handed, ref connection } = *held;
+            Ok(Held { arrival, offered, handed, connection: name(connection)? })
+        };
+        let queue = self.queue.iter().map(&mut held).collect::<Result<_, E>>()?;
+        let mut members = BTreeMap::new();
+        for (worker, member) in &self.members {
+            let flight = |flight: &Flight<C>| {
+                let Flight { seq, sent, held: ref before } = *flight;
+                Ok(Flight { seq, sent, held: held(before)? })
+            };
+            let in_flight = member.in_flight.iter().map(flight).collect::<Result<_, E>>()?;
+            let Member { window, suspended, paused_until, trial, answered, .. } = *member;
+            let revoked = member.revoked.clone();
+            members.insert(
+                *worker,
+                Member { window, suspended, paused_until, trial, answered, in_flight, revoked },
+            );
+        }
+        Ok(Handoff {
+            config: self.config.clone(),
+            now: self.now,
+            turn: self.turn.clone(),
+            members,
+            queue,
+            next_seq: self.next_seq,
+            arrivals: self.arrivals,
+            counters: self.counters,
+        })
+    }
+
+    /// Whether its parts fit each other. To be asked of one that came from another process, before it is used.
+    ///
+    /// # Errors
+    ///
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), crate::supervisor::Inconsistent> {
+        let wrong = |what| Err(crate::supervisor::Inconsistent(what));
+        let windows = 1..=HandoffConfig::MAX_WINDOW;
+        if self.config.queue_limit == 0 || !self.turn.is_sound() {
+            return wrong("a hand-over without room or with double turns");
+        }
+        if self.turn.members().any(|worker| !self.members.contains_key(&worker)) {
+            return wrong("a turn of a worker that takes no part");
+        }
+        if self.next_seq >= u64::MAX / 2 || self.arrivals >= u64::MAX / 2 {
+            return wrong("a hand-over without numbers left");
+        }
+        if !self.queue.iter().is_sorted_by(|a, b| a.arrival < b.arrival) {
+            return wrong("connections are out of order");
+        }
+        for member in self.members.values() {
+            let sorted = member.in_flight.iter().is_sorted_by(|a, b| a.seq < b.seq);
+            let known = member.in_flight.iter().all(|flight| flight.seq < self.next_seq);
+            let bounded = member.revoked.len() <= HandoffConfig::MAX_WINDOW;
+            if !windows.contains(&member.window) || !sorted || !known || !bounded {
+                return wrong("a worker's connections are out of order");
+            }
+        }
+        Ok(())
     }
 
     fn next_worker(&mut self) -> Option<WorkerId> {

@@ -7,11 +7,15 @@
 use std::fmt;
 
 /// A stable position in the cluster, counted from 1. Workers come and go in it.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct SlotId(pub u32);
 
 /// One worker process, counted from 1 over the life of the primary and never used again.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct WorkerId(pub u64);
 
 impl fmt::Display for SlotId {

@@ -36,8 +36,8 @@ pub use listeners::{Decision, ListenerId, Listeners};
 pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
 pub use seats::{Seat, Seats};
 pub use supervisor::{
-    Action, Exit, Input, Outcome, Plan, Reason, ReloadFault, ReloadPlan, Report, SlotState,
-    SlotView, Supervisor, WorkerState, WorkerView,
+    Action, Exit, Inconsistent, Input, NotNow, Outcome, Plan, Reason, ReloadFault, ReloadPlan,
+    Report, SlotState, SlotView, Snapshot, Supervisor, WorkerState, WorkerView,
 };
 pub use time::Time;
 pub use turn::Turn;

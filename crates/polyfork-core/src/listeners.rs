@@ -14,17 +14,19 @@ use std::collections::BTreeMap;
 use crate::id::WorkerId;
 
 /// Names one listening socket of the primary; never reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct ListenerId(pub u32);
 
 /// The sockets of a primary, by what workers call them. `K` is all that makes two requests mean the same.
-#[derive(Debug)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Listeners<K> {
     entries: BTreeMap<ListenerId, Entry<K>>,
     next: u32,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 struct Entry<K> {
     key: K,
     /// Who has asked for it, and whether it said that it listens.
@@ -140,6 +142,16 @@ impl<K: PartialEq> Listeners<K> {
     /// All members of a socket, listening or about to.
     pub fn members_of(&self, id: ListenerId) -> impl Iterator<Item = WorkerId> + '_ {
         self.entries.get(&id).into_iter().flat_map(|e| e.members.keys().copied())
+    }
+
+    /// All sockets that are entered, in order.
+    pub fn ids(&self) -> impl Iterator<Item = ListenerId> + '_ {
+        self.entries.keys().copied()
+    }
+
+    /// Whether every number was given out before the next one.
+    pub fn is_sound(&self) -> bool {
+        self.next < u32::MAX / 2 && self.entries.keys().all(|id| id.0 < self.next)
     }
 
     /// The sockets a worker is a member of, with their key and whether it listens.

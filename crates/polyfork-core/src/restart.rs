@@ -30,7 +30,7 @@ use crate::time::Time;
 /// let policy: RestartPolicy = "3/10s".parse().unwrap();
 /// assert_eq!((policy.limit, policy.window), (3, Duration::from_secs(10)));
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct RestartPolicy {
     /// Restarts allowed per slot in any `window`; 0 gives a slot up at the first end of its worker. At most
     /// [`RestartPolicy::MAX_LIMIT`] is used, as each is remembered.
@@ -179,7 +179,7 @@ pub enum Decision {
 }
 
 /// What one slot remembers of its restarts. Memory: at most `limit` moments.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct RestartHistory {
     starts: VecDeque<Time>,
     young_deaths: u32,
@@ -283,13 +283,18 @@ impl RestartHistory {
         self.young_deaths.saturating_add(1)
     }
 
+    /// Whether it holds no more than it ever would by itself.
+    pub(crate) fn is_bounded(&self, policy: &RestartPolicy) -> bool {
+        self.starts.len() <= policy.limit_used().max(1)
+    }
+
     fn in_window(&self, policy: &RestartPolicy, at: Time) -> usize {
         self.starts.iter().filter(|start| at.since(**start) < policy.window).count()
     }
 }
 
 /// Chance from a seed: SplitMix64 (Steele, Lea, Flood 2014), enough to spread restarts apart.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Jitter(u64);
 
 impl Jitter {

@@ -12,11 +12,13 @@ use std::collections::BTreeMap;
 use crate::id::WorkerId;
 
 /// A place in every reuse-port group, from 1.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct Seat(pub u32);
 
 /// The seats of a cluster and who has them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct Seats {
     taken: BTreeMap<Seat, Option<WorkerId>>,
 }

@@ -43,6 +43,7 @@ use crate::restart::{Decision, Jitter};
 use crate::time::Time;
 
 mod api;
+mod carry;
 mod record;
 mod reload;
 
@@ -50,6 +51,7 @@ pub use api::{
     Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, WorkerState,
     WorkerView,
 };
+pub use carry::{Inconsistent, NotNow, Snapshot};
 use record::{Manner, Pending, Slot, Wait, Worker};
 use reload::Reload;
 pub use reload::{READY_LIMIT, ReloadFault, ReloadPlan};
@@ -69,7 +71,7 @@ const MAX_LEAVING_EVER: usize = 2 * MAX_LEAVING;
 /// How long that start waits before it looks again.
 const CROWDED_WAIT: Duration = Duration::from_secs(1);
 
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 enum Phase {
     /// Before [`Input::Start`].
     New,
@@ -82,7 +84,7 @@ enum Phase {
 }
 
 /// The supervisor of one cluster. See the module's text.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Supervisor {
     plan: Plan,
     phase: Phase,
@@ -98,8 +100,11 @@ pub struct Supervisor {
     generation: u32,
     /// The highest that was ever begun.
     latest_generation: u32,
+    /// Never carried: see `carry`.
+    #[serde(skip)]
     reload: Option<Reload>,
     /// Asked for while a slot was being renewed.
+    #[serde(skip)]
     queued_reload: Option<(ReloadPlan, u32)>,
 }
 

@@ -24,7 +24,19 @@ use std::time::Duration;
 /// assert_eq!(later.since(start), Duration::from_secs(2));
 /// assert_eq!(start.since(later), Duration::ZERO);
 /// ```
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Copy,
+    Clone,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    serde::Serialize,
+    serde::Deserialize,
+)]
 pub struct Time(Duration);
 
 impl Time {

@@ -36,7 +36,7 @@ pub enum Room {
 /// let taken: String = (0..4).filter_map(|_| turn.next(|_| true)).collect();
 /// assert_eq!(taken, "abab");
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Turn<K = WorkerId> {
     ring: Vec<Member<K>>,
     /// Index in `ring` of the first member to look at: the one after the last who took a turn.
@@ -44,7 +44,7 @@ pub struct Turn<K = WorkerId> {
     debt_limit: u64,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 struct Member<K> {
     key: K,
     taken: u64,
@@ -130,6 +130,19 @@ impl<K: Copy + Eq> Turn<K> {
     /// Whether nobody takes part.
     pub fn is_empty(&self) -> bool {
         self.ring.is_empty()
+    }
+
+    /// Whether it can have come about: every member once, and numbers that can still grow.
+    pub(crate) fn is_sound(&self) -> bool {
+        let once = |(at, m): (usize, &Member<K>)| self.ring[..at].iter().all(|b| b.key != m.key);
+        self.from <= self.ring.len()
+            && self.ring.iter().enumerate().all(once)
+            && self.most() < u64::MAX / 2
+    }
+
+    /// Everybody who takes part.
+    pub(crate) fn members(&self) -> impl Iterator<Item = K> + '_ {
+        self.ring.iter().map(|m| m.key)
     }
 
     fn most(&self) -> u64 {

@@ -30,6 +30,8 @@ pub const POLYFORK_WORKER_ID: &str = "POLYFORK_WORKER_ID";
 pub const POLYFORK_SLOT: &str = "POLYFORK_SLOT";
 /// Shared memory of a native worker: `NAME=DESCRIPTOR` each, separated by commas.
 pub const POLYFORK_MEMORY: &str = "POLYFORK_MEMORY";
+/// Where a primary that takes the place of another finds its state: `PID:DESCRIPTOR`, good for that process alone.
+pub const POLYFORK_STATE: &str = "POLYFORK_STATE";
 /// How many sockets are passed, from descriptor 3 on.
 pub const LISTEN_FDS: &str = "LISTEN_FDS";
 /// The process for which the sockets are meant.

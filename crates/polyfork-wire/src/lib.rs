@@ -14,6 +14,7 @@
 //! | [`node`] | the channel of `child_process.fork` and `cluster`, `json` and `advanced`, Node 16 to 26, Deno, Bun |
 //! | [`native`] | frames between two Rust processes, with up to 253 descriptors each |
 //! | [`notify`] | the datagrams of `sd_notify` |
+//! | [`state`] | the envelope of what a primary leaves to the binary that takes its place |
 //! | [`env`](mod@env) | the environment variables by which a child learns of its channel |
 #![forbid(unsafe_code)]
 
@@ -25,6 +26,7 @@ pub mod limits;
 pub mod native;
 pub mod node;
 pub mod notify;
+pub mod state;
 
 pub use error::ProtocolError;
 pub use json::RawJson;

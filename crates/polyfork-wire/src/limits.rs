@@ -8,7 +8,7 @@
 /// Node has none of these limits: it buffers an endless line until its heap is full and takes two
 /// million nested brackets. Raise the fields where a program relies on that; every decoder runs in
 /// constant stack whatever the depth.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
     /// Longest message in bytes, without its newline or header. Default 64 MiB.
     pub max_message: usize,

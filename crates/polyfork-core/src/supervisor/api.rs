@@ -13,7 +13,7 @@ use crate::time::Time;
 use super::reload::{ReloadFault, ReloadPlan};
 
 /// What a cluster is asked to be.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Plan {
     /// How many slots. Zero is allowed: nothing runs until [`Input::Scale`] or [`Input::Fork`].
     pub workers: u32,
@@ -48,7 +48,7 @@ impl Default for Plan {
 }
 
 /// How a process ended.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Exit {
     /// It exited with this code.
     Code(i32),
@@ -94,7 +94,7 @@ fn signal_name(signal: i32) -> Option<&'static str> {
 }
 
 /// Why a worker ended, as told to people.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Reason {
     /// By itself.
     Exited(Exit),
@@ -435,7 +435,9 @@ pub enum Outcome {
 }
 
 /// Where a worker is in its life. It only moves down this list.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum WorkerState {
     /// [`Action::Spawn`] was given, its answer is awaited.
     Spawning,
@@ -456,7 +458,7 @@ pub enum WorkerState {
 }
 
 /// What can be known of a worker that is not gone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct WorkerView {
     /// Its name.
     pub id: WorkerId,

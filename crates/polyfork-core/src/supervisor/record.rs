@@ -11,7 +11,7 @@ use crate::restart::RestartHistory;
 use crate::time::Time;
 
 /// How a stop goes on once nothing waits for the worker.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) enum Manner {
     /// It is told in its dialect.
     Tell,
@@ -20,14 +20,14 @@ pub(super) enum Manner {
 }
 
 /// What happens to a worker as soon as its process exists.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) enum Pending {
     Nothing,
     Stop,
     Kill,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub(super) struct Worker {
     pub(super) view: WorkerView,
     /// When its state is left for the next one by itself.
@@ -96,7 +96,7 @@ fn weight(reason: Reason) -> u8 {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub(super) struct Slot {
     pub(super) id: SlotId,
     /// Part of the cluster. When not, it is removed with its last worker.
@@ -118,7 +118,7 @@ pub(super) struct Slot {
 }
 
 /// A start to come.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Wait {
     pub(super) until: Time,
     /// Whether it counts as a restart; a first start and one that a person asked for do not.

@@ -56,6 +56,19 @@ fn the_same_seed_plays_the_same_life() {
     }
 }
 
+#[test]
+fn a_life_that_is_carried_to_another_process_goes_on_as_it_would_have() {
+    let mut carried = 0;
+    for seed in 0..60 {
+        let (mut plain, mut moved) = (Sums::default(), Sums::default());
+        Life::new(seed).play(&mut plain);
+        carried += Life::new(seed).carried_every(1 + seed % 7).play_carried(&mut moved);
+        assert_eq!(plain, moved, "seed {seed}");
+    }
+    println!("simulation: carried {carried} times");
+    assert!(carried > 1000, "{carried}");
+}
+
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {text:?}")))

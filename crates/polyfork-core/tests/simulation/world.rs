@@ -14,8 +14,8 @@ use std::time::Duration;
 use polyfork_core::restart::Jitter;
 use polyfork_core::{
     Action, Assignment, Exit, Handoff, HandoffConfig, HandoffFault, Input, Outcome, Plan, Reason,
-    ReloadFault, ReloadPlan, RestartPolicy, SlotId, SlotState, Supervisor, Time, WorkerId,
-    WorkerState,
+    ReloadFault, ReloadPlan, RestartPolicy, SlotId, SlotState, Snapshot, Supervisor, Time,
+    WorkerId, WorkerState,
 };
 
 use crate::book::Book;
@@ -87,6 +87,8 @@ pub(crate) struct Life {
     book: Book,
     /// Everybody behaves.
     calm: bool,
+    /// Carry what is tested to another process after every so many events; zero for never.
+    carry_every: u64,
     sums: Sums,
 }
 
@@ -107,6 +109,7 @@ impl Life {
             ledger: Ledger::default(),
             book: Book::new(plan.clone()),
             calm: false,
+            carry_every: 0,
             sums: Sums::default(),
             plan,
             config,
@@ -114,14 +117,38 @@ impl Life {
         }
     }
 
-    /// Plays the life to its end and adds what happened to `sums`.
-    pub(crate) fn play(mut self, sums: &mut Sums) {
+    /// The same life, but what is tested is written down and read again after every `events` events, as if the
+    /// primary had been replaced.
+    pub(crate) fn carried_every(mut self, events: u64) -> Life {
+        self.carry_every = events;
+        self
+    }
+
+    /// Writes down and reads again what can be carried just now. Consumes no chance. Tells whether both could.
+    fn carry(&mut self) -> bool {
+        let named = self.handoff.try_map(|connection| Ok::<u64, ()>(*connection)).expect("names");
+        let bytes = postcard::to_stdvec(&named).expect("a hand-over can be written");
+        self.handoff = postcard::from_bytes(&bytes).expect("what was written can be read");
+        self.handoff.check().expect("a hand-over that is carried fits together");
+        let Ok(snapshot) = self.supervisor.snapshot() else { return false };
+        let bytes = postcard::to_stdvec(&snapshot).expect("a supervisor can be written");
+        let read: Snapshot = postcard::from_bytes(&bytes).expect("what was written can be read");
+        self.supervisor = Supervisor::restore(read).expect("a supervisor that is carried");
+        true
+    }
+
+    /// Plays the life to its end and adds what happened to `sums`; gives how often it was carried.
+    pub(crate) fn play_carried(mut self, sums: &mut Sums) -> u64 {
         let length = 200 + self.draw(4000);
-        for _ in 0..length {
+        let mut carried = 0;
+        for number in 0..length {
             self.sums.events += 1;
             self.event();
             if self.book.finished.is_some() {
                 break;
+            }
+            if self.carry_every > 0 && number % self.carry_every == 0 {
+                carried += u64::from(self.carry());
             }
         }
         if self.book.finished.is_none() && self.one_in(2) {
@@ -129,6 +156,12 @@ impl Life {
         }
         self.end();
         self.add_to(sums);
+        carried
+    }
+
+    /// Plays the life to its end and adds what happened to `sums`.
+    pub(crate) fn play(self, sums: &mut Sums) {
+        self.play_carried(sums);
     }
 
     fn event(&mut self) {

@@ -261,6 +261,18 @@ impl UnixSocket {
         self.file.as_ref().map(|file| file.path.as_path())
     }
 
+    /// Its file as it was made: path, device and inode.
+    pub fn file(&self) -> Option<(&Path, u64, u64)> {
+        self.file.as_ref().map(|file| (file.path.as_path(), file.device, file.inode))
+    }
+
+    /// A socket and its file that another image of this process has made.
+    pub fn from_parts(socket: OwnedFd, file: Option<(PathBuf, u64, u64)>) -> UnixSocket {
+        let file =
+            file.map(|(path, device, inode)| SocketFile { path, device, inode, gone: false });
+        UnixSocket { socket, file }
+    }
+
     /// The socket alone. The file stays when it is closed.
     pub fn into_fd_keeping_file(self) -> OwnedFd {
         if let Some(file) = self.file {

@@ -71,6 +71,16 @@ pub(super) fn attach(member: BorrowedFd<'_>, live: &[u32]) -> io::Result<()> {
 pub(super) struct Positions(Vec<u32>);
 
 impl Positions {
+    /// As another image of this process knew them.
+    pub(super) fn from_order(order: Vec<u32>) -> Positions {
+        Positions(order)
+    }
+
+    /// All slots in the order of their positions.
+    pub(super) fn all(&self) -> &[u32] {
+        &self.0
+    }
+
     /// A slot's socket has started to listen.
     pub(super) fn append(&mut self, slot: u32) {
         self.0.push(slot);

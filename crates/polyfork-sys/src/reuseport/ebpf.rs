@@ -29,7 +29,7 @@
 //! `net/core/filter.c` (`sk_reuseport_is_valid_access`, `BPF_CALL_4(sk_select_reuseport`).
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -156,6 +156,19 @@ impl Selector {
         Ok(Self { program, sockets, state })
     }
 
+    /// A program that was loaded by another image of this process, with its maps.
+    pub(super) fn adopt(program: OwnedFd, sockets: OwnedFd, state: OwnedFd) -> io::Result<Self> {
+        let mut state = State::new(state)?;
+        let head = state.counter(HEAD).load(Ordering::SeqCst);
+        state.bank = usize::from((head >> 32) as usize >= CAPACITY);
+        Ok(Self { program, sockets, state })
+    }
+
+    /// The program, its map of sockets and its memory.
+    pub(super) fn descriptors(&self) -> (BorrowedFd<'_>, BorrowedFd<'_>, BorrowedFd<'_>) {
+        (self.program.as_fd(), self.sockets.as_fd(), self.state.map.as_fd())
+    }
+
     /// Puts a listening member of the group at `index`.
     pub(super) fn put(&self, index: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
         let value = u64::from(socket.as_raw_fd().cast_unsigned());
@@ -211,7 +224,7 @@ struct State {
     base: NonNull<u8>,
     bytes: usize,
     bank: usize,
-    _map: OwnedFd,
+    map: OwnedFd,
 }
 
 // SAFETY: the mapping belongs to the process; all access goes through atomics.
@@ -231,7 +244,7 @@ impl State {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mapped at zero"))?;
-        Ok(Self { base, bytes, bank: 0, _map: map })
+        Ok(Self { base, bytes, bank: 0, map })
     }
 
     fn counter(&self, offset: usize) -> &AtomicU64 {

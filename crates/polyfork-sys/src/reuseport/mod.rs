@@ -42,6 +42,7 @@ mod bind;
 mod classic;
 mod closing;
 mod ebpf;
+mod parts;
 
 pub use bind::{
     BindError, BindStep, MAX_UNIX_PATH, UdpFlags, UnixSocket, bind_listener, bind_udp, bind_unix,
@@ -49,6 +50,7 @@ pub use bind::{
 };
 use classic::Positions;
 pub use closing::refuse_new;
+pub use parts::{Parts, Picks, Place};
 
 /// How the sockets of a port are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

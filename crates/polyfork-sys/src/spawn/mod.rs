@@ -8,9 +8,9 @@
 //! What the child is promised: an empty signal mask, every signal at its default, only the descriptors
 //! given to it, and, when exec fails, an error here instead of a process that dies with 127.
 //!
-//! The one surprising rule: children with a parent-death signal are all started by one thread that never
-//! ends. `PR_SET_PDEATHSIG` fires when the *thread* that forked ends, not the process; from a pool thread it
-//! would kill a healthy child. What a child inherits from a thread (processor affinity, priority, namespaces)
+//! The one surprising rule: children with a parent-death signal are started by the main thread, or else by one thread
+//! that never ends. `PR_SET_PDEATHSIG` fires when the *thread* that forked ends, not the process; from a pool thread it
+//! would kill a healthy child, and from any thread but the main one it does when this process replaces itself by exec. What a child inherits from a thread (processor affinity, priority, namespaces)
 //! such a child has from whoever made the first spawn of that kind; any other has it from its caller.
 //!
 //! Behaviour follows: clone(2) (`CLONE_VM`, `CLONE_VFORK`, `CLONE_PIDFD`), prctl(2), close_range(2),
@@ -343,6 +343,11 @@ impl Child {
         let report = wait::wait(Target::PidFd(self.pidfd()), options)?;
         Ok(report.and_then(wait::Report::stop_signal))
     }
+}
+
+/// Whether children with a parent-death signal were started by a thread that exec(2) would end: it would end them.
+pub fn exec_ends_children() -> bool {
+    thread::has_thread()
 }
 
 /// [`Child::try_wait`] for a bare pidfd.

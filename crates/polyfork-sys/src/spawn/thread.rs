@@ -44,7 +44,7 @@ static OWNER: AtomicI32 = AtomicI32::new(0);
 
 /// Carries `plan` out, here or on the spawner thread.
 pub(super) fn spawn(plan: Box<Plan>) -> Reply {
-    if plan.death_signal == 0 {
+    if plan.death_signal == 0 || crate::replace::is_main_thread() {
         return match Stack::take() {
             Ok(stack) => {
                 let reply = carry_out(plan, &stack);
@@ -75,6 +75,11 @@ pub(super) fn spawn(plan: Box<Plan>) -> Reply {
             directory: None,
         }),
     }
+}
+
+/// Whether there is a thread whose end would end children.
+pub(super) fn has_thread() -> bool {
+    REQUESTS.lock().unwrap_or_else(PoisonError::into_inner).is_some()
 }
 
 /// Passes the request on, starting the thread if there is none (or none any more).

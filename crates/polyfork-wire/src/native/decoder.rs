@@ -131,6 +131,11 @@ impl<D> FrameDecoder<D> {
         cut_short.then_some(ProtocolError::Truncated)
     }
 
+    /// What was fed and not taken, and the descriptors that wait: for another decoder, which then goes on from here.
+    pub fn into_rest(self) -> (Vec<u8>, VecDeque<D>) {
+        (self.buffer.rest().to_vec(), self.descriptors)
+    }
+
     /// True when the stream stands inside a frame.
     #[must_use]
     pub fn has_partial(&self) -> bool {

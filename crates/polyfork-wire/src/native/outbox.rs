@@ -28,7 +28,7 @@ pub struct NativeChunk<'a, H> {
 }
 
 /// Frames and handles on their way to one peer. `H` is an owned descriptor, or a token for one.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub struct NativeOutbox<H> {
     queue: VecDeque<Item<H>>,
     /// How much of the first item was written. Never all of it.
@@ -42,6 +42,7 @@ pub struct NativeOutbox<H> {
     /// it was taken back.
     known_read: u64,
     /// The memory of a run that has left, for the next one.
+    #[serde(skip)]
     spare: Vec<u8>,
 }
 
@@ -94,14 +95,14 @@ pub enum NotPushed<E> {
 }
 
 /// Where a frame with handles stands in the stream: its first byte, and one past its last.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Sent<H> {
     start: u64,
     end: u64,
     handles: Vec<H>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Item<H> {
     bytes: Vec<u8>,
     /// Moved to `sent` when the first byte is written.
@@ -157,6 +158,60 @@ impl<H> NativeOutbox<H> {
         self.queued_bytes += added;
         self.queued_handles += usize::from(count);
         Ok(())
+    }
+
+    /// The same outbox with something else in the place of each handle: a name by which another process finds it, or
+    /// the handle that such a name stands for. Handles are visited in a fixed order.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `name`.
+    pub fn try_map<D, E>(
+        &self,
+        mut name: impl FnMut(&H) -> Result<D, E>,
+    ) -> Result<NativeOutbox<D>, E> {
+        let mut all = |handles: &[H]| handles.iter().map(&mut name).collect::<Result<Vec<D>, E>>();
+        let sent = |sent: &Sent<H>| {
+            Ok(Sent { start: sent.start, end: sent.end, handles: all(&sent.handles)? })
+        };
+        let sent = self.sent.iter().map(sent).collect::<Result<_, E>>()?;
+        let item = |item: &Item<H>| {
+            let Item { bytes, handles, closed, apart } = item;
+            Ok(Item {
+                bytes: bytes.clone(),
+                handles: all(handles)?,
+                closed: *closed,
+                apart: *apart,
+            })
+        };
+        Ok(NativeOutbox {
+            queue: self.queue.iter().map(item).collect::<Result<_, E>>()?,
+            front_sent: self.front_sent,
+            queued_bytes: self.queued_bytes,
+            queued_handles: self.queued_handles,
+            written: self.written,
+            sent,
+            known_read: self.known_read,
+            spare: Vec::new(),
+        })
+    }
+
+    /// Whether its parts fit each other. To be asked of one that came from another process, before it is used.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let lengths: usize = self.queue.iter().map(|item| item.bytes.len()).sum();
+        let handles: usize = self.queue.iter().map(|item| item.handles.len()).sum();
+        let front = self.queue.front().map_or(0, |item| item.bytes.len());
+        let limit = u64::MAX / 2;
+        (self.front_sent < front || self.front_sent == 0)
+            && self.queue.iter().all(|item| !item.bytes.is_empty())
+            && self.queue.iter().all(|item| item.handles.len() <= MAX_DESCRIPTORS)
+            && lengths.checked_sub(self.front_sent) == Some(self.queued_bytes)
+            && handles == self.queued_handles
+            && self.written < limit
+            && self.known_read <= self.written
+            && self.sent.iter().is_sorted_by(|a, b| a.start < a.end && a.end <= b.start)
+            && self.sent.iter().all(|sent| sent.end < limit && !sent.handles.is_empty())
     }
 
     /// Forgets frames that were written: their handles are dropped and nothing can be taken back. For

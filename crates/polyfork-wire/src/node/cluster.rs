@@ -148,7 +148,9 @@ impl Family {
 }
 
 /// How internal lines are marked for the peer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum Flavour {
     /// Node and Deno: not at all.
     #[default]

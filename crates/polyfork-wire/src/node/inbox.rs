@@ -67,6 +67,11 @@ impl<D> Inbox<D> {
         surplus.into_iter()
     }
 
+    /// The descriptors that wait, oldest first, for another inbox.
+    pub fn into_waiting(self) -> VecDeque<D> {
+        self.waiting
+    }
+
     /// Descriptors that wait to be claimed.
     #[must_use]
     pub fn len(&self) -> usize {

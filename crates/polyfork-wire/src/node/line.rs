@@ -154,6 +154,12 @@ impl LineDecoder {
         !self.buffer.rest().is_empty()
     }
 
+    /// What was fed and not taken: to be fed to another decoder, which then goes on from here.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        self.buffer.rest()
+    }
+
     /// The stream has ended: [`ProtocolError::Truncated`] when it did so inside a line, which is dropped.
     ///
     /// Complete lines must be taken before; those left are dropped as well.

@@ -45,7 +45,7 @@ pub struct Chunk<'a, H> {
 }
 
 /// Lines and handles on their way to one peer. `H` is an owned descriptor, or a token for one.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub struct Outbox<H> {
     window: usize,
     /// Lines that may overtake `queue`, joined. Sent from `bypass_sent` on.
@@ -68,7 +68,7 @@ pub struct Outbox<H> {
     nacks: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 enum Item<H> {
     /// Whole plain lines.
     Plain(Vec<u8>),
@@ -82,7 +82,7 @@ enum Item<H> {
 }
 
 /// A handle message that was written, at least in part, and not acknowledged.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Flight<H> {
     handle: H,
     /// First byte and one past the last, as positions in the stream.
@@ -303,6 +303,69 @@ impl<H> Outbox<H> {
         }
         self.queue_again(again);
         Ok(unsent_handles.into_iter().map(|flight| flight.handle).collect())
+    }
+}
+
+impl<H> Outbox<H> {
+    /// The same outbox with something else in the place of each handle: a name by which another process finds it, or
+    /// the handle that such a name stands for. Handles are visited in a fixed order.
+    ///
+    /// # Errors
+    ///
+    /// The first error of `name`.
+    pub fn try_map<D, E>(&self, mut name: impl FnMut(&H) -> Result<D, E>) -> Result<Outbox<D>, E> {
+        let flight = |flight: &Flight<H>| {
+            let Flight { handle, start, end, alone } = flight;
+            Ok(Flight { handle: name(handle)?, start: *start, end: *end, alone: *alone })
+        };
+        let in_flight = self.in_flight.iter().map(flight).collect::<Result<_, E>>()?;
+        let item = |item: &Item<H>| {
+            Ok(match item {
+                Item::Plain(bytes) => Item::Plain(bytes.clone()),
+                Item::Rest(bytes) => Item::Rest(bytes.clone()),
+                Item::Handle { line, handle } => {
+                    Item::Handle { line: line.clone(), handle: name(handle)? }
+                }
+            })
+        };
+        Ok(Outbox {
+            window: self.window,
+            bypass: self.bypass.clone(),
+            bypass_sent: self.bypass_sent,
+            queue: self.queue.iter().map(item).collect::<Result<_, E>>()?,
+            front_sent: self.front_sent,
+            in_flight,
+            written: self.written,
+            queued_bytes: self.queued_bytes,
+            queued_handles: self.queued_handles,
+            read_from: self.read_from,
+            known_read: self.known_read,
+            nacks: self.nacks,
+        })
+    }
+
+    /// Whether its parts fit each other. To be asked of one that came from another process, before it is used.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        let lengths: usize = self.queue.iter().map(|item| item.bytes().len()).sum();
+        let bytes = (lengths + self.bypass.len()).checked_sub(self.front_sent + self.bypass_sent);
+        let handles = self.queue.iter().filter(|item| matches!(item, Item::Handle { .. })).count();
+        let front = self.queue.front().map_or(0, |item| item.bytes().len());
+        let begun = self.front_sent > 0;
+        let unfinished = self.in_flight.back().is_some_and(|last| last.end > self.written);
+        let limit = u64::MAX / 2;
+        self.window > 0
+            && self.queue.iter().all(|item| !item.bytes().is_empty())
+            && (self.front_sent < front || !begun)
+            && !(begun && matches!(self.queue.front(), Some(Item::Handle { .. })))
+            && self.bypass_sent <= self.bypass.len()
+            && bytes == Some(self.queued_bytes)
+            && handles == self.queued_handles
+            && self.in_flight.iter().is_sorted_by(|a, b| a.start < a.end && a.end <= b.start)
+            && self.in_flight.iter().all(|flight| flight.end < limit)
+            && self.written < limit
+            && self.known_read <= self.written
+            && (self.read_from <= self.written || (unfinished && begun))
     }
 }
 

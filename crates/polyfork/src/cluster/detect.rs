@@ -35,7 +35,9 @@ const DEEPEST: u32 = 4;
 const RUNTIME_VARIABLE: &str = "POLYFORK_RUNTIME";
 
 /// A version as runtimes tell theirs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Version {
     /// The first number.
     pub major: u32,
@@ -58,7 +60,7 @@ impl fmt::Display for Version {
 }
 
 /// What runs a program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Runtime {
     /// Node.js.
@@ -128,7 +130,7 @@ impl fmt::Display for Runtime {
 }
 
 /// What was found out about a program.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Detected {
     /// How it is spoken to.
     pub dialect: Dialect,

@@ -177,7 +177,7 @@ pub enum Outcome {
 }
 
 /// Which worker an event is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Who {
     /// Stable position, from 1.
     pub slot: u32,
@@ -188,7 +188,7 @@ pub struct Who {
 }
 
 /// How connections to an address reach workers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Via {
     /// The policy in force.
     pub policy: Policy,
@@ -199,7 +199,7 @@ pub struct Via {
 }
 
 /// The mechanism that carries a policy out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Carried {
     /// A listening socket per slot; an eBPF program takes exact turns.

@@ -14,6 +14,7 @@ use polyfork_core::{Input, ReloadFault, SlotId, WorkerId};
 
 use super::primary::{Primary, Timer};
 use super::settings::Settings;
+use super::upgrade::Moment;
 
 /// Between two looks, where there is something to look for.
 const LOOK: Duration = Duration::from_secs(1);
@@ -21,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const AFTER_FAILURE: Duration = Duration::from_secs(30);
 
 /// What one worker may come to.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Allowance {
     memory: Option<u64>,
     age: Option<Duration>,
@@ -75,6 +76,28 @@ pub(crate) struct Health {
     looking: bool,
     /// Slots that are left alone for a while.
     pauses: Vec<(SlotId, Instant)>,
+}
+
+/// What the looks remember, as it is carried to the next image of the primary.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct HealthState {
+    looking: bool,
+    pauses: Vec<(SlotId, Moment)>,
+}
+
+impl Health {
+    pub(crate) fn state(&self) -> HealthState {
+        let Health { looking, pauses } = self;
+        let pauses = pauses.iter().map(|(slot, until)| (*slot, Moment(*until))).collect();
+        HealthState { looking: *looking, pauses }
+    }
+}
+
+impl HealthState {
+    pub(crate) fn back(self) -> Health {
+        let pauses = self.pauses.into_iter().map(|(slot, until)| (slot, until.0)).collect();
+        Health { looking: self.looking, pauses }
+    }
 }
 
 impl Primary {

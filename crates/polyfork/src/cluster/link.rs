@@ -24,13 +24,16 @@ use polyfork_wire::node::inbox::Inbox;
 use polyfork_wire::node::line::LineDecoder;
 use polyfork_wire::node::message::{self, Incoming};
 use polyfork_wire::node::outbox::Outbox;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::SendError;
 use super::outgoing::{Encoding, Outgoing, Refusal};
-use super::primary::FromIo;
+use super::primary::{FromIo, Rested};
+use super::to_loop::{Rest, ToLoop};
 use crate::channel::socket::{Read, SHORTAGE_PAUSE, Socket, Write};
+
+pub(super) mod carry;
 
 /// Above this many bytes that wait in our own memory, `send` makes its caller wait.
 const HIGH_MARK_BYTES: usize = 256 * 1024;
@@ -110,15 +113,27 @@ pub(crate) struct NativeLink {
 struct Wire {
     worker: WorkerId,
     socket: Arc<Socket>,
-    to_loop: mpsc::Sender<FromIo>,
+    to_loop: ToLoop,
+    codec: Codec,
+    limits: Limits,
     process_ended: Arc<Notify>,
-    reader: AbortHandle,
+    /// None at rest, and when there is nothing more to read.
+    reader: Option<AbortHandle>,
+    /// What the reader had read and not understood when it came to rest; some as long as it rests.
+    partial: Option<Partial>,
     writer: Option<AbortHandle>,
     broken: bool,
 }
 
+/// The beginning of a message, and descriptors that wait for theirs.
+#[derive(Debug, Default)]
+pub(crate) struct Partial {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) fds: VecDeque<OwnedFd>,
+}
+
 /// Which codec a channel speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Codec {
     Node,
     Advanced,
@@ -133,27 +148,11 @@ impl Link {
         codec: Codec,
         limits: Limits,
         window: usize,
-        to_loop: mpsc::Sender<FromIo>,
+        to_loop: ToLoop,
     ) -> io::Result<Link> {
-        let socket = Arc::new(Socket::new(socket)?);
-        let process_ended = Arc::new(Notify::new());
-        let reader = Reader {
-            worker,
-            socket: Arc::clone(&socket),
-            fds: VecDeque::new(),
-            codec: match codec {
-                Codec::Node => Decoder::Node(LineDecoder::new(limits), Inbox::new(limits)),
-                Codec::Advanced => {
-                    Decoder::Advanced(advanced::FrameDecoder::new(limits), Inbox::new(limits))
-                }
-                Codec::Native => Decoder::Native(FrameDecoder::new(limits)),
-            },
-            limits,
-            to_loop: to_loop.clone(),
-        };
-        let reader = tokio::spawn(reader.run(Arc::clone(&process_ended))).abort_handle();
-        let wire =
-            Wire { worker, socket, to_loop, process_ended, reader, writer: None, broken: false };
+        let mut wire = Wire::new(worker, socket, codec, limits, to_loop)?;
+        wire.partial = Some(Partial::default());
+        wire.read();
         Ok(match codec {
             Codec::Node | Codec::Advanced => Link::Node(NodeLink {
                 wire,
@@ -248,12 +247,29 @@ impl Link {
     /// Ends both tasks and lets go of the socket.
     pub(crate) fn close(&mut self) {
         if let Some(wire) = self.wire() {
-            wire.reader.abort();
+            if let Some(reader) = &wire.reader {
+                reader.abort();
+            }
             if let Some(writer) = wire.writer.take() {
                 writer.abort();
             }
         }
         *self = Link::None;
+    }
+
+    /// The reader has come to rest.
+    pub(crate) fn rested(&mut self, partial: Partial) {
+        if let Some(wire) = self.wire() {
+            wire.reader = None;
+            wire.partial = Some(partial);
+        }
+    }
+
+    /// Reads on, if the reader came to rest.
+    pub(crate) fn read_on(&mut self) {
+        if let Some(wire) = self.wire() {
+            wire.read();
+        }
     }
 
     /// The writable task has ended; to be called before the next [`Link::flush`].
@@ -336,6 +352,44 @@ impl NativeLink {
 }
 
 impl Wire {
+    /// Nobody reads yet.
+    fn new(
+        worker: WorkerId,
+        socket: OwnedFd,
+        codec: Codec,
+        limits: Limits,
+        to_loop: ToLoop,
+    ) -> io::Result<Wire> {
+        Ok(Wire {
+            worker,
+            socket: Arc::new(Socket::new(socket)?),
+            to_loop,
+            codec,
+            limits,
+            process_ended: Arc::new(Notify::new()),
+            reader: None,
+            partial: None,
+            writer: None,
+            broken: false,
+        })
+    }
+
+    /// Starts a reader where the last one came to rest.
+    fn read(&mut self) {
+        let Some(partial) = self.partial.take() else { return };
+        let reader = Reader {
+            worker: self.worker,
+            socket: Arc::clone(&self.socket),
+            codec: Decoder::new(self.codec, self.limits),
+            fds: partial.fds,
+            limits: self.limits,
+            to_loop: self.to_loop.clone(),
+            rest: self.to_loop.rest(),
+        };
+        let reader = reader.run(partial.bytes, Arc::clone(&self.process_ended));
+        self.reader = Some(tokio::spawn(reader).abort_handle());
+    }
+
     /// One write. `None`: not now (a task waits) or never (the worker's end is gone).
     fn write(&mut self, bytes: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) -> Option<usize> {
         if self.broken || self.writer.is_some() {
@@ -375,7 +429,8 @@ struct Reader {
     codec: Decoder,
     fds: VecDeque<OwnedFd>,
     limits: Limits,
-    to_loop: mpsc::Sender<FromIo>,
+    to_loop: ToLoop,
+    rest: Rest,
 }
 
 enum Decoder {
@@ -384,14 +439,62 @@ enum Decoder {
     Native(FrameDecoder<OwnedFd>),
 }
 
-impl Reader {
-    async fn run(mut self, process_ended: Arc<Notify>) {
-        let fault = self.read_to_end(&process_ended).await.err();
-        // The loop is gone only when the whole primary ends.
-        let _ = self.to_loop.send(FromIo::ChannelEnd { worker: self.worker, fault }).await;
+impl Decoder {
+    fn new(codec: Codec, limits: Limits) -> Decoder {
+        match codec {
+            Codec::Node => Decoder::Node(LineDecoder::new(limits), Inbox::new(limits)),
+            Codec::Advanced => {
+                Decoder::Advanced(advanced::FrameDecoder::new(limits), Inbox::new(limits))
+            }
+            Codec::Native => Decoder::Native(FrameDecoder::new(limits)),
+        }
     }
 
-    async fn read_to_end(&mut self, process_ended: &Notify) -> Result<(), ProtocolError> {
+    /// What was read and is no message yet.
+    fn into_partial(self) -> Partial {
+        match self {
+            Decoder::Node(lines, inbox) => {
+                Partial { bytes: lines.rest().to_vec(), fds: inbox.into_waiting() }
+            }
+            Decoder::Advanced(frames, inbox) => {
+                Partial { bytes: frames.rest().to_vec(), fds: inbox.into_waiting() }
+            }
+            Decoder::Native(frames) => {
+                let (bytes, fds) = frames.into_rest();
+                Partial { bytes, fds }
+            }
+        }
+    }
+}
+
+/// Why a reader stops.
+enum Stops {
+    /// Nothing more comes.
+    End,
+    /// The loop wants it to.
+    Rest,
+}
+
+impl Reader {
+    async fn run(mut self, partial: Vec<u8>, process_ended: Arc<Notify>) {
+        let (worker, to_loop) = (self.worker, self.to_loop.clone());
+        let stopped = match self.decode(&partial).await {
+            Ok(()) => self.read_to_end(&process_ended).await,
+            Err(fault) => Err(fault),
+        };
+        // The loop is gone only when the whole primary ends. What makes it wait for us goes last, with `self.rest`.
+        let Reader { codec, rest: _ears, .. } = self;
+        let _ = match stopped {
+            Ok(Stops::Rest) => {
+                let what = Rested::Reader(codec.into_partial());
+                to_loop.send(FromIo::Rested { worker, what }).await
+            }
+            Ok(Stops::End) => to_loop.send(FromIo::ChannelEnd { worker, fault: None }).await,
+            Err(fault) => to_loop.send(FromIo::ChannelEnd { worker, fault: Some(fault) }).await,
+        };
+    }
+
+    async fn read_to_end(&mut self, process_ended: &Notify) -> Result<Stops, ProtocolError> {
         let mut buffer = vec![0; 4096];
         let mut last = false;
         loop {
@@ -401,6 +504,7 @@ impl Reader {
             } else {
                 tokio::select! {
                     biased;
+                    () = self.rest.asked() => return Ok(Stops::Rest),
                     got = self.socket.read(&mut buffer, &mut self.fds) => got,
                     () = process_ended.notified() => {
                         last = true;
@@ -480,14 +584,14 @@ impl Reader {
         Ok(())
     }
 
-    async fn give(to_loop: &mpsc::Sender<FromIo>, worker: WorkerId, item: Item) {
+    async fn give(to_loop: &ToLoop, worker: WorkerId, item: Item) {
         // The loop is gone only when the whole primary ends.
         let _ = to_loop.send(FromIo::Item { worker, item }).await;
     }
 
     /// A cut last message is no fault: whoever dies while writing leaves one.
-    fn end(&mut self) -> Result<(), ProtocolError> {
+    fn end(&mut self) -> Result<Stops, ProtocolError> {
         self.fds.clear();
-        Ok(())
+        Ok(Stops::End)
     }
 }

@@ -40,7 +40,9 @@ mod reload;
 mod settings;
 mod signals;
 mod stuck;
+mod to_loop;
 mod traffic;
+pub mod upgrade;
 mod worker;
 
 pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
@@ -240,7 +242,10 @@ impl Cluster {
         if let Some(dialect) = settings.dialect {
             detected.dialect = dialect;
         }
-        let started = Primary::start(settings, detected)?;
+        Primary::start(settings, detected).map(Self::of)
+    }
+
+    fn of(started: primary::Started) -> Cluster {
         let (tell, outcome) = watch::channel(None);
         tokio::spawn(async move {
             if let Ok(outcome) = started.end.await {
@@ -248,13 +253,13 @@ impl Cluster {
                 let _ = tell.send(Some(outcome));
             }
         });
-        Ok(Cluster {
+        Cluster {
             commands: started.commands,
             events: started.events,
             first: Arc::new(Mutex::new(Some(started.first))),
             outcome,
             spoken: started.spoken,
-        })
+        }
     }
 
     /// The events of the cluster. The first call gets every event since the start; later ones get what

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use polyfork_core::WorkerId;
 use rustix::net::{
@@ -16,29 +17,55 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::primary::FromIo;
+use super::primary::{FromIo, Rested};
 use super::register::register;
+use super::to_loop::{Rest, ToLoop};
 
 /// An open notify socket; closed on drop.
 pub(crate) struct NotifySocket {
+    worker: WorkerId,
     address: String,
-    reader: AbortHandle,
+    socket: Arc<AsyncFd<OwnedFd>>,
+    reader: Option<AbortHandle>,
 }
 
 impl NotifySocket {
-    pub(crate) fn open(worker: WorkerId, io: mpsc::Sender<FromIo>) -> io::Result<Self> {
+    pub(crate) fn open(worker: WorkerId, io: &ToLoop) -> io::Result<Self> {
         let name = format!(
             "polyfork/{:016x}{:016x}/{}",
             super::process::random_seed(),
             super::process::random_seed(),
             worker.0
         );
-        let socket = register(bind_abstract(name.as_bytes())?, Interest::READABLE)?;
-        let reader = tokio::spawn(read(worker, socket, io)).abort_handle();
-        Ok(NotifySocket { address: format!("@{name}"), reader })
+        let address = format!("@{name}");
+        let mut socket = Self::over(worker, address, bind_abstract(name.as_bytes())?)?;
+        socket.read(io);
+        Ok(socket)
+    }
+
+    /// A socket that is bound already, and that nobody reads yet.
+    pub(crate) fn over(worker: WorkerId, address: String, socket: OwnedFd) -> io::Result<Self> {
+        let socket = Arc::new(register(socket, Interest::READABLE)?);
+        Ok(NotifySocket { worker, address, socket, reader: None })
+    }
+
+    /// Starts to read, unless that is done already.
+    pub(crate) fn read(&mut self, io: &ToLoop) {
+        if self.reader.is_none() {
+            let task = read(self.worker, Arc::clone(&self.socket), io.clone(), io.rest());
+            self.reader = Some(tokio::spawn(task).abort_handle());
+        }
+    }
+
+    /// The task that read has come to rest.
+    pub(crate) fn rested(&mut self) {
+        self.reader = None;
+    }
+
+    pub(crate) fn socket(&self) -> &OwnedFd {
+        self.socket.get_ref()
     }
 
     /// The value of `NOTIFY_SOCKET`.
@@ -49,14 +76,25 @@ impl NotifySocket {
 
 impl Drop for NotifySocket {
     fn drop(&mut self) {
-        self.reader.abort();
+        if let Some(reader) = &self.reader {
+            reader.abort();
+        }
     }
 }
 
-async fn read(worker: WorkerId, socket: AsyncFd<OwnedFd>, io: mpsc::Sender<FromIo>) {
+async fn read(worker: WorkerId, socket: Arc<AsyncFd<OwnedFd>>, io: ToLoop, mut rest: Rest) {
     let mut buffer = vec![0; 4096];
     loop {
-        let Ok(mut ready) = socket.readable().await else { return };
+        let ready = tokio::select! {
+            biased;
+            () = rest.asked() => {
+                // The loop is gone only when the whole primary ends.
+                let _ = io.send(FromIo::Rested { worker, what: Rested::Notify }).await;
+                return;
+            }
+            ready = socket.readable() => ready,
+        };
+        let Ok(mut ready) = ready else { return };
         match ready.try_io(|s| receive(s.get_ref(), &mut buffer)) {
             Ok(Ok(Some(len))) => {
                 let text = buffer[..len].to_vec();
@@ -106,8 +144,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_worker_says_arrives_with_its_id() {
-        let (tx, mut rx) = mpsc::channel(4);
-        let open = NotifySocket::open(WorkerId(7), tx).expect("socket");
+        let (tx, mut rx) = ToLoop::new();
+        let open = NotifySocket::open(WorkerId(7), &tx).expect("socket");
         let to = SocketAddrUnix::new_abstract_name(&open.address().as_bytes()[1..]).expect("name");
         let client = socket(AddressFamily::UNIX, SocketType::DGRAM, None).expect("client");
         sendto(&client, b"READY=1", SendFlags::empty(), &to).expect("send");

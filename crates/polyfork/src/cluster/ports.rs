@@ -28,20 +28,23 @@ use polyfork_sys::reuseport::{
 use polyfork_wire::RawJson;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::event::{Carried, Via};
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
+use super::to_loop::ToLoop;
 use crate::channel::socket::is_shortage;
+
+pub(super) mod carry;
 
 /// Most connections accepted in one go, before other events get a turn.
 const ACCEPT_BATCH: usize = 64;
 
 /// What makes two requests of workers mean the same socket.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Key {
     /// The address as the worker wrote it.
     pub(crate) address: Option<String>,
@@ -52,7 +55,7 @@ pub(crate) struct Key {
     pub(crate) index: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum KeyKind {
     Tcp4,
     Tcp6,
@@ -197,7 +200,7 @@ impl Ports {
         id: ListenerId,
         want: &Want4Port,
         config: HandoffConfig,
-        io: &mpsc::Sender<FromIo>,
+        io: &ToLoop,
     ) -> Result<&Port, (Address, io::Error)> {
         let mut last = None;
         for address in &want.addresses {
@@ -230,7 +233,7 @@ impl Ports {
         address: &Address,
         want: &Want4Port,
         config: &HandoffConfig,
-        io: &mpsc::Sender<FromIo>,
+        io: &ToLoop,
     ) -> io::Result<Port> {
         let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
         let (kind, address, carried, why) = match address {
@@ -287,7 +290,7 @@ impl Ports {
         options: &Options,
         want: &Want4Port,
         config: &HandoffConfig,
-        io: &mpsc::Sender<FromIo>,
+        io: &ToLoop,
     ) -> io::Result<(Kind, Address, Carried, String)> {
         if self.policy == Policy::Shared && !want.handoff_only {
             let fd = reuseport::bind_listener(at, options).map_err(into_io)?;
@@ -339,7 +342,7 @@ impl Ports {
         number: i32,
         want: &Want4Port,
         config: &HandoffConfig,
-        io: &mpsc::Sender<FromIo>,
+        io: &ToLoop,
     ) -> io::Result<(Kind, Address, Carried, String)> {
         let fd = duplicate_inherited(number)?;
         let address = Address::Inherited(number);
@@ -893,21 +896,24 @@ impl Turns {
         fd: OwnedFd,
         file: Option<UnixSocket>,
         config: &HandoffConfig,
-        io: &mpsc::Sender<FromIo>,
+        io: &ToLoop,
+    ) -> io::Result<Turns> {
+        Turns::over(id, fd, file, Handoff::new(config.clone()), io)
+    }
+
+    fn over(
+        id: ListenerId,
+        fd: OwnedFd,
+        file: Option<UnixSocket>,
+        handoff: Handoff<Arc<OwnedFd>>,
+        io: &ToLoop,
     ) -> io::Result<Turns> {
         let socket = Arc::new(register(fd, Interest::READABLE)?);
         let again = Arc::new(Notify::new());
         let task =
             tokio::spawn(wait_acceptable(id, Arc::clone(&socket), Arc::clone(&again), io.clone()));
-        Ok(Turns {
-            socket,
-            file,
-            handoff: Handoff::new(config.clone()),
-            again,
-            task: task.abort_handle(),
-            paused: false,
-            more: false,
-        })
+        let task = task.abort_handle();
+        Ok(Turns { socket, file, handoff, again, task, paused: false, more: false })
     }
 
     /// Accepts as many as there is room for. An error is a shortage: pause, nothing is lost.
@@ -943,7 +949,7 @@ async fn wait_acceptable(
     port: ListenerId,
     socket: Arc<AsyncFd<OwnedFd>>,
     again: Arc<Notify>,
-    io: mpsc::Sender<FromIo>,
+    io: ToLoop,
 ) {
     loop {
         match socket.readable().await {

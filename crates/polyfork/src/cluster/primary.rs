@@ -26,14 +26,20 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::detect::{Detected, Runtime};
 use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
 use super::health::{Allowance, Health};
-use super::link::Item;
+use super::link::{self, Item};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
 use super::reload::{self, Launch, ReloadOptions, Reloading};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
 use super::stuck::Watch;
+use super::to_loop::ToLoop;
+use super::upgrade::{FreezeError, Frozen, Packing};
 use super::{SendError, StartError, WorkerStatus};
+
+mod carry;
+
+pub(crate) use carry::State;
 
 /// How often a queue that should run dry is looked at.
 const DRAIN_CHECK: Duration = Duration::from_millis(4);
@@ -62,6 +68,19 @@ pub(crate) enum FromIo {
     Exited { worker: WorkerId, status: std::io::Result<std::process::ExitStatus> },
     Acceptable { port: ListenerId },
     Notified { worker: WorkerId, text: Vec<u8> },
+    Rested { worker: WorkerId, what: Rested },
+    OutputRested(process::Pipe),
+}
+
+/// A task of a worker that came to rest because the loop wanted it to.
+#[derive(Debug)]
+pub(crate) enum Rested {
+    /// It read the channel.
+    Reader(link::Partial),
+    /// It waited for the end of the process.
+    Watcher,
+    /// It read the notify socket.
+    Notify,
 }
 
 /// What handles ask of the loop.
@@ -105,13 +124,17 @@ pub(crate) enum Command {
         reply: oneshot::Sender<reload::Answer>,
     },
     ReapStrangers,
+    Freeze {
+        packing: Packing,
+        reply: oneshot::Sender<Result<Frozen, FreezeError>>,
+    },
 }
 
 /// Whom to tell what became of a message.
 pub(crate) type Answer = oneshot::Sender<Result<(), Refusal>>;
 
 /// Things to do at a certain time.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Timer {
     ReadyByAge(WorkerId),
     OwnSocket(WorkerId),
@@ -178,7 +201,7 @@ pub(crate) struct Primary {
     pub(crate) detected: Detected,
     pub(crate) workers: BTreeMap<WorkerId, Worker>,
     pub(crate) ports: Ports,
-    pub(crate) io: mpsc::Sender<FromIo>,
+    pub(crate) io: ToLoop,
     /// The address that could not be had, if that is why no worker comes up.
     pub(crate) bind_failure: Option<(Address, Arc<std::io::Error>)>,
     pub(crate) supervisor: Supervisor,
@@ -202,6 +225,8 @@ pub(crate) struct Primary {
     /// What messages have to be written in; shared with those who write them.
     spoken: Arc<Spoken>,
     output: process::OutputTasks,
+    /// Output that nobody reads while the loop rests.
+    rested_output: Vec<process::Pipe>,
     ever_ready: bool,
     all_ready: bool,
     outcome: Option<Outcome>,
@@ -248,7 +273,7 @@ impl Primary {
         }
         check_pipes(&settings, detected.dialect)?;
         let (commands_tx, commands) = mpsc::channel(64);
-        let (io, from_io) = mpsc::channel(512);
+        let (io, from_io) = ToLoop::new();
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
         let (end_tx, end) = oneshot::channel();
         let supervised = if settings.supervise { workers } else { 0 };
@@ -289,6 +314,7 @@ impl Primary {
             environment,
             spoken: Arc::clone(&spoken),
             output: process::OutputTasks::default(),
+            rested_output: Vec::new(),
             ever_ready: false,
             all_ready: false,
             bind_failure: None,
@@ -357,6 +383,10 @@ impl Primary {
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
         self.feed(Input::Start);
         self.next_look();
+        self.live(end).await;
+    }
+
+    async fn live(mut self, end: oneshot::Sender<Outcome>) {
         while self.outcome.is_none() {
             self.turn().await;
         }
@@ -384,6 +414,7 @@ impl Primary {
                 }
             }
             command = self.commands.recv() => match command {
+                Some(Command::Freeze { packing, reply }) => self.freeze(packing, reply).await,
                 Some(command) => self.on_command(command),
                 // Every handle is gone: nobody could stop the cluster any more.
                 None => self.feed(Input::Stop),
@@ -588,6 +619,8 @@ impl Primary {
                 let _ = reply.send(self.settings.clone());
             }
             Command::ReapStrangers => self.reap_strangers(),
+            // Taken out by whoever can wait.
+            Command::Freeze { .. } => {}
             Command::Status(reply) => {
                 // The asker may have gone.
                 let _ = reply.send(self.status());
@@ -608,6 +641,8 @@ impl Primary {
             FromIo::Exited { worker, status } => self.on_exited(worker, status),
             FromIo::Acceptable { port } => self.ports.acceptable(port),
             FromIo::Notified { worker, text } => self.on_notified(worker, &text),
+            FromIo::Rested { worker, what } => self.rested(worker, what),
+            FromIo::OutputRested(pipe) => self.output_rested(pipe),
         }
     }
 

@@ -32,10 +32,13 @@ use super::detect::{Detected, Runtime};
 use super::link::{Codec, Link};
 use super::notify::NotifySocket;
 use super::preload;
-use super::primary::FromIo;
+use super::primary::{FromIo, Rested};
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
+use super::to_loop::{Rest, ToLoop};
 use crate::channel::socket::is_shortage;
+
+pub(super) mod carry;
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
 pub(crate) const CHANNEL_FD: i32 = 3;
@@ -52,7 +55,7 @@ const LAST_WORDS: usize = 64 * 1024 + LINE_LIMIT + READ_BYTES;
 const READ_BYTES: usize = 8 * 1024;
 
 /// Standard output or error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Stdio {
     Out,
     Err,
@@ -67,8 +70,13 @@ pub(crate) struct Environment {
 }
 
 /// Our parent's, and not for workers: sockets and the way to tell it that we are ready.
-const NOT_INHERITED: [&str; 4] =
-    [names::LISTEN_FDS, names::LISTEN_PID, names::LISTEN_FDNAMES, names::NOTIFY_SOCKET];
+const NOT_INHERITED: [&str; 5] = [
+    names::LISTEN_FDS,
+    names::LISTEN_PID,
+    names::LISTEN_FDNAMES,
+    names::NOTIFY_SOCKET,
+    names::POLYFORK_STATE,
+];
 
 impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
@@ -127,7 +135,7 @@ pub(crate) struct Request<'a> {
     pub(crate) extra_env: &'a [(OsString, OsString)],
     /// Listening sockets for a sockets worker, with their names.
     pub(crate) inherited: io::Result<Vec<(OwnedFd, String)>>,
-    pub(crate) io: &'a mpsc::Sender<FromIo>,
+    pub(crate) io: &'a ToLoop,
     pub(crate) output: &'a mut OutputTasks,
 }
 
@@ -141,7 +149,9 @@ pub(crate) struct Running {
     /// Our ends of its further pipes that nobody has taken yet.
     pub(crate) pipes: BTreeMap<u32, OwnedFd>,
     /// Present while the worker lives, for the dialects that use it.
-    _notify: Option<NotifySocket>,
+    notify: Option<NotifySocket>,
+    /// Somebody waits for its end.
+    watched: bool,
 }
 
 impl Running {
@@ -152,6 +162,39 @@ impl Running {
     /// The process, by its pidfd and its number.
     pub(crate) fn process(&self) -> (BorrowedFd<'_>, Pid) {
         (self.pidfd.get_ref().as_fd(), self.pid)
+    }
+
+    /// Waits for its end, unless somebody does.
+    fn watch(&mut self, worker: WorkerId, io: &ToLoop) {
+        if !std::mem::replace(&mut self.watched, true) {
+            tokio::spawn(watch(worker, Arc::clone(&self.pidfd), io.clone(), io.rest()));
+        }
+    }
+
+    /// A task of this worker has come to rest.
+    pub(crate) fn rested(&mut self, what: Rested) {
+        match what {
+            Rested::Reader(partial) => self.link.rested(partial),
+            Rested::Watcher => self.watched = false,
+            Rested::Notify => {
+                if let Some(socket) = &mut self.notify {
+                    socket.rested();
+                }
+            }
+        }
+    }
+
+    /// Tasks that came to rest go on. `alive`: its end has not been seen yet.
+    pub(crate) fn go_on(&mut self, worker: WorkerId, alive: bool, io: &ToLoop) {
+        self.link.read_on();
+        if let Some(socket) = &mut self.notify {
+            socket.read(io);
+        }
+        if alive {
+            self.watch(worker, io);
+        } else {
+            self.link.process_ended();
+        }
     }
 
     /// Sends a signal through the pidfd. A process that has ended already is no error.
@@ -205,7 +248,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     memory(&mut command, settings)?;
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
-        Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
+        Dialect::Sockets => Some(NotifySocket::open(worker, request.io)?),
         _ => None,
     };
     if let Some(socket) = &notify {
@@ -228,7 +271,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     };
     if let (Some((out, err)), Output::Lines(sink)) = (pipes, &settings.output) {
         for (pipe, stdio) in [(out, Stdio::Out), (err, Stdio::Err)] {
-            request.output.read(pipe, slot, worker, stdio, sink.clone())?;
+            request.output.read(pipe, slot, worker, stdio, sink.clone(), request.io)?;
         }
     }
     let child = command.spawn()?;
@@ -244,8 +287,10 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
             return Err(error.into());
         }
     };
-    tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
-    Ok(Running { pid: child.pid(), pidfd, link, cookie, pipes: further, _notify: notify })
+    let pid = child.pid();
+    let mut running = Running { pid, pidfd, link, cookie, pipes: further, notify, watched: false };
+    running.watch(worker, request.io);
+    Ok(running)
 }
 
 /// Our end of a worker's channel.
@@ -363,9 +408,18 @@ pub(crate) fn first_free_number(dialect: Dialect, inherited: usize) -> u32 {
 }
 
 /// Waits for the end of the process and reports it, once.
-async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: mpsc::Sender<FromIo>) {
+async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: ToLoop, mut rest: Rest) {
     let status = loop {
-        let mut ready = match pidfd.readable().await {
+        let ready = tokio::select! {
+            biased;
+            () = rest.asked() => {
+                // The loop is gone only when the whole primary ends.
+                let _ = io.send(FromIo::Rested { worker, what: Rested::Watcher }).await;
+                return;
+            }
+            ready = pidfd.readable() => ready,
+        };
+        let mut ready = match ready {
             Ok(ready) => ready,
             Err(e) => break Err(e),
         };
@@ -395,12 +449,24 @@ impl OutputTasks {
         worker: WorkerId,
         stdio: Stdio,
         sink: mpsc::Sender<OutputLine>,
+        io: &ToLoop,
+    ) -> io::Result<()> {
+        self.read_on(Pipe { slot, worker, stdio, pipe, pending: Vec::new() }, sink, io)
+    }
+
+    /// Reads on where a task came to rest, in this image of the process or in another.
+    pub(crate) fn read_on(
+        &mut self,
+        from: Pipe,
+        sink: mpsc::Sender<OutputLine>,
+        io: &ToLoop,
     ) -> io::Result<()> {
         while self.tasks.try_join_next().is_some() {}
+        let Pipe { slot, worker, stdio, pipe, pending } = from;
         polyfork_sys::channel::set_nonblocking(pipe.as_fd(), true)?;
         let pipe = pipe::Receiver::from_owned_fd(pipe)?;
         let lines = Lines { slot, worker, stdio, sink, passed: Arc::clone(&self.passed) };
-        self.tasks.spawn(pass_lines(pipe, lines));
+        self.tasks.spawn(pass_lines(pipe, pending, lines, io.clone(), io.rest()));
         Ok(())
     }
 
@@ -424,6 +490,17 @@ impl OutputTasks {
         }
         self.tasks.abort_all();
     }
+}
+
+/// A pipe that nobody reads at the moment.
+#[derive(Debug)]
+pub(crate) struct Pipe {
+    pub(crate) slot: SlotId,
+    pub(crate) worker: WorkerId,
+    pub(crate) stdio: Stdio,
+    pub(crate) pipe: OwnedFd,
+    /// The beginning of a line.
+    pub(crate) pending: Vec<u8>,
 }
 
 /// Where the lines of one pipe come from and go to.
@@ -453,13 +530,30 @@ impl Lines {
 }
 
 /// Cuts a stream into lines. Waits while the reader of lines is behind, which in time makes the worker wait.
-async fn pass_lines(mut pipe: pipe::Receiver, lines: Lines) {
-    let mut pending = Vec::new();
+async fn pass_lines(
+    mut pipe: pipe::Receiver,
+    mut pending: Vec<u8>,
+    lines: Lines,
+    io: ToLoop,
+    mut rest: Rest,
+) {
     loop {
         let start = pending.len();
         pending.reserve(READ_BYTES);
+        let read = tokio::select! {
+            biased;
+            () = rest.asked() => {
+                let Ok(pipe) = pipe.into_nonblocking_fd() else { return };
+                let Lines { slot, worker, stdio, .. } = lines;
+                let pipe = Pipe { slot, worker, stdio, pipe, pending };
+                // The loop is gone only when the whole primary ends.
+                let _ = io.send(FromIo::OutputRested(pipe)).await;
+                return;
+            }
+            read = pipe.read_buf(&mut pending) => read,
+        };
         // An error on a pipe means that it is over.
-        if !matches!(pipe.read_buf(&mut pending).await, Ok(read) if read > 0) {
+        if !matches!(read, Ok(read) if read > 0) {
             break;
         }
         let mut from = 0;
@@ -502,7 +596,9 @@ mod tests {
         let (reader, writer) = rustix::pipe::pipe().expect("pipe");
         let (tx, mut rx) = mpsc::channel(4);
         let mut tasks = OutputTasks::default();
-        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        tasks
+            .read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx, &ToLoop::new().0)
+            .expect("reader");
         let text = text.to_vec();
         let writing = tokio::task::spawn_blocking(move || {
             use std::io::Write;
@@ -528,7 +624,9 @@ mod tests {
         let (reader, writer) = rustix::pipe::pipe().expect("pipe");
         let (tx, mut rx) = mpsc::channel(1);
         let mut tasks = OutputTasks::default();
-        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        tasks
+            .read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx, &ToLoop::new().0)
+            .expect("reader");
         rustix::io::write(&writer, &b"word\n".repeat(40)).expect("write");
         drop(writer);
         // Slower in all than the patience, never slower for one line.
@@ -551,7 +649,9 @@ mod tests {
         let (reader, writer) = rustix::pipe::pipe().expect("pipe");
         let (tx, _rx) = mpsc::channel(1);
         let mut tasks = OutputTasks::default();
-        tasks.read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx).expect("reader");
+        tasks
+            .read(reader, SlotId(1), WorkerId(1), Stdio::Out, tx, &ToLoop::new().0)
+            .expect("reader");
         tasks.finish(Duration::from_millis(500)).await;
         drop(writer);
     }

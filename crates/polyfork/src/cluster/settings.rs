@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::shared_memory::SharedArrayBuffer;
 
 /// Which worker gets the next connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Policy {
     /// Each ready worker in turn, exactly (Node: `SCHED_RR`).
@@ -29,7 +29,7 @@ pub enum Policy {
 }
 
 /// How messages of Node workers are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Serialization {
     /// A line of JSON each, as Node does unless told otherwise.
@@ -41,7 +41,7 @@ pub enum Serialization {
 }
 
 /// Who carries the policy out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Mechanism {
     /// The kernel where the dialect, the address and the permissions allow it, else handing over.
@@ -54,7 +54,7 @@ pub enum Mechanism {
 }
 
 /// How a worker is spoken to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Dialect {
     /// A program built on this crate.
@@ -66,7 +66,7 @@ pub enum Dialect {
 }
 
 /// When a new worker counts as ready, which is when it starts to get connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Ready {
     /// What fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
@@ -84,7 +84,9 @@ pub enum Ready {
 }
 
 /// An address to listen on.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 #[non_exhaustive]
 pub enum Address {
     /// TCP over IPv4 or IPv6. Port 0 lets the system choose; all workers get the same port.
@@ -142,7 +144,7 @@ pub enum Stream {
 /// let settings = Settings::new("node").arg("server.js").workers(4).policy(Policy::RoundRobin);
 /// assert_eq!(settings.worker_count(), 4);
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Settings {
     pub(crate) exec: OsString,
     pub(crate) args: Vec<OsString>,
@@ -159,6 +161,8 @@ pub struct Settings {
     pub(crate) ready_timeout: Option<Duration>,
     pub(crate) restart: RestartPolicy,
     pub(crate) supervise: bool,
+    /// Never carried: whoever goes on says where it goes.
+    #[serde(skip)]
     pub(crate) output: Output,
     pub(crate) limits: Limits,
     pub(crate) window: usize,
@@ -169,6 +173,8 @@ pub struct Settings {
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
+    /// Never carried: with it, there is no upgrade.
+    #[serde(skip)]
     pub(crate) memory: BTreeMap<String, SharedArrayBuffer>,
     pub(crate) watchdog: Option<Duration>,
 }

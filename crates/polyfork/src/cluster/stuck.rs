@@ -21,6 +21,7 @@ use polyfork_core::{ListenerId, Seat, WorkerId};
 
 use super::ports::Depths;
 use super::primary::{Primary, Timer};
+use super::upgrade::Moment;
 
 /// Between two looks, at least: each is a system call per seat.
 const SHORTEST_LOOK: Duration = Duration::from_millis(5);
@@ -52,6 +53,30 @@ impl Watch {
         self.suspicious.remove(&worker);
         self.aside.remove(&worker);
         self.pauses.remove(&worker);
+    }
+}
+
+/// Who has lost its turns, as it is carried to the next image of the primary. The looks themselves begin anew.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub(crate) struct WatchState {
+    aside: Vec<(WorkerId, Moment, Option<u64>)>,
+    pauses: BTreeMap<WorkerId, Duration>,
+}
+
+impl Watch {
+    pub(crate) fn state(&self) -> WatchState {
+        let Watch { before: _, suspicious: _, aside, pauses } = self;
+        let aside = aside.iter().map(|(id, aside)| (*id, Moment(aside.until), aside.slept));
+        WatchState { aside: aside.collect(), pauses: pauses.clone() }
+    }
+}
+
+impl WatchState {
+    pub(crate) fn back(self) -> Watch {
+        let aside =
+            |(id, until, slept): (WorkerId, Moment, _)| (id, Aside { until: until.0, slept });
+        let aside = self.aside.into_iter().map(aside).collect();
+        Watch { aside, pauses: self.pauses, ..Watch::default() }
     }
 }
 

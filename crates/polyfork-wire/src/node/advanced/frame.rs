@@ -79,6 +79,12 @@ impl FrameDecoder {
         !self.buffer.rest().is_empty()
     }
 
+    /// What was fed and not taken: to be fed to another decoder, which then goes on from here.
+    #[must_use]
+    pub fn rest(&self) -> &[u8] {
+        self.buffer.rest()
+    }
+
     /// The stream has ended: [`ProtocolError::Truncated`] when it did so inside a frame, which is dropped.
     ///
     /// Complete frames must be taken before; those left are dropped as well.
