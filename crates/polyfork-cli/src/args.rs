@@ -55,6 +55,7 @@ Signals:
   a second one    end now: workers are killed
   HUP             reload: new workers take over once they are ready; with a terminal: stop
   QUIT            end now
+  USR2            put the binary that is there now in the place of this primary, see `polyfork upgrade`
   TTIN, TTOU      one worker more, one worker less; of many at once some may count as one";
 
 /// The whole command line.
@@ -100,6 +101,11 @@ pub(crate) enum Verb {
     Reload(ReloadArgs),
     /// Replace every worker, slot by slot
     Restart(WaitArgs),
+    /// Put another binary of polyfork in the place of a running primary; workers notice nothing
+    Upgrade(UpgradeArgs),
+    /// The new binary's end of `upgrade`
+    #[command(hide = true)]
+    UpgradeCheck(UpgradeCheckArgs),
     /// Change the number of workers
     Scale(ScaleArgs),
     /// Let workers finish, then end apps
@@ -242,6 +248,30 @@ pub(crate) struct ReloadArgs {
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = values::duration,
           allow_hyphen_values = true)]
     pub(crate) probation: Duration,
+}
+
+/// `polyfork upgrade`.
+#[derive(Debug, Args)]
+pub(crate) struct UpgradeArgs {
+    #[command(flatten)]
+    pub(crate) wait: WaitArgs,
+
+    /// The new binary [default: the one that this command is]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) binary: Option<PathBuf>,
+
+    /// How long the new binary may take to show that it can take over
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration,
+          allow_hyphen_values = true)]
+    pub(crate) limit: Duration,
+}
+
+/// `polyfork upgrade-check`.
+#[derive(Debug, Args)]
+pub(crate) struct UpgradeCheckArgs {
+    /// What the primary was started with
+    #[arg(value_name = "ARGS", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) words: Vec<OsString>,
 }
 
 /// `polyfork scale`.

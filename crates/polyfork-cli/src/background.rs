@@ -8,10 +8,11 @@
 //! app is never held up by who started it.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use polyfork::cluster::Event;
+use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, Unpacking};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use crate::control::book::Book;
@@ -41,6 +42,25 @@ impl Starter {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         rustix::stdio::dup2_stdout(&null)?;
         Ok(Starter(pipe))
+    }
+
+    /// Leaves it to the next image of this process.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn pack(&self, packing: &mut Packing) -> io::Result<Option<Carried>> {
+        self.0.as_ref().map(|pipe| packing.name(pipe.as_fd())).transpose()
+    }
+
+    /// Takes it over from the image before.
+    ///
+    /// # Errors
+    /// When the descriptor is missing.
+    pub(crate) fn unpack(
+        state: Option<Carried>,
+        unpacking: &mut Unpacking,
+    ) -> Result<Starter, ResumeError> {
+        state.map(|pipe| unpacking.take(pipe)).transpose().map(Starter)
     }
 
     fn tell(&self, line: &str) {

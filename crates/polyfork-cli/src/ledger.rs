@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use polyfork::cluster::{Event, Exit, Outcome, OutputLine, Reason, Stream};
+use serde::{Deserialize, Serialize};
 
 use crate::exit::Code;
 use crate::words;
@@ -14,7 +15,7 @@ const LINES: usize = 10;
 const LINE_BYTES: usize = 500;
 
 /// What is known of each slot.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Ledger {
     slots: BTreeMap<u32, Tail>,
     /// Workers whose grace period was over.
@@ -25,7 +26,7 @@ pub(crate) struct Ledger {
     deaf: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Tail {
     /// Whose lines they are.
     worker: u64,

@@ -29,6 +29,7 @@ mod report;
 mod run;
 mod sink;
 mod style;
+mod upgrade;
 mod values;
 mod words;
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
             Verb::Demo(args) => demo::run(args),
             Verb::Advise(args) => advise::run(args),
             Verb::Primary(args) => run::run_in_background(*args),
+            Verb::UpgradeCheck(args) => upgrade::trial::check(args),
             verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {

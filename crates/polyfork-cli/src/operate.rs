@@ -53,12 +53,17 @@ pub(crate) fn run(verb: Verb) -> Code {
             Verb::Status(args) => status::run(args).await,
             Verb::Reload(args) => change::reload(args).await,
             Verb::Restart(args) => change::restart(args).await,
+            Verb::Upgrade(args) => change::upgrade(args).await,
             Verb::Scale(args) => change::scale(args).await,
             Verb::Stop(args) => change::stop(args).await,
             Verb::Kill(args) => change::kill(args).await,
             Verb::Logs(args) => logs::run(args).await,
             Verb::Events(args) => events::run(args).await,
-            Verb::Run(_) | Verb::Demo(_) | Verb::Advise(_) | Verb::Primary(_) => Code::Unexpected,
+            Verb::Run(_)
+            | Verb::Demo(_)
+            | Verb::Advise(_)
+            | Verb::Primary(_)
+            | Verb::UpgradeCheck(_) => Code::Unexpected,
         }
     });
     runtime.shutdown_background();

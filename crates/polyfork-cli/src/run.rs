@@ -9,11 +9,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use polyfork::cluster::upgrade::{ResumeError, Unpacking};
 use polyfork::cluster::{
     Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
     StartError, default_workers, detect_with, usable_cpus,
@@ -27,7 +28,7 @@ use crate::clock;
 use crate::control::book::{About, Book};
 use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
 use crate::control::name::Name;
-use crate::control::server::Control;
+use crate::control::server::{Control, Rested, Wish};
 use crate::exit::Code;
 use crate::ledger::{Ledger, Verdict};
 use crate::logs::folder as log_folder;
@@ -38,8 +39,12 @@ use crate::report::json::{self, Json};
 use crate::report::{Report, Start};
 use crate::sink::{Sink, Target};
 use crate::style::Paint;
+use crate::upgrade::state::{AppState, BackgroundState};
+use crate::upgrade::{self, Left};
 use crate::values::{self, Workers};
 use crate::words;
+
+mod replacing;
 
 /// Lines of worker output between the primary and the writer; each is 64 KiB at most.
 const LINES: usize = 16;
@@ -60,9 +65,19 @@ pub(crate) struct Prepared {
     pub(crate) place: Place,
 }
 
+impl Prepared {
+    /// Another binary may take the place of this one.
+    fn replaceable(mut self) -> Prepared {
+        self.place.binary = Some(upgrade::own_binary());
+        self
+    }
+}
+
 /// Where an app is found, and where it writes to.
 #[derive(Default)]
 pub(crate) struct Place {
+    /// The file of this binary, if another one may take its place.
+    binary: Option<PathBuf>,
     /// Its name, as long as it runs.
     claim: Option<Claim>,
     about: About,
@@ -84,6 +99,9 @@ pub(crate) struct Show {
 
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
+    if let Some(left) = upgrade::left() {
+        return go_on(left, Show { json: args.show.json, output: args.show.output }, None);
+    }
     let json = args.show.json;
     let explicit = args.name.is_some();
     let controlled = !args.no_control;
@@ -91,6 +109,7 @@ pub(crate) fn run(args: RunArgs) -> Code {
         true => with_control(prepared, explicit),
         false => Ok(prepared),
     });
+    let prepared = prepared.map(Prepared::replaceable);
     match prepared.and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
         Ok(code) => code,
         Err(refused) => refuse(&refused, json),
@@ -99,6 +118,10 @@ pub(crate) fn run(args: RunArgs) -> Code {
 
 /// Runs a program in the background, as `polyfork start` began it.
 pub(crate) fn run_in_background(args: StartArgs) -> Code {
+    if let Some(left) = upgrade::left() {
+        let show = Show { json: false, output: args.run.show.output };
+        return go_on(left, show, Some(&args.log));
+    }
     let mut starter = match Starter::take() {
         Ok(starter) => starter,
         Err(error) => {
@@ -110,7 +133,8 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
         Ok((mut prepared, logs)) => {
             prepared.start.warnings.iter().for_each(|text| starter.warning(text));
             prepared.place.background = Some(Background { starter, logs });
-            supervise(prepared, |_| |_: &Event| ()).unwrap_or_else(|refused| refused.code)
+            supervise(prepared.replaceable(), |_| |_: &Event| ())
+                .unwrap_or_else(|refused| refused.code)
         }
         Err(refused) => {
             starter.refused(&refused);
@@ -279,6 +303,14 @@ fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refuse
     let folder = log_folder::Folder::make(&log_folder::root(args.log_dir.as_deref())?, name)?;
     about.logs = Some(folder.path.to_string_lossy().into_owned());
     background::write_panics_to(folder.path.join("primary.log"));
+    let (format, rotation) = how_to_log(args);
+    Writer::start(folder, format, rotation).map_err(|error| Verdict {
+        code: Code::Unexpected,
+        text: words::plain(&format!("cannot start to write logs: {error}")),
+    })
+}
+
+fn how_to_log(args: &LogArgs) -> (Format, Rotation) {
     let format = match args.log_format {
         LogFormatArg::Text => Format::Text,
         LogFormatArg::Json => Format::Json,
@@ -288,10 +320,7 @@ fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refuse
         age: args.log_age.0,
         keep: usize::from(args.log_keep),
     };
-    Writer::start(folder, format, rotation).map_err(|error| Verdict {
-        code: Code::Unexpected,
-        text: words::plain(&format!("cannot start to write logs: {error}")),
-    })
+    (format, rotation)
 }
 
 fn limits(args: &RunArgs) -> Limits {
@@ -458,13 +487,11 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
             Err(error) => return Err(place.refuse(not_started(&error))),
         };
         let control = place.open(&cluster, &mut start)?;
-        let watch = Watch::new(&start, show, place.background, control);
-        let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
-        if let Some(claim) = place.claim {
-            watch.take_leave(claim, &place.about, &verdict);
-        }
-        watch.starter.borrow_mut().end(&verdict);
-        Ok(verdict.code)
+        let mut watch = Watch::new(start.workers, show, place, control, Ledger::default());
+        let first = watch.report.get_mut().start(&start);
+        first.iter().for_each(|line| watch.own(line));
+        drop((first, start));
+        Ok(watch.run(&cluster, lines, observer(&cluster)).await.code)
     });
     // Whatever is left of the cluster ends with the process.
     runtime.shutdown_background();
@@ -475,12 +502,92 @@ fn with_output(
     settings: Settings,
     output: OutputArg,
 ) -> (Settings, Option<mpsc::Receiver<OutputLine>>) {
+    let (output, lines) = what_becomes_of(output);
+    (settings.output(output), lines)
+}
+
+/// What becomes of what workers write, and where we read it.
+fn what_becomes_of(output: OutputArg) -> (Output, Option<mpsc::Receiver<OutputLine>>) {
     if output == OutputArg::Inherit {
-        return (settings.output(Output::Inherit), None);
+        return (Output::Inherit, None);
     }
     // Also when nothing is shown: the last lines explain a slot that is given up.
     let (sender, lines) = mpsc::channel(LINES);
-    (settings.output(Output::Lines(sender)), Some(lines))
+    (Output::Lines(sender), Some(lines))
+}
+
+/// Goes on with an app that another image of this process has left.
+fn go_on(left: Left, show: Show, log: Option<&LogArgs>) -> Code {
+    let adopted = left.open().and_then(|state| {
+        let unpacking = Unpacking::adopt(&state.descriptors)?;
+        Ok((state, unpacking))
+    });
+    let (state, unpacking) = match adopted {
+        Ok(adopted) => adopted,
+        Err(error) => return left.go_back(&error),
+    };
+    // What is executed by its descriptor is called after its number.
+    let _ = rustix::thread::set_name(c"polyfork");
+    if let Some(background) = &state.background {
+        background::write_panics_to(background.logs_path.join("primary.log"));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let outcome = runtime.map_err(ResumeError::from).and_then(|runtime| {
+        let code = runtime.block_on(go_on_with(state, unpacking, show, log, left.back));
+        runtime.shutdown_background();
+        code
+    });
+    outcome.unwrap_or_else(|error| {
+        // Everything was found to fit before; this is a machine without memory or descriptors. Workers finish and leave.
+        crate::say(io::stderr(), &format!("polyfork: cannot go on: {error}\n"));
+        Code::Unexpected
+    })
+}
+
+async fn go_on_with(
+    state: AppState,
+    mut unpacking: Unpacking,
+    show: Show,
+    log: Option<&LogArgs>,
+    back: Option<String>,
+) -> Result<Code, ResumeError> {
+    let unpacking = &mut unpacking;
+    let (output, lines) = what_becomes_of(show.output);
+    let cluster = Cluster::resume(&state.cluster, unpacking, output)?;
+    let claim = state.claim.map(|claim| Claim::unpack(claim, unpacking)).transpose()?;
+    let background = match (state.background, log) {
+        (Some(background), Some(log)) => {
+            let BackgroundState { starter, logs, logs_path, lost } = background;
+            let starter = Starter::unpack(starter, unpacking)?;
+            let folder = log_folder::Folder::of(unpacking.take(logs)?, logs_path);
+            let (format, rotation) = how_to_log(log);
+            let logs = Writer::go_on(folder, format, rotation, lost)?;
+            Some(Background { starter, logs })
+        }
+        _ => None,
+    };
+    let losses = background.as_ref().map(|background| Arc::clone(&background.logs.losses));
+    let (mut control, mut asker) = (None, None);
+    if let (Some(state), Some(claim)) = (state.control, &claim) {
+        let file = claim.state_file()?;
+        let (there, wishes, waits) = Control::unpack(state, unpacking, file, &cluster, losses)?;
+        (control, asker) = (Some((there, wishes)), waits);
+    }
+    // The binary that asked for this one is what runs, when that one gave everything back.
+    let own = if back.is_some() { upgrade::own_binary() } else { state.binary };
+    let place = Place { binary: Some(own), claim, about: state.about, background };
+    let mut watch = Watch::new(state.workers, show, place, control, state.ledger);
+    watch.told_lost = Cell::new(state.told_lost);
+    watch.after = RefCell::new(Some(After {
+        from: state.polyfork,
+        began: state.began.0,
+        rested: state.rests.0,
+        trial: state.trial,
+        descriptors: state.descriptors.len(),
+        asker,
+        back,
+    }));
+    Ok(watch.run(&cluster, lines, |_: &Event| ()).await.code)
 }
 
 impl Place {
@@ -495,7 +602,11 @@ impl Place {
     }
 
     /// Opens the control socket. In the background it has to be had; in the foreground it is gone without.
-    fn open(&mut self, cluster: &Cluster, start: &mut Start) -> Result<Option<Control>, Refused> {
+    fn open(
+        &mut self,
+        cluster: &Cluster,
+        start: &mut Start,
+    ) -> Result<Option<Controlled>, Refused> {
         let Some(claim) = &self.claim else { return Ok(None) };
         let card = card(&self.about, None);
         let opened =
@@ -503,7 +614,7 @@ impl Place {
         let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
         let book = Book::new(self.about.clone(), start.workers, losses);
         match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book)) {
-            Ok(control) => Ok(Some(control)),
+            Ok(controlled) => Ok(Some(controlled)),
             Err(error) => {
                 let text =
                     format!("cannot open the control socket of {}: {error}", self.about.name);
@@ -530,6 +641,22 @@ fn card(about: &About, ended: Option<Ended>) -> Card {
     }
 }
 
+/// The control socket, and the wishes for another binary that come by it.
+type Controlled = (Control, mpsc::Receiver<Wish>);
+
+/// What is to be told once this image runs in the place of another.
+struct After {
+    /// The release before.
+    from: String,
+    began: Instant,
+    rested: Instant,
+    trial: u32,
+    descriptors: usize,
+    asker: Option<Rested>,
+    /// The new binary gave everything back, for this reason.
+    back: Option<String>,
+}
+
 /// A cluster being watched.
 struct Watch {
     report: RefCell<Report>,
@@ -541,23 +668,34 @@ struct Watch {
     logs: Option<Writer>,
     starter: RefCell<Starter>,
     control: Option<Control>,
+    wishes: RefCell<Option<mpsc::Receiver<Wish>>>,
+    claim: RefCell<Option<Claim>>,
+    about: About,
+    workers: u32,
+    binary: Option<PathBuf>,
+    after: RefCell<Option<After>>,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
+    /// An event, or a line of a worker, is being dealt with.
+    telling: Cell<bool>,
+    passing: Cell<bool>,
     /// It was told that standard output loses lines.
     told_lost: Cell<bool>,
 }
 
 impl Watch {
     fn new(
-        start: &Start,
+        workers: u32,
         show: Show,
-        background: Option<Background>,
-        control: Option<Control>,
+        place: Place,
+        control: Option<Controlled>,
+        ledger: Ledger,
     ) -> Watch {
-        let mut report = if show.json {
+        let Place { binary, claim, about, background } = place;
+        let report = if show.json {
             Report::Json(Json)
         } else {
-            Report::Human(Human::new(start.workers, Paint::stdout(), Paint::stderr()))
+            Report::Human(Human::new(workers, Paint::stdout(), Paint::stderr()))
         };
         let tell_dropped = if show.json { json::dropped } else { human::dropped };
         // A thread only for a stream that will be written to.
@@ -570,12 +708,12 @@ impl Watch {
             Some(Background { starter, logs }) => (starter, Some(logs)),
             None => (Starter::default(), None),
         };
-        let first = report.start(start);
-        let watch = Watch {
+        let (control, wishes) = control.unzip();
+        Watch {
             report: RefCell::new(report),
             ledger: RefCell::new(match show.output {
                 OutputArg::Inherit => Ledger::deaf(),
-                _ => Ledger::default(),
+                _ => ledger,
             }),
             out,
             err,
@@ -583,11 +721,32 @@ impl Watch {
             logs,
             starter: RefCell::new(starter),
             control,
+            wishes: RefCell::new(wishes),
+            claim: RefCell::new(claim),
+            about,
+            workers,
+            binary,
+            after: RefCell::default(),
             passed_on: Cell::new(0),
+            telling: Cell::new(false),
+            passing: Cell::new(false),
             told_lost: Cell::new(false),
-        };
-        first.iter().for_each(|line| watch.own(line));
-        watch
+        }
+    }
+
+    /// Stays with the cluster to its end, and tells it.
+    async fn run(
+        &self,
+        cluster: &Cluster,
+        lines: Option<mpsc::Receiver<OutputLine>>,
+        observer: impl FnMut(&Event),
+    ) -> Verdict {
+        let verdict = self.to_the_end(cluster, lines, observer).await;
+        if let Some(claim) = self.claim.borrow_mut().take() {
+            self.take_leave(claim, &self.about, &verdict);
+        }
+        self.starter.borrow_mut().end(&verdict);
+        verdict
     }
 
     fn sink(&self, target: Target) -> Option<&Sink> {
@@ -616,7 +775,8 @@ impl Watch {
     ) -> Verdict {
         let output = self.pass_on(lines);
         let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
-        tokio::pin!(output, told);
+        let replacing = self.replacing(cluster);
+        tokio::pin!(output, told, replacing);
         let mut output_ended = false;
         loop {
             tokio::select! {
@@ -624,6 +784,7 @@ impl Watch {
                 biased;
                 _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
+                () = &mut replacing => {}
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
             }
         }
@@ -700,6 +861,7 @@ impl Watch {
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
         while let Some(event) = events.next().await {
+            self.telling.set(true);
             match event {
                 Event::SlotFailed { .. } | Event::ReloadFailed { .. } => {
                     self.last_lines(LAST_LINES).await;
@@ -724,6 +886,7 @@ impl Watch {
                 Event::AllReady { .. } => polyfork::process::give_back_code(),
                 _ => {}
             }
+            self.telling.set(false);
         }
     }
 
@@ -744,6 +907,7 @@ impl Watch {
     async fn pass_on(&self, lines: Option<mpsc::Receiver<OutputLine>>) {
         let Some(mut lines) = lines else { return };
         while let Some(line) = lines.recv().await {
+            self.passing.set(true);
             self.ledger.borrow_mut().line(&line);
             if let (Some(logs), OutputArg::Prefix) = (&self.logs, self.show.output) {
                 let source = Source::of(line.worker, line.stream);
@@ -755,6 +919,7 @@ impl Watch {
                 }
             }
             self.passed_on.set(self.passed_on.get() + 1);
+            self.passing.set(!lines.is_empty());
         }
     }
 }

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use polyfork::cluster::upgrade;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tokio::sync::Notify;
@@ -104,7 +105,11 @@ impl Sink {
         });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK_BYTES);
-        if thread.spawn(move || write_all(&theirs, &stream())).is_err() {
+        // Signals are for the thread that obeys them, and for the next image of this process while it is made.
+        let held = upgrade::hold_signals();
+        let started = thread.spawn(move || write_all(&theirs, &stream()));
+        drop(held);
+        if started.is_err() {
             let mut state = shared.lock();
             state.dead = true;
             state.ended = true;
@@ -152,6 +157,12 @@ impl Sink {
         }
         state.waiting.extend_from_slice(line);
         self.shared.work.notify_one();
+    }
+
+    /// Whether everything is written, or will never be.
+    pub(crate) fn is_written(&self) -> bool {
+        let state = self.shared.lock();
+        state.dead || state.unwritten() == 0
     }
 
     /// Why something could not be written, the first time; a terminal or a reader that is gone counts as well.

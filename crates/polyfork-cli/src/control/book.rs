@@ -3,12 +3,14 @@
 //!
 //! Bounded: one entry for each slot and each address. What changes by itself (CPU, memory) is read when it is asked for.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use polyfork::cluster::upgrade;
 use polyfork::cluster::{Address, Event, Via, WorkerStatus};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::usage::{self, Usage};
 use crate::clock;
@@ -20,9 +22,10 @@ use crate::words;
 pub(crate) const VERSION: u32 = 1;
 
 /// What is known.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Book {
     about: About,
+    #[serde(with = "upgrade::instant")]
     started: Instant,
     started_at: SystemTime,
     slots: BTreeMap<u32, Slot>,
@@ -31,17 +34,21 @@ pub(crate) struct Book {
     wanted: u32,
     restarts: u64,
     stopping: bool,
+    #[serde(skip)]
     ended: Option<Verdict>,
     /// Lines of logs that could not be written.
+    #[serde(skip)]
     losses: Option<Arc<Losses>>,
     /// Somebody restarts or reloads it now.
+    #[serde(skip)]
     pub(crate) busy: Option<&'static str>,
     /// What the new worker of a reload that failed wrote last to standard error.
+    #[serde(skip)]
     pub(crate) failed_reload: Option<Vec<String>>,
 }
 
 /// What does not change.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct About {
     /// Its name.
     pub(crate) name: String,
@@ -59,7 +66,7 @@ pub(crate) struct About {
     pub(crate) logs: Option<String>,
 }
 
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, Serialize, Deserialize)]
 struct Slot {
     /// The latest worker and its process.
     worker: Option<(u64, u32)>,
@@ -74,24 +81,24 @@ struct Slot {
 }
 
 /// How the latest worker of a slot that ended did so.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct LastExit {
     /// When.
     time: String,
     /// Which worker.
     pub(crate) worker: u64,
     /// The word of docs/events.md.
-    reason: &'static str,
+    reason: Cow<'static, str>,
     /// For people.
     pub(crate) text: String,
     code: Option<i32>,
     signal: Option<String>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Way {
     policy: String,
-    mechanism: &'static str,
+    mechanism: Cow<'static, str>,
     exact: bool,
     why: String,
 }
@@ -132,6 +139,12 @@ impl Book {
             busy: None,
             failed_reload: None,
         }
+    }
+
+    /// The book of the image before this one, with lines of logs counted on.
+    #[must_use]
+    pub(crate) fn with_losses(self, losses: Option<Arc<Losses>>) -> Book {
+        Book { losses, ..self }
     }
 
     /// Notes an event.
@@ -186,7 +199,7 @@ impl Book {
         slot.last_exit = Some(LastExit {
             time: clock::now(),
             worker: who.worker,
-            reason: words::reason(*reason),
+            reason: words::reason(*reason).into(),
             text: words::ended(*reason),
             code: *code,
             signal: signal.map(words::signal),
@@ -291,7 +304,7 @@ impl Book {
     /// Policy and mechanism: as they came out where something listens, as asked for where nothing does.
     fn way(&self) -> (&str, &str) {
         match self.listeners.values().next() {
-            Some(way) => (&way.policy, way.mechanism),
+            Some(way) => (&way.policy, &way.mechanism),
             None => (&self.about.policy, &self.about.mechanism),
         }
     }
@@ -353,7 +366,7 @@ impl Book {
             address: address.to_string(),
             port: words::port(address),
             policy: way.policy.clone(),
-            mechanism: way.mechanism,
+            mechanism: way.mechanism.to_string(),
             exact: way.exact,
             why: way.why.clone(),
         };
@@ -411,7 +424,7 @@ fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
 fn way(via: &Via) -> Way {
     Way {
         policy: via.policy.to_string(),
-        mechanism: via.mechanism.word(),
+        mechanism: via.mechanism.word().into(),
         exact: words::is_exact(via),
         why: via.why.clone(),
     }
@@ -485,7 +498,7 @@ struct ListenerShape {
     address: String,
     port: Option<u16>,
     policy: String,
-    mechanism: &'static str,
+    mechanism: String,
     exact: bool,
     why: String,
 }

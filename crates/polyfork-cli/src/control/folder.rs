@@ -25,6 +25,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, Unpacking};
 use rustix::fs::{self as sys, AtFlags, FlockOperation, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -73,7 +74,7 @@ pub(crate) struct App {
 pub(crate) struct Claim {
     runtime: Runtime,
     folder: OwnedFd,
-    _lock: OwnedFd,
+    lock: OwnedFd,
     name: Name,
     /// The card stays, to tell how it ended.
     leaves_card: bool,
@@ -192,7 +193,7 @@ impl Runtime {
         match self.try_claim(name) {
             Ok((folder, lock)) => {
                 let name = name.clone();
-                Ok(Claim { runtime: self, folder, _lock: lock, name, leaves_card: false })
+                Ok(Claim { runtime: self, folder, lock, name, leaves_card: false })
             }
             Err(error) => Err((self, error)),
         }
@@ -292,6 +293,51 @@ impl Claim {
     /// Leaves a card that tells how it ended, for whoever looks next.
     pub(crate) fn leave(mut self, card: &Card) {
         self.leaves_card = self.write_card(card).is_ok();
+    }
+}
+
+/// A name that is ours, as it is carried to the next image of this process. The lock belongs to what is open, so it is held
+/// throughout.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ClaimState {
+    path: PathBuf,
+    runtime: Carried,
+    folder: Carried,
+    lock: Carried,
+    name: String,
+    leaves_card: bool,
+}
+
+impl Claim {
+    /// Leaves it to the next image.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn pack(&self, packing: &mut Packing) -> io::Result<ClaimState> {
+        let Claim { runtime, folder, lock, name, leaves_card } = self;
+        Ok(ClaimState {
+            path: runtime.path.clone(),
+            runtime: packing.name(runtime.folder.as_fd())?,
+            folder: packing.name(folder.as_fd())?,
+            lock: packing.name(lock.as_fd())?,
+            name: name.to_string(),
+            leaves_card: *leaves_card,
+        })
+    }
+
+    /// Takes it over from the image before.
+    ///
+    /// # Errors
+    /// When a descriptor is missing, or the name is none.
+    pub(crate) fn unpack(
+        state: ClaimState,
+        unpacking: &mut Unpacking,
+    ) -> Result<Claim, ResumeError> {
+        let ClaimState { path, runtime, folder, lock, name, leaves_card } = state;
+        let name = Name::read(&name).map_err(|error| ResumeError::Descriptor(error.to_string()))?;
+        let runtime = Runtime { folder: unpacking.take(runtime)?, path };
+        let (folder, lock) = (unpacking.take(folder)?, unpacking.take(lock)?);
+        Ok(Claim { runtime, folder, lock, name, leaves_card })
     }
 }
 

@@ -1,11 +1,13 @@
 //! What is said over a control socket, documented in docs/control.md.
 //!
 //! A request is one line of JSON, and so is its answer; a stream of events follows its answer line by line. There is
-//! one fixed table of verbs; nothing in a request names a file, a function or a program.
+//! one fixed table of verbs; nothing in a request names a function, and only `upgrade` names a file, which is looked at
+//! before anything comes of it.
 //!
 //! The surprising rule: an unknown field is no error, so that a newer command can ask an older primary; an unknown verb is
 //! one, since it cannot be done in part.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -48,6 +50,13 @@ pub(crate) enum Verb {
     },
     /// End at once.
     Kill,
+    /// Another binary in the place of this one.
+    Upgrade {
+        /// The file, an absolute path.
+        binary: PathBuf,
+        /// How long it may take to show that it can take over.
+        limit: Option<Duration>,
+    },
 }
 
 /// How many workers are wanted.
@@ -93,6 +102,12 @@ pub(crate) struct Raw {
     /// `reload`: how long new workers must stay ready before they get connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) probation_ms: Option<u64>,
+    /// `upgrade`: the file of the new binary, an absolute path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) binary: Option<String>,
+    /// `upgrade`: how long the new binary may take to show that it can take over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) limit_ms: Option<u64>,
     /// Whether to answer only when it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) wait: Option<bool>,
@@ -161,6 +176,7 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
         },
         "stop" => Verb::Stop { grace: raw.grace_ms.map(limited) },
         "kill" => Verb::Kill,
+        "upgrade" => Verb::Upgrade { binary: binary(&raw)?, limit: raw.limit_ms.map(limited) },
         other => {
             let shown: String = other.chars().take(40).collect();
             let text = format!("no such verb: {shown:?}");
@@ -169,6 +185,12 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
     };
     let wait = raw.wait.unwrap_or(true);
     Ok(Request { verb, wait, deadline: raw.deadline_ms.map(limited) })
+}
+
+fn binary(raw: &Raw) -> Result<PathBuf, Refusal> {
+    let path = raw.binary.as_deref().map(PathBuf::from);
+    path.filter(|path| path.is_absolute())
+        .ok_or_else(|| Refusal::bad("upgrade needs `binary`, an absolute path"))
 }
 
 fn scale(raw: &Raw) -> Result<Scale, Refusal> {

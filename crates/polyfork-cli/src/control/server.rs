@@ -15,17 +15,20 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, StateError, Unpacking};
 use polyfork::cluster::{Cluster, Event, ReloadError, ReloadOptions, ReloadReport};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
@@ -34,6 +37,7 @@ use super::folder::StateFile;
 use super::protocol::{self, LONGEST_REQUEST, Refusal, Request, Scale, Verb};
 use crate::background::Starter;
 use crate::ledger::{Ledger, Verdict};
+use crate::logs::writer::Losses;
 use crate::report::json;
 use crate::values::MOST_WORKERS;
 
@@ -45,6 +49,8 @@ const MOST_CLIENTS: usize = 64;
 const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// For a client to take an answer, or a line of a stream.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// Between two looks at whether clients rest.
+const REST_STEP: Duration = Duration::from_millis(1);
 /// After an error of `accept`: as a rule too many files are open.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// At the end, for answers that are on their way.
@@ -59,6 +65,13 @@ const KILL_AFTER: Duration = Duration::from_secs(2);
 pub(crate) struct Control(Arc<Shared>);
 
 struct Shared {
+    socket: UnixListener,
+    accepting: Mutex<Option<AbortHandle>>,
+    /// Whether clients are to rest: 0 none, 1 those that ask nothing, 2 those that listen as well.
+    rest: watch::Sender<u8>,
+    rested: Mutex<Vec<Rested>>,
+    /// Where wishes for another binary go.
+    wishes: mpsc::Sender<Wish>,
     cluster: Cluster,
     book: Mutex<Book>,
     /// Counts what happened; whoever waits for the book to change waits here.
@@ -80,10 +93,62 @@ struct Client {
     task: AbortHandle,
 }
 
+/// A wish for another binary in the place of this one.
+pub(crate) struct Wish {
+    /// The file.
+    pub(crate) binary: PathBuf,
+    /// How long it may take to show that it can.
+    pub(crate) limit: Option<Duration>,
+    /// Who waits for the answer, if somebody does.
+    pub(crate) asker: Option<Rested>,
+}
+
+/// A client between two steps.
+#[derive(Debug)]
+pub(crate) struct Rested {
+    stream: UnixStream,
+    /// Read and not asked for yet.
+    buffer: Vec<u8>,
+    listens: bool,
+}
+
+/// A client, as it is carried to the next image of this process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ClientState {
+    stream: Carried,
+    buffer: Vec<u8>,
+    listens: bool,
+}
+
+impl Rested {
+    fn pack(&self, packing: &mut Packing) -> io::Result<ClientState> {
+        let Rested { stream, buffer, listens } = self;
+        let stream = packing.name(stream.as_fd())?;
+        Ok(ClientState { stream, buffer: buffer.clone(), listens: *listens })
+    }
+
+    fn unpack(state: ClientState, unpacking: &mut Unpacking) -> Result<Rested, ResumeError> {
+        let ClientState { stream, buffer, listens } = state;
+        let stream = std::os::unix::net::UnixStream::from(unpacking.take(stream)?);
+        Ok(Rested { stream: UnixStream::from_std(stream)?, buffer, listens })
+    }
+}
+
+/// The control plane, as it is carried to the next image of this process.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ControlState {
+    socket: Carried,
+    book: Vec<u8>,
+    clients: Vec<ClientState>,
+    asker: Option<ClientState>,
+}
+
 /// Still sending its request.
 const SENDING: u8 = 0;
 /// Its request is worked on, or it is being answered.
 const SERVED: u8 = 1;
+/// It is told what happens.
+const LISTENING: u8 = 2;
 
 /// What a client gets.
 enum Answer {
@@ -96,7 +161,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Control {
-    /// Starts to answer. Must be called inside the primary's runtime.
+    /// Starts to answer. Must be called inside the primary's runtime. Also gives the wishes that somebody else is to fulfil.
     ///
     /// # Errors
     /// When the system cannot wait for the socket.
@@ -105,9 +170,15 @@ impl Control {
         state: StateFile,
         cluster: &Cluster,
         book: Book,
-    ) -> io::Result<Control> {
-        let socket = UnixListener::from_std(socket)?;
+    ) -> io::Result<(Control, mpsc::Receiver<Wish>)> {
+        // One at a time: the book says that somebody is busy.
+        let (wishes, wished) = mpsc::channel(1);
         let control = Control(Arc::new(Shared {
+            socket: UnixListener::from_std(socket)?,
+            accepting: Mutex::default(),
+            rest: watch::Sender::new(0),
+            rested: Mutex::default(),
+            wishes,
             cluster: cluster.clone(),
             book: Mutex::new(book),
             changed: watch::Sender::new(0),
@@ -119,9 +190,133 @@ impl Control {
             next_client: AtomicU64::new(0),
         }));
         control.write_state();
-        tokio::spawn(accept(control.clone(), socket));
+        control.accept();
         tokio::spawn(keep_state(control.clone()));
-        Ok(control)
+        Ok((control, wished))
+    }
+
+    fn accept(&self) {
+        let accepting = tokio::spawn(accept(self.clone())).abort_handle();
+        *lock(&self.0.accepting) = Some(accepting);
+    }
+
+    /// Takes no new client, and lets those rest that ask nothing. Who is being answered is waited for.
+    ///
+    /// # Errors
+    /// When that is not done within the time.
+    pub(crate) async fn rest(&self, limit: Duration) -> Result<(), &'static str> {
+        if let Some(accepting) = lock(&self.0.accepting).take() {
+            accepting.abort();
+        }
+        self.0.rest.send_replace(1);
+        let listens = |client: &Client| client.phase.load(Ordering::Relaxed) == LISTENING;
+        let rest = async {
+            while !lock(&self.0.clients).iter().all(listens) {
+                tokio::time::sleep(REST_STEP).await;
+            }
+        };
+        timeout(limit, rest).await.map_err(|_| "somebody waits for what he asked of it")
+    }
+
+    /// Lets those rest that are told what happens, once they know it.
+    ///
+    /// # Errors
+    /// When they do not take it within the time.
+    pub(crate) async fn rest_all(&self, limit: Duration) -> Result<(), &'static str> {
+        self.0.rest.send_replace(2);
+        let rest = async {
+            while !lock(&self.0.clients).is_empty() {
+                tokio::time::sleep(REST_STEP).await;
+            }
+        };
+        timeout(limit, rest).await.map_err(|_| "who listens to events does not read them")
+    }
+
+    /// Everybody is served as before.
+    pub(crate) fn go_on(&self) {
+        if self.0.rest.send_replace(0) == 0 {
+            return;
+        }
+        for client in std::mem::take(&mut *lock(&self.0.rested)) {
+            admit(self, client);
+        }
+        self.accept();
+    }
+
+    /// Writes down what is known and who is there, all at rest.
+    ///
+    /// # Errors
+    /// The system's, or what cannot be written.
+    pub(crate) fn pack(
+        &self,
+        asker: Option<&Rested>,
+        packing: &mut Packing,
+    ) -> io::Result<ControlState> {
+        let clients = lock(&self.0.rested);
+        let clients = clients.iter().map(|client| client.pack(packing));
+        let clients = clients.collect::<io::Result<_>>()?;
+        let asker = asker.map(|asker| asker.pack(packing)).transpose()?;
+        let book = postcard::to_stdvec(&*self.book()).map_err(io::Error::other)?;
+        Ok(ControlState { socket: packing.name(self.0.socket.as_fd())?, book, clients, asker })
+    }
+
+    /// The book in what was written down.
+    ///
+    /// # Errors
+    /// When it makes no sense.
+    pub(crate) fn book_of(state: &ControlState) -> Result<Book, ResumeError> {
+        postcard::from_bytes(&state.book)
+            .map_err(|error| StateError::Inside(format!("the book of the app: {error}")).into())
+    }
+
+    /// Answers on, for the image before this one. Also gives who asked for this, if somebody did.
+    ///
+    /// # Errors
+    /// When a descriptor is missing, or the system cannot wait for one.
+    pub(crate) fn unpack(
+        state: ControlState,
+        unpacking: &mut Unpacking,
+        file: StateFile,
+        cluster: &Cluster,
+        losses: Option<Arc<Losses>>,
+    ) -> Result<(Control, mpsc::Receiver<Wish>, Option<Rested>), ResumeError> {
+        let book = Control::book_of(&state)?.with_losses(losses);
+        let ControlState { socket, book: _, clients, asker } = state;
+        let socket = StdListener::from(unpacking.take(socket)?);
+        let clients = clients.into_iter().map(|client| Rested::unpack(client, unpacking));
+        let clients: Vec<Rested> = clients.collect::<Result<_, _>>()?;
+        let asker = asker.map(|asker| Rested::unpack(asker, unpacking)).transpose()?;
+        let (control, wished) = Control::start(socket, file, cluster, book)?;
+        for client in clients {
+            admit(&control, client);
+        }
+        Ok((control, wished, asker))
+    }
+
+    /// Tells who asked for another binary what became of it, and serves him on.
+    pub(crate) fn answer(&self, asker: Rested, line: Vec<u8>) {
+        let control = self.clone();
+        tokio::spawn(async move {
+            let mut asker = asker;
+            // Who does not take it has been warned.
+            if matches!(timeout(ANSWER_TIME, asker.stream.write_all(&line)).await, Ok(Ok(()))) {
+                admit(&control, asker);
+            }
+        });
+    }
+
+    /// Notes that another binary is to take over, unless something is under way.
+    ///
+    /// # Errors
+    /// What is under way.
+    pub(crate) fn begin_upgrade(&self) -> Result<(), Refusal> {
+        self.refuse_when_stopping()?;
+        self.begin("upgrade")
+    }
+
+    /// Notes that it is over.
+    pub(crate) fn end_upgrade(&self) {
+        self.note(|book| book.busy = None);
     }
 
     /// Notes an event, and passes it on to whoever listens.
@@ -223,10 +418,12 @@ async fn keep_state(control: Control) {
 }
 
 /// Takes clients in, for ever.
-async fn accept(control: Control, socket: UnixListener) {
+async fn accept(control: Control) {
     loop {
-        match socket.accept().await {
-            Ok((stream, _)) if is_permitted(&stream) => admit(&control, stream),
+        match control.0.socket.accept().await {
+            Ok((stream, _)) if is_permitted(&stream) => {
+                admit(&control, Rested { stream, buffer: Vec::new(), listens: false });
+            }
             Ok(_) => count_refused(&control),
             Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
         }
@@ -244,7 +441,7 @@ fn count_refused(control: &Control) {
 }
 
 /// Gives a client a place, if need be that of one that is still sending.
-fn admit(control: &Control, stream: UnixStream) {
+fn admit(control: &Control, client: Rested) {
     let mut clients = lock(&control.0.clients);
     if clients.len() >= MOST_CLIENTS {
         let sending = |client: &Client| client.phase.load(Ordering::Relaxed) == SENDING;
@@ -258,8 +455,8 @@ fn admit(control: &Control, stream: UnixStream) {
         }
     }
     let id = control.0.next_client.fetch_add(1, Ordering::Relaxed);
-    let phase = Arc::new(AtomicU8::new(SENDING));
-    let served = serve(control.clone(), stream, Arc::clone(&phase));
+    let phase = Arc::new(AtomicU8::new(if client.listens { LISTENING } else { SENDING }));
+    let served = serve(control.clone(), client, Arc::clone(&phase));
     let theirs = control.clone();
     let task = tokio::spawn(async move {
         served.await;
@@ -268,13 +465,26 @@ fn admit(control: &Control, stream: UnixStream) {
     clients.push_back(Client { id, phase, task: task.abort_handle() });
 }
 
-/// One client, from its first byte to its last.
-async fn serve(control: Control, stream: UnixStream, phase: Arc<AtomicU8>) {
+/// One client, from its first byte to its last, or until it is to rest.
+async fn serve(control: Control, client: Rested, phase: Arc<AtomicU8>) {
+    let Rested { stream, buffer, listens } = client;
     let (reader, mut writer) = stream.into_split();
-    let mut requests = Requests { reader, buffer: Vec::new() };
+    let mut requests = Requests { reader, buffer };
+    let mut rest = control.0.rest.subscribe();
+    if listens {
+        if let Ok(lines) = control.listen() {
+            stream_to(&control, writer, requests, lines).await;
+        }
+        return;
+    }
     loop {
         phase.store(SENDING, Ordering::Relaxed);
-        let line = match timeout(REQUEST_TIME, requests.next()).await {
+        let line = tokio::select! {
+            biased;
+            _ = rest.wait_for(|level| *level > 0) => return park(&control, requests, writer, false),
+            line = timeout(REQUEST_TIME, requests.next()) => line,
+        };
+        let line = match line {
             Ok(Ok(Some(line))) => line,
             Ok(Ok(None)) => return,
             Ok(Err(refusal)) => {
@@ -288,6 +498,15 @@ async fn serve(control: Control, stream: UnixStream, phase: Arc<AtomicU8>) {
         let read = protocol::read(&line);
         drop(line);
         let reply = match read {
+            Ok(Request { verb: Verb::Upgrade { binary, limit }, wait, .. }) => {
+                match wish(&control, binary, limit, wait, requests, writer).await {
+                    Some(kept) => {
+                        (requests, writer) = kept;
+                        continue;
+                    }
+                    None => return,
+                }
+            }
             Ok(request) => tokio::select! {
                 reply = work(&control, request) => reply,
                 // Nobody is left to be answered. What was begun goes on.
@@ -309,9 +528,56 @@ async fn serve(control: Control, stream: UnixStream, phase: Arc<AtomicU8>) {
                     return;
                 }
             }
-            Answer::Stream(lines) => return stream_to(&mut writer, &mut requests, lines).await,
+            Answer::Stream(lines) => {
+                phase.store(LISTENING, Ordering::Relaxed);
+                if answer(&mut writer, &protocol::done(&Accepted { accepted: true })).await {
+                    stream_to(&control, writer, requests, lines).await;
+                }
+                return;
+            }
         }
     }
+}
+
+/// Keeps a client for whoever goes on with it.
+fn park(control: &Control, requests: Requests, writer: OwnedWriteHalf, listens: bool) {
+    let Requests { reader, buffer } = requests;
+    // Both are halves of one.
+    if let Ok(stream) = reader.reunite(writer) {
+        lock(&control.0.rested).push(Rested { stream, buffer, listens });
+    }
+}
+
+/// Passes a wish for another binary on, with the client, who is answered when it is fulfilled or not. Gives the client back
+/// when it does not wait for that.
+async fn wish(
+    control: &Control,
+    binary: PathBuf,
+    limit: Option<Duration>,
+    wait: bool,
+    requests: Requests,
+    mut writer: OwnedWriteHalf,
+) -> Option<(Requests, OwnedWriteHalf)> {
+    let begun = control.begin_upgrade();
+    if let Err(refusal) = begun {
+        let told = answer(&mut writer, &protocol::not_done(&refusal)).await;
+        return told.then_some((requests, writer));
+    }
+    let (asker, kept) = match wait {
+        false => {
+            answer(&mut writer, &protocol::done(&Accepted { accepted: true })).await;
+            (None, Some((requests, writer)))
+        }
+        true => {
+            let Requests { reader, buffer } = requests;
+            let stream = reader.reunite(writer).ok();
+            (stream.map(|stream| Rested { stream, buffer, listens: false }), None)
+        }
+    };
+    if control.0.wishes.send(Wish { binary, limit, asker }).await.is_err() {
+        control.end_upgrade();
+    }
+    kept
 }
 
 /// Writes a line; false when the client does not take it.
@@ -319,24 +585,25 @@ async fn answer(writer: &mut OwnedWriteHalf, line: &[u8]) -> bool {
     matches!(timeout(ANSWER_TIME, writer.write_all(line)).await, Ok(Ok(())))
 }
 
-/// Passes events on until the app ends or the client has enough.
+/// Passes events on until the app ends, the client has enough, or all are to rest.
 async fn stream_to(
-    writer: &mut OwnedWriteHalf,
-    requests: &mut Requests,
+    control: &Control,
+    mut writer: OwnedWriteHalf,
+    mut requests: Requests,
     mut lines: broadcast::Receiver<Arc<str>>,
 ) {
-    if !answer(writer, &protocol::done(&Accepted { accepted: true })).await {
-        return;
-    }
+    let mut rest = control.0.rest.subscribe();
     loop {
         let line = tokio::select! {
+            biased;
             line = lines.recv() => line,
-            () = requests.gone(writer) => return,
+            _ = rest.wait_for(|level| *level > 1) => return park(control, requests, writer, true),
+            () = requests.gone(&writer) => return,
         };
         let written = match line {
-            Ok(line) => answer(writer, line.as_bytes()).await,
+            Ok(line) => answer(&mut writer, line.as_bytes()).await,
             Err(broadcast::error::RecvError::Lagged(missed)) => {
-                answer(writer, json::lagged(missed).as_bytes()).await
+                answer(&mut writer, json::lagged(missed).as_bytes()).await
             }
             Err(broadcast::error::RecvError::Closed) => return,
         };
@@ -481,6 +748,8 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
         }
         Verb::Stop { grace } => Ok(Answer::Line(control.stop(grace, wait).await)),
         Verb::Kill => Ok(Answer::Line(control.kill(wait).await)),
+        // Taken out by whoever has the connection.
+        Verb::Upgrade { .. } => Err(Refusal::refused("it cannot be asked for here")),
     }
 }
 

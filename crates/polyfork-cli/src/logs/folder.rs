@@ -124,6 +124,11 @@ impl Folder {
         Ok(folder)
     }
 
+    /// The folder that another image of this process has opened.
+    pub(crate) fn of(folder: OwnedFd, path: PathBuf) -> Folder {
+        Folder { folder, path }
+    }
+
     /// Opens what is there; `None` when nothing is.
     pub(crate) fn find(path: &Path) -> Option<Folder> {
         let folder = sys::open(path, FOLDER_FLAGS, Mode::empty()).ok()?;

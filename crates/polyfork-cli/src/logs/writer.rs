@@ -23,8 +23,10 @@ use std::time::{Duration, SystemTime};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use polyfork::cluster::upgrade;
 use rustix::fs as sys;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::folder::{Age, Folder, LogName};
@@ -74,6 +76,17 @@ impl Losses {
 pub(crate) struct Writer {
     shared: Arc<Shared>,
     pub(crate) losses: Arc<Losses>,
+    folder: Folder,
+}
+
+/// Lines that could not be written.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Lost {
+    lines: u64,
+    /// Of the primary, and not told yet.
+    dropped: u64,
+    /// Of slots, and not told yet: how many, and why.
+    slots: BTreeMap<u32, (u64, String)>,
 }
 
 struct Shared {
@@ -94,6 +107,8 @@ struct State {
     taken: usize,
     done: u64,
     dropped: u64,
+    /// As the thread told last.
+    lost: BTreeMap<u32, (u64, String)>,
     closed: bool,
     ended: bool,
 }
@@ -112,25 +127,59 @@ impl Writer {
     /// # Errors
     /// When the system refuses a thread.
     pub(crate) fn start(folder: Folder, format: Format, rotation: Rotation) -> io::Result<Writer> {
+        Self::go_on(folder, format, rotation, Lost::default())
+    }
+
+    /// As [`Writer::start`], for an app whose logs another image of this process has written so far.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    pub(crate) fn go_on(
+        folder: Folder,
+        format: Format,
+        rotation: Rotation,
+        lost: Lost,
+    ) -> io::Result<Writer> {
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(State { dropped: lost.dropped, ..State::default() }),
             work: Condvar::new(),
             progress: Condvar::new(),
             room: Notify::new(),
         });
-        let losses = Arc::new(Losses::default());
+        let losses = Arc::new(Losses { lines: AtomicU64::new(lost.lines) });
+        let open = |(slot, (lost, why))| (slot, Slot { file: None, lost, why });
+        let again = folder.again()?;
         let files = Files {
             compressing: Arc::default(),
             losses: Arc::clone(&losses),
-            open: BTreeMap::new(),
+            open: lost.slots.into_iter().map(open).collect(),
             folder,
             format,
             rotation,
         };
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("logs".into()).stack_size(STACK_BYTES);
+        // Signals are for the thread that obeys them, and for the next image of this process while it is made.
+        let held = upgrade::hold_signals()?;
         thread.spawn(move || write_all(&theirs, files))?;
-        Ok(Writer { shared, losses })
+        drop(held);
+        Ok(Writer { shared, losses, folder: again })
+    }
+
+    /// Where it writes to.
+    pub(crate) fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    /// Whether everything is written, or counted as lost.
+    pub(crate) fn is_written(&self) -> bool {
+        self.shared.lock().unwritten() == 0
+    }
+
+    /// What is lost so far, and not told where it is missing. To be asked when everything is written.
+    pub(crate) fn lost(&self) -> Lost {
+        let state = self.shared.lock();
+        Lost { lines: self.losses.lines(), dropped: state.dropped, slots: state.lost.clone() }
     }
 
     /// Adds a worker's line, waiting while the buffer is full.
@@ -222,8 +271,9 @@ impl Shared {
         Some(std::mem::take(&mut state.waiting))
     }
 
-    fn done(&self) {
+    fn done(&self, lost: BTreeMap<u32, (u64, String)>) {
         let mut state = self.lock();
+        state.lost = lost;
         state.done += 1;
         state.taken = 0;
         drop(state);
@@ -236,7 +286,7 @@ impl Shared {
 fn write_all(shared: &Shared, mut files: Files) {
     while let Some(records) = shared.take() {
         files.write(&records);
-        shared.done();
+        shared.done(files.lost());
     }
     files.end();
     shared.lock().ended = true;
@@ -275,6 +325,12 @@ struct Open {
 }
 
 impl Files {
+    /// What is missing and was not told yet.
+    fn lost(&self) -> BTreeMap<u32, (u64, String)> {
+        let lost = self.open.iter().filter(|(_, slot)| slot.lost > 0);
+        lost.map(|(number, slot)| (*number, (slot.lost, slot.why.clone()))).collect()
+    }
+
     fn write(&mut self, records: &[Record]) {
         let mut texts: BTreeMap<u32, (Vec<u8>, u64, SystemTime)> = BTreeMap::new();
         for Record { time, slot, source, complete, line } in records {

@@ -1,4 +1,4 @@
-//! `reload`, `restart`, `scale`, `stop`, `kill`: asks for a change and waits until it is done.
+//! `reload`, `restart`, `upgrade`, `scale`, `stop`, `kill`: asks for a change and waits until it is done.
 //!
 //! The surprising rule: what was asked for goes on without whoever asked. The first Ctrl-C says so, the second one leaves.
 
@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, ask, complain, fail, plain, remark, targets, told, write_json};
-use crate::args::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, WaitArgs};
+use crate::args::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, UpgradeArgs, WaitArgs};
 use crate::control::client::NoAnswer;
 use crate::control::folder::{App, Runtime};
 use crate::control::protocol::{Raw, Scale};
@@ -82,6 +82,37 @@ pub(crate) async fn restart(args: WaitArgs) -> Code {
         },
     };
     each(targets::find(&args.apps.names), change, |_| {}).await
+}
+
+/// Runs `upgrade`.
+pub(crate) async fn upgrade(args: UpgradeArgs) -> Code {
+    let change = Change {
+        doing: "upgrading",
+        request: || plain("upgrade"),
+        wait: !args.wait.no_wait,
+        json: args.wait.apps.form.json,
+        ends: false,
+        done: |app, result| match result["text"].as_str() {
+            Some(text) => format!("{}: {text}", app.name),
+            None => format!("{}: upgrading", app.name),
+        },
+    };
+    let path = match args.binary {
+        Some(path) => std::path::absolute(path),
+        None => std::env::current_exe(),
+    };
+    // A request is text.
+    let path = path.map(|path| path.into_os_string().into_string());
+    let Ok(Ok(path)) = path else {
+        let text = "--binary: the path of the new binary is not known, or no text".to_owned();
+        return fail(&Verdict { code: Code::Usage, text }, change.json);
+    };
+    let limit = u64::try_from(args.limit.as_millis()).unwrap_or(u64::MAX);
+    each(targets::find(&args.wait.apps.names), change, |request| {
+        request.binary = Some(path.clone());
+        request.limit_ms = Some(limit);
+    })
+    .await
 }
 
 /// Runs `scale`.

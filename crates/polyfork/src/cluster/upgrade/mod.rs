@@ -20,13 +20,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use polyfork_core::{Inconsistent, NotNow};
-use polyfork_wire::state::StateError;
+pub use polyfork_wire::state::StateError;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::sync::oneshot;
 
 pub use bag::{Descriptors, Name, Packing, Unpacking};
 
 use super::Cluster;
+use super::event::{Event, Notice};
 use super::primary::{Command, Primary};
 use super::settings::Output;
 
@@ -155,6 +156,17 @@ impl Cluster {
         answer.await.map_err(|_| FreezeError::Ended)?
     }
 
+    /// Tells everybody who listens to its events something that it does not know of itself.
+    pub fn remark(&self, notice: Notice) {
+        // Nobody has to listen.
+        let _ = self.events.send(Event::Notice(notice));
+    }
+
+    /// How many events somebody who listens has not seen yet.
+    pub fn untold(&self) -> usize {
+        self.events.len()
+    }
+
     /// Whether something was asked of the cluster that its loop has not seen yet.
     pub fn is_asked(&self) -> bool {
         self.commands.capacity() < self.commands.max_capacity()
@@ -254,3 +266,22 @@ pub fn seal(content: &[u8]) -> std::io::Result<OwnedFd> {
 
 pub use polyfork_wire::env::POLYFORK_STATE as STATE_VARIABLE;
 pub use polyfork_wire::state::{VERSION as STATE_VERSION, open as open_state, seal as seal_state};
+
+/// Collects a child that the image before this one has started, when it ends.
+///
+/// # Errors
+/// When it is no child of this process. Those of the event loop.
+pub async fn collect(pid: u32) -> std::io::Result<()> {
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    let none = || std::io::Error::from(std::io::ErrorKind::NotFound);
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(none)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+    let pidfd = super::register::register(pidfd, tokio::io::Interest::READABLE)?;
+    loop {
+        let mut ready = pidfd.readable().await?;
+        match polyfork_sys::spawn::try_wait(pidfd.get_ref().as_fd())? {
+            Some(_) => return Ok(()),
+            None => ready.clear_ready(),
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Another binary in the place of a running primary: `polyfork upgrade`, and SIGUSR2.
+//!
+//! In this order, and nothing that serves is touched before the last step:
+//!
+//! 1. the file is opened, once: what is looked at is what will run;
+//! 2. everything comes to rest for a moment and is written down, as a rehearsal;
+//! 3. the new binary is run beside the primary and has to read that ([`trial`]);
+//! 4. everything comes to rest for good: clients, cluster, logs; the final state is shown to the new binary, too;
+//! 5. signals are held, the state is sealed, and the file is executed in the place of this process.
+//!
+//! The new image checks each descriptor and goes on ([`Left`]); should a descriptor not be what it was, it gives everything
+//! back to the old binary, which is still there. Workers notice nothing of all this: they are children of the same process.
+//!
+//! What is in the state is in `polyfork::cluster::upgrade` and in [`state`]; what waits, and for whom, is in `run`.
+//!
+//! The surprising rule: the trial stays until the primary has become the new binary. As long as it runs, the kernel lets nobody
+//! write to the file.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use polyfork::cluster::upgrade::{self, Descriptors, ResumeError};
+use rustix::fs::{FileType, Mode, OFlags};
+
+use crate::exit::Code;
+use crate::words;
+
+pub(crate) mod state;
+pub(crate) mod trial;
+
+use state::AppState;
+
+/// For a new binary to show that it can take over, unless asked otherwise.
+pub(crate) const TRIAL_LIMIT: Duration = Duration::from_secs(10);
+/// For clients, logs and output to come to rest, and for the trial to read the final state.
+pub(crate) const REST_LIMIT: Duration = Duration::from_secs(2);
+/// How often it is tried again when something is asked of the cluster in the last moment.
+pub(crate) const TRIES: u32 = 5;
+/// Signals that came before they were held are dealt with in this time.
+pub(crate) const LAST_SIGNALS: Duration = Duration::from_millis(1);
+
+/// Opens the file of a new binary. It can be executed, and nobody but its owner, root and ourselves can change it.
+///
+/// # Errors
+/// Why not, for people.
+pub(crate) fn open_binary(path: &Path) -> Result<OwnedFd, String> {
+    let shown = words::harmless(&path.to_string_lossy());
+    let told = |error: io::Error| format!("{shown}: {}", words::plain(&error.to_string()));
+    let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let file = file.map_err(|error| told(error.into()))?;
+    let stat = rustix::fs::fstat(&file).map_err(|error| told(error.into()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(format!("{shown}: not a file"));
+    }
+    let me = rustix::process::geteuid();
+    if stat.st_uid != 0 && stat.st_uid != me.as_raw() {
+        return Err(format!("{shown}: it belongs to another user, who could change it"));
+    }
+    let ours = stat.st_gid == 0 || stat.st_gid == rustix::process::getegid().as_raw();
+    if stat.st_mode & 0o002 != 0 || (stat.st_mode & 0o020 != 0 && !ours) {
+        return Err(format!("{shown}: other users may write to it: `chmod go-w` it"));
+    }
+    if stat.st_mode & 0o111 == 0 {
+        return Err(format!("{shown}: it may not be executed: `chmod +x` it"));
+    }
+    Ok(file)
+}
+
+/// Puts the binary in the place of this process. Returns only when that failed.
+pub(crate) fn exec(binary: &OwnedFd, sealed: &[u8], list: &Descriptors) -> io::Error {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let made = upgrade::seal(sealed)
+        .and_then(|state| Ok((state, rustix::fs::open("/proc/self/exe", flags, Mode::empty())?)));
+    let (state, own) = match made {
+        Ok(made) => made,
+        Err(error) => return error,
+    };
+    let value = format!("{}:{}:{}", std::process::id(), state.as_raw_fd(), own.as_raw_fd());
+    let variable = (upgrade::STATE_VARIABLE.into(), value.into());
+    let argv: Vec<OsString> = std::env::args_os().collect();
+    use std::os::fd::AsFd;
+    upgrade::exec(binary.as_fd(), &argv, &[variable], list, &[state, own])
+}
+
+/// What the image before this one left.
+#[derive(Debug)]
+pub(crate) struct Left {
+    /// Of the sealed state.
+    state: RawFd,
+    /// Of the binary that left it.
+    old: RawFd,
+    /// We are that binary: the new one could not take over, for this reason.
+    pub(crate) back: Option<String>,
+}
+
+/// Whether this process goes on with something that was left to it, and with what.
+pub(crate) fn left() -> Option<Left> {
+    read(&std::env::var(upgrade::STATE_VARIABLE).ok()?, std::process::id())
+}
+
+/// `PID:STATE:OLD`, and `:REASON` on the way back.
+fn read(text: &str, me: u32) -> Option<Left> {
+    let mut parts = text.splitn(4, ':');
+    let mut number = || parts.next()?.parse::<u32>().ok();
+    let (pid, state, old) = (number()?, number()?, number()?);
+    let (state, old) = (i32::try_from(state).ok()?, i32::try_from(old).ok()?);
+    let back = parts.next().map(str::to_owned);
+    (pid == me).then_some(Left { state, old, back })
+}
+
+impl Left {
+    /// What is in it. Nothing has been changed yet.
+    ///
+    /// # Errors
+    /// When it cannot be read, or makes no sense.
+    pub(crate) fn open(&self) -> Result<AppState, ResumeError> {
+        AppState::read(&upgrade::read_sealed(self.state)?)
+    }
+
+    /// Gives everything back to the binary that left it. Returns only if that failed as well.
+    pub(crate) fn go_back(&self, why: &ResumeError) -> Code {
+        let text = words::plain(&why.to_string());
+        if self.back.is_none() {
+            let error = self.exec_old(&text);
+            tell(&format!("cannot take over: {text}; cannot go back: {error}"));
+        } else {
+            tell(&format!("cannot go on: {text}"));
+        }
+        Code::Unexpected
+    }
+
+    fn exec_old(&self, why: &str) -> io::Error {
+        use std::os::fd::AsFd;
+        let path = format!("/proc/self/fd/{}", self.old);
+        let old = match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(old) => old,
+            Err(error) => return error.into(),
+        };
+        let value = format!("{}:{}:{}:{why}", std::process::id(), self.state, self.old);
+        let variable = (upgrade::STATE_VARIABLE.into(), value.into());
+        let argv: Vec<OsString> = std::env::args_os().collect();
+        // All that was left is still open, and stays so over exec.
+        upgrade::exec(old.as_fd(), &argv, &[variable], &Descriptors::default(), &[])
+    }
+}
+
+/// For whoever looks at standard error; in the background nobody does, and workers leave as after any end of a primary.
+fn tell(text: &str) {
+    crate::say(io::stderr(), &format!("polyfork: {text}\n"));
+}
+
+/// The file that this process was started from, as it was called then.
+pub(crate) fn own_binary() -> PathBuf {
+    let path = std::env::current_exe().unwrap_or_default();
+    let text = path.to_string_lossy();
+    match text.strip_suffix(" (deleted)") {
+        Some(before) => before.into(),
+        None => path,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn what_was_left_to_another_process_is_none_of_ours() {
+        let left = read("7:5:6", 7).expect("ours");
+        assert_eq!((left.state, left.old, left.back), (5, 6, None));
+        assert_eq!(read("7:5:6:a: b", 7).and_then(|left| left.back).as_deref(), Some("a: b"));
+        for text in ["8:5:6", "", "7", "7:5", "7:x:6", "7:-1:6", "-7:5:6"] {
+            assert!(read(text, 7).is_none(), "{text}");
+        }
+    }
+
+    #[test]
+    fn fault_27_what_cannot_be_executed_or_could_be_changed_is_refused() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("binary");
+        let why = |path: &Path| open_binary(path).expect_err("refused");
+        assert!(why(&file).contains("No such file"), "{}", why(&file));
+        assert!(why(folder.path()).contains("not a file"));
+        std::fs::write(&file, b"\x7fELF").expect("a file");
+        let mode = |mode| {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).expect("chmod");
+        };
+        mode(0o644);
+        assert!(why(&file).contains("may not be executed"));
+        mode(0o757);
+        assert!(why(&file).contains("other users may write"));
+        mode(0o755);
+        assert!(open_binary(&file).is_ok());
+    }
+}
