@@ -19,18 +19,20 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use polyfork::cluster::upgrade::{self, Descriptors, ResumeError};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
 use crate::exit::Code;
 use crate::words;
 
+mod file;
 pub(crate) mod state;
 pub(crate) mod trial;
 
+pub(crate) use file::open as open_binary;
 use state::AppState;
 
 /// For a new binary to show that it can take over, unless asked otherwise.
@@ -41,33 +43,6 @@ pub(crate) const REST_LIMIT: Duration = Duration::from_secs(2);
 pub(crate) const TRIES: u32 = 5;
 /// Signals that came before they were held are dealt with in this time.
 pub(crate) const LAST_SIGNALS: Duration = Duration::from_millis(1);
-
-/// Opens the file of a new binary. It can be executed, and nobody but its owner, root and ourselves can change it.
-///
-/// # Errors
-/// Why not, for people.
-pub(crate) fn open_binary(path: &Path) -> Result<OwnedFd, String> {
-    let shown = words::harmless(&path.to_string_lossy());
-    let told = |error: io::Error| format!("{shown}: {}", words::plain(&error.to_string()));
-    let file = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    let file = file.map_err(|error| told(error.into()))?;
-    let stat = rustix::fs::fstat(&file).map_err(|error| told(error.into()))?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(format!("{shown}: not a file"));
-    }
-    let me = rustix::process::geteuid();
-    if stat.st_uid != 0 && stat.st_uid != me.as_raw() {
-        return Err(format!("{shown}: it belongs to another user, who could change it"));
-    }
-    let ours = stat.st_gid == 0 || stat.st_gid == rustix::process::getegid().as_raw();
-    if stat.st_mode & 0o002 != 0 || (stat.st_mode & 0o020 != 0 && !ours) {
-        return Err(format!("{shown}: other users may write to it: `chmod go-w` it"));
-    }
-    if stat.st_mode & 0o111 == 0 {
-        return Err(format!("{shown}: it may not be executed: `chmod +x` it"));
-    }
-    Ok(file)
-}
 
 /// Puts the binary in the place of this process. Returns only when that failed.
 pub(crate) fn exec(binary: &OwnedFd, sealed: &[u8], list: &Descriptors) -> io::Error {
@@ -164,8 +139,6 @@ pub(crate) fn own_binary() -> PathBuf {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
@@ -176,24 +149,5 @@ mod tests {
         for text in ["8:5:6", "", "7", "7:5", "7:x:6", "7:-1:6", "-7:5:6"] {
             assert!(read(text, 7).is_none(), "{text}");
         }
-    }
-
-    #[test]
-    fn fault_27_what_cannot_be_executed_or_could_be_changed_is_refused() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let file = folder.path().join("binary");
-        let why = |path: &Path| open_binary(path).expect_err("refused");
-        assert!(why(&file).contains("No such file"), "{}", why(&file));
-        assert!(why(folder.path()).contains("not a file"));
-        std::fs::write(&file, b"\x7fELF").expect("a file");
-        let mode = |mode| {
-            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).expect("chmod");
-        };
-        mode(0o644);
-        assert!(why(&file).contains("may not be executed"));
-        mode(0o757);
-        assert!(why(&file).contains("other users may write"));
-        mode(0o755);
-        assert!(open_binary(&file).is_ok());
     }
 }

@@ -27,7 +27,12 @@ fn arrive(ports: u32, mechanism: &str) {
     desk.place.file("many.js", &many(ports));
     let args = ["-w", "1", "--ready", "delay=1s", "--mechanism", mechanism, "many.js"];
     let app = App::start_on(desk, &args);
-    let listeners = |app: &App| app.status()["listeners"].as_array().map_or(0, Vec::len);
+    // With so many it may be too busy to answer, at first.
+    let listeners = |app: &App| {
+        let done = app.desk.does(&["status", "--json", "many"]);
+        let status: serde_json::Value = serde_json::from_str(&done.out).unwrap_or_default();
+        status["listeners"].as_array().map_or(0, Vec::len)
+    };
     eventually("listeners", || listeners(&app), |count| *count == ports as usize);
     let before = app.status()["listeners"].clone();
     let sockets = app.inodes("socket:");
@@ -223,7 +228,7 @@ fn a_worker_that_dies_after_the_upgrade_is_replaced() {
         eventually(
             "a new worker",
             || app.status(),
-            |status| status["workers_ready"] == 2 && workers(status)[0].1 != before[0].1,
+            |status| status["workers_ready"] == 2 && workers(status)[0].1 > before[0].1,
         );
         let after = workers(&app.status());
         assert!(after[0].1 > before[1].1, "numbers of workers are never used again: {after:?}");

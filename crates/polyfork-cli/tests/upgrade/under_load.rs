@@ -136,7 +136,7 @@ fn an_app_in_the_foreground_is_upgraded_by_a_signal() {
     command.env("CANARY", "1");
     let mut events = Events::of(command);
     let address = events.address();
-    events.wait_for("all_ready");
+    events.wait_for("ready");
     let mut upgraded = 0;
     nobody_notices("USR2", address, "/", || {
         events.running.signal(Signal::USR2);
