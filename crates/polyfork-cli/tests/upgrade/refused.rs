@@ -1,12 +1,13 @@
 //! Faults 27 to 29, 36, 37 and 115: what is wrong with a new binary or with the moment is told before anything changes.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::app::{App, binary, copy_to, json, program};
 use super::desk::{Desk, eventually, is_over, pidfd, signal};
@@ -90,8 +91,14 @@ fn fault_28_a_binary_that_ends_hangs_or_babbles_is_refused() {
     });
 }
 
+/// The process of a trial.
+struct Trial {
+    pid: i32,
+    fd: OwnedFd,
+}
+
 /// The process of the trial, once it is there; `None` when the upgrade was faster.
-fn trial_of(app: &App, upgrade: &mut Running) -> Option<u64> {
+fn trial_of(app: &App, upgrade: &mut Running) -> Option<Trial> {
     let limit = Instant::now() + Duration::from_secs(20);
     let children = format!("/proc/{0}/task/{0}/children", app.pid);
     while Instant::now() < limit {
@@ -99,7 +106,10 @@ fn trial_of(app: &App, upgrade: &mut Running) -> Option<u64> {
         for child in children.split_whitespace() {
             let words = fs::read(format!("/proc/{child}/cmdline")).unwrap_or_default();
             if String::from_utf8_lossy(&words).contains("upgrade-check") {
-                return child.parse().ok();
+                let pid: i32 = child.parse().expect("a pid");
+                let named = Pid::from_raw(pid).expect("a pid");
+                let fd = pidfd_open(named, PidfdFlags::empty()).ok()?;
+                return Some(Trial { pid, fd });
             }
         }
         if fs::read_to_string(format!("/proc/{}/stat", upgrade.pid()))
@@ -125,9 +135,8 @@ fn fault_28_a_trial_that_is_killed_at_any_moment_changes_nothing() {
             let (before, mut upgrade) = (app.image(), upgrading(app));
             let Some(trial) = trial_of(app, &mut upgrade) else { continue };
             std::thread::sleep(Duration::from_millis(step * 3));
-            let trial = i32::try_from(trial).ok().and_then(rustix::process::Pid::from_raw);
-            // It may have ended: it is collected by its primary alone, which lives.
-            let _ = rustix::process::kill_process(trial.expect("a pid"), Signal::KILL);
+            // It may have ended by itself.
+            let _ = pidfd_send_signal(&trial.fd, Signal::KILL);
             let code = upgrade.end().code();
             match code {
                 Some(0) => upgraded += 1,
@@ -153,10 +162,9 @@ fn fault_29_a_primary_that_is_killed_during_an_upgrade_leaves_no_second_one() {
         let primary = pidfd(app.pid);
         let mut upgrade = upgrading(&app);
         if let Some(trial) = trial_of(&app, &mut upgrade) {
-            let trial = pidfd(trial);
             std::thread::sleep(Duration::from_millis(step * 8));
             signal(&primary, Signal::KILL);
-            assert!(is_over(&primary) && is_over(&trial), "the trial ends with its primary");
+            assert!(is_over(&primary) && is_over(&trial.fd), "the trial ends with its primary");
         }
         upgrade.end();
         signal(&primary, Signal::KILL);
@@ -317,7 +325,7 @@ fn fault_115_nobody_writes_to_a_binary_while_it_is_tried() {
     let trial = trial_of(&app, &mut upgrade).expect("a trial");
     eventually(
         "it runs",
-        || fs::read_link(format!("/proc/{trial}/exe")).unwrap_or_default(),
+        || fs::read_link(format!("/proc/{}/exe", trial.pid)).unwrap_or_default(),
         |exe| exe.ends_with("program"),
     );
     let busy = fs::OpenOptions::new().write(true).open(&binary).map(drop);

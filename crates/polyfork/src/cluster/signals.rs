@@ -7,6 +7,7 @@
 //! | QUIT | end now |
 //! | TTIN, TTOU | one worker more, one less |
 //! | PIPE | ignored (Rust's start-up code does it); writes report the error instead |
+//! | USR2 | left to the program: the command puts another binary in its place |
 //! | CHLD | as PID 1: ended processes that are not ours are reaped |
 //!
 //! Reference: signal(7).
