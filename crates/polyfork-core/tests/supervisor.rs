@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use polyfork_core::supervisor::{DRAIN_LIMIT, MAX_LEAVING, MAX_SLOTS, START_GRACE};
 use polyfork_core::{
-    Action, Exit, Input, Outcome, Plan, Reason, Report, RestartPolicy, SlotId, SlotState,
-    Supervisor, Time, WorkerId, WorkerState,
+    Action, Exit, Input, NotNow, Outcome, Plan, Reason, ReloadPlan, Report, RestartPolicy, SlotId,
+    SlotState, Supervisor, Time, WorkerId, WorkerState,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -850,4 +850,68 @@ fn reasons_read_well() {
     for (reason, text) in told {
         assert_eq!(reason.to_string(), text);
     }
+}
+
+/// A supervisor in the middle of its life, written down.
+fn written() -> Vec<u8> {
+    let mut supervisor = Supervisor::new(Plan { workers: 3, ..Plan::default() });
+    let mut out = Vec::new();
+    let mut at = |supervisor: &mut Supervisor, seconds, input| {
+        supervisor.handle(Time::new(Duration::from_secs(seconds)), input, &mut out);
+    };
+    at(&mut supervisor, 1, Input::Start);
+    for worker in [1, 2, 3].map(WorkerId) {
+        at(&mut supervisor, 2, Input::Spawned { worker });
+        at(&mut supervisor, 3, Input::Ready { worker });
+    }
+    let (worker, exit) = (WorkerId(2), Exit::Code(1));
+    at(&mut supervisor, 4, Input::Exited { worker, exit, out_of_memory: false });
+    at(&mut supervisor, 4, Input::Disconnect { worker: WorkerId(3) });
+    postcard::to_stdvec(&supervisor.snapshot().expect("nothing is in the way")).expect("written")
+}
+
+#[test]
+fn fault_37_a_damaged_snapshot_is_refused_or_harmless() {
+    let good = written();
+    let (mut refused, mut harmless) = (0, 0);
+    for at in 0..good.len() {
+        for bit in 0..8 {
+            let mut damaged = good.clone();
+            damaged[at] ^= 1 << bit;
+            let Ok(snapshot) = postcard::from_bytes(&damaged) else {
+                refused += 1;
+                continue;
+            };
+            let Ok(mut supervisor) = Supervisor::restore(snapshot) else {
+                refused += 1;
+                continue;
+            };
+            harmless += 1;
+            let mut out = Vec::new();
+            for seconds in [5, 10, 3600] {
+                supervisor.handle(Time::new(Duration::from_secs(seconds)), Input::Tick, &mut out);
+            }
+            supervisor.handle(Time::new(Duration::from_secs(3601)), Input::Stop, &mut out);
+        }
+    }
+    println!("{} bytes: {refused} refused, {harmless} harmless", good.len());
+    assert!(refused > 0 && harmless > 0);
+}
+
+#[test]
+fn what_is_under_way_that_cannot_be_carried_is_named() {
+    let mut supervisor = Supervisor::new(Plan { workers: 1, ..Plan::default() });
+    let mut out = Vec::new();
+    assert_eq!(supervisor.snapshot().err(), Some(NotNow::NotStarted));
+    supervisor.handle(Time::ZERO, Input::Start, &mut out);
+    assert_eq!(supervisor.snapshot().err(), Some(NotNow::Spawning));
+    let worker = WorkerId(1);
+    supervisor.handle(Time::ZERO, Input::Spawned { worker }, &mut out);
+    supervisor.handle(Time::ZERO, Input::Ready { worker }, &mut out);
+    assert!(supervisor.snapshot().is_ok());
+    let plan = ReloadPlan { at_a_time: 0, probation: Duration::ZERO };
+    supervisor.handle(Time::ZERO, Input::Reload(plan), &mut out);
+    assert_eq!(supervisor.snapshot().err(), Some(NotNow::Reloading));
+    supervisor.handle(Time::ZERO, Input::Stop, &mut out);
+    assert_eq!(supervisor.snapshot().err(), Some(NotNow::Stopping));
 }

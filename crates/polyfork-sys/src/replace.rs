@@ -328,3 +328,84 @@ fn text(word: &[u8]) -> io::Result<CString> {
     CString::new(word)
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a word holds a zero byte"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn what_is_sealed_is_read_and_cannot_be_changed() {
+        let sealed = seal(b"state").unwrap();
+        assert_eq!(read_sealed(sealed.as_raw_fd(), 5).unwrap(), b"state");
+        assert!(read_sealed(sealed.as_raw_fd(), 4).is_err(), "too long");
+        let mut file = File::from(sealed);
+        assert!(file.write_all(b"other").is_err());
+        assert!(file.set_len(0).is_err());
+    }
+
+    #[test]
+    fn what_is_not_sealed_is_not_read() {
+        let open = rustix::fs::memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+        assert!(read_sealed(open.as_raw_fd(), 5).is_err());
+        let null = File::open("/dev/null").unwrap();
+        assert!(read_sealed(null.as_raw_fd(), 5).is_err());
+        assert!(read_sealed(-1, 5).is_err());
+    }
+
+    #[test]
+    fn descriptors_are_known_again_and_told_from_each_other() {
+        let (one, two) = channel::pair().unwrap();
+        let of = |fd: &OwnedFd| identity(fd.as_fd()).unwrap();
+        let again = one.try_clone().unwrap();
+        assert_eq!(of(&one), of(&again));
+        assert_ne!(of(&one), of(&two));
+        let listener = OwnedFd::from(std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        assert_eq!((of(&listener).kind, of(&one).kind), (10, 13));
+        let me = rustix::process::getpid();
+        let pidfd = rustix::process::pidfd_open(me, rustix::process::PidfdFlags::empty()).unwrap();
+        let init = rustix::process::Pid::INIT;
+        if let Ok(other) = rustix::process::pidfd_open(init, rustix::process::PidfdFlags::empty()) {
+            assert_ne!(of(&pidfd), of(&other));
+        }
+    }
+
+    #[test]
+    fn nothing_is_adopted_that_is_not_what_it_was() {
+        let (one, _two) = channel::pair().unwrap();
+        let expected = identity(one.as_fd()).unwrap();
+        let other = Identity { inode: expected.inode + 1, ..expected };
+        let number = one.as_raw_fd();
+        let refused = |list: &[(RawFd, Identity)]| adopt(list, &[]).unwrap_err();
+        assert!(matches!(refused(&[(number, other)]), AdoptError::Another(_)));
+        assert!(matches!(refused(&[(1, expected)]), AdoptError::Number(1)));
+        assert!(matches!(
+            refused(&[(number, expected), (number, expected)]),
+            AdoptError::Number(_)
+        ));
+        assert!(matches!(refused(&[(100_000, expected)]), AdoptError::Missing { .. }));
+        // All of it is still there.
+        assert_eq!(identity(one.as_fd()).unwrap(), expected);
+    }
+
+    #[test]
+    fn another_thread_than_the_main_one_replaces_nothing() {
+        let file = File::open("/proc/self/exe").unwrap();
+        let error = exec_keeping(file.as_fd(), &[], &[], &[], &[]);
+        assert!(error.to_string().contains("only the main thread"), "{error}");
+    }
+
+    #[test]
+    fn held_signals_wait() {
+        let own = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            status.lines().find(|line| line.starts_with("SigBlk:")).unwrap().to_owned()
+        };
+        let before = own();
+        let held = hold_signals().unwrap();
+        assert_ne!(own(), before);
+        drop(held);
+        assert_eq!(own(), before);
+    }
+}

@@ -114,6 +114,11 @@ fn outbox_keeps_its_promises() {
 }
 
 #[test]
+fn states_keep_their_promises() {
+    fuzz("state", 20_000);
+}
+
+#[test]
 fn json_is_what_serde_json_takes_for_it() {
     let seeds = corpus("cluster");
     let target: Target = |bytes| same_json(&String::from_utf8_lossy(bytes));

@@ -366,3 +366,71 @@ fn fault_108_secrets_are_told_by_nobody() {
     // What was left to the new image is gone: nobody can open it any more.
     assert!(app.inodes("/memfd:").is_empty());
 }
+
+/// Answers each datagram with who it is.
+const UDP: &str = "
+const socket = require('dgram').createSocket('udp4');
+socket.on('message', (m, from) => socket.send(m + ' from ' + process.pid, from.port, from.address));
+socket.bind(PORT, '127.0.0.1');
+";
+
+#[test]
+fn udp_sockets_are_carried() {
+    let free = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address");
+    drop(free);
+    let mut desk = Desk::new();
+    desk.place.file("udp.js", &UDP.replace("PORT", &address.port().to_string()));
+    desk.start(&["-w", "2", "udp.js"]);
+    let client = std::net::UdpSocket::bind("127.0.0.1:0").expect("a client");
+    client.set_read_timeout(Some(PATIENCE)).expect("a limit");
+    let ask = |text: &str| {
+        client.send_to(text.as_bytes(), address).expect("asked");
+        let mut answer = [0; 100];
+        let (len, _) = client.recv_from(&mut answer).expect("an answer");
+        String::from_utf8_lossy(&answer[..len]).into_owned()
+    };
+    assert!(ask("before").starts_with("before from"));
+    desk.did(&["upgrade", "udp"]);
+    assert!(ask("after").starts_with("after from"));
+    desk.did(&["restart", "udp"]);
+    assert!(ask("restarted").starts_with("restarted from"), "the socket is given on");
+}
+
+#[test]
+fn sockets_that_the_primary_inherited_stay_open_under_their_numbers() {
+    let mut desk = Desk::new();
+    let server = SERVER.replace("Number(process.env.PORT || 0), '127.0.0.1'", "{ fd: 3 }");
+    desk.place.file("given.js", &server);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    // As a service manager passes it on: number 3, open over exec.
+    let python = "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3); os.execv(sys.argv[2], sys.argv[2:])";
+    use std::os::fd::AsRawFd;
+    let number = listener.as_raw_fd().to_string();
+    rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).expect("open over exec");
+    let polyfork = desk.command(&["run", "--json", "-w", "1", "--name", "given", "given.js"]);
+    let mut command = super::support::command("python3");
+    command.args(["-c", python, &number]).arg(polyfork.get_program()).args(polyfork.get_args());
+    command.current_dir(desk.place.path()).stdin(std::process::Stdio::null());
+    for (key, value) in polyfork.get_envs() {
+        match value {
+            Some(value) => command.env(key, value),
+            None => command.env_remove(key),
+        };
+    }
+    let mut events = super::support::Events::of(command);
+    events.wait_for("ready");
+    assert!(get(address, "/").contains("pid"));
+    let app = desk.json(&["ls", "--json"]);
+    desk.adopt(&app[0]);
+    let open = || fs::read_link(format!("/proc/{}/fd/3", app[0]["pid"])).expect("number 3");
+    let before = open();
+    for _ in 0..2 {
+        desk.did(&["upgrade", "given"]);
+        assert_eq!(before, open());
+        assert!(get(address, "/").contains("pid"));
+        desk.did(&["restart", "given"]);
+        assert!(get(address, "/").contains("pid"), "a new worker is given it, too");
+    }
+}

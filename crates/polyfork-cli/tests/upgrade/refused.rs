@@ -333,3 +333,37 @@ fn fault_115_nobody_writes_to_a_binary_while_it_is_tried() {
     assert_eq!(busy.kind(), std::io::ErrorKind::ExecutableFileBusy);
     assert_eq!(upgrade.end().code(), Some(13));
 }
+
+/// Passes its trial, and then gives everything back.
+const GIVES_BACK: &str = "
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+int main(int count, char **words) {
+  int pid, state, old; char text[256], path[64];
+  if (count > 1 && !strcmp(words[1], \"upgrade-check\")) return execv(\"REAL\", words);
+  if (sscanf(getenv(\"POLYFORK_STATE\"), \"%d:%d:%d\", &pid, &state, &old) != 3) return 1;
+  snprintf(text, sizeof text, \"%d:%d:%d:it changed its mind\", pid, state, old);
+  setenv(\"POLYFORK_STATE\", text, 1);
+  snprintf(path, sizeof path, \"/proc/self/fd/%d\", old);
+  return execv(path, words);
+}";
+
+#[test]
+fn a_new_image_that_gives_everything_back_leaves_the_old_one_in_its_place() {
+    let name = "a_new_image_that_gives_everything_back_leaves_the_old_one_in_its_place";
+    undisturbed(|app| {
+        let real = binary();
+        let source = GIVES_BACK.replace("REAL", real.to_str().expect("a path"));
+        let Some(shim) = program(name, app.desk.place.path(), &source) else { return };
+        let before = super::app::workers(&app.status());
+        let told = app.try_upgrade(&shim, &[]);
+        assert_eq!(told.code, Some(13), "{told:?}");
+        assert!(told.err.contains("it changed its mind"), "{told:?}");
+        assert_eq!(before, super::app::workers(&app.status()));
+        let exe = fs::read_link(format!("/proc/{}/exe", app.pid)).expect("exe");
+        assert_eq!(exe, real, "the binary before runs");
+        assert_eq!(app.status()["busy"], serde_json::Value::Null);
+    });
+}

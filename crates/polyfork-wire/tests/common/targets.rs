@@ -29,7 +29,7 @@ use super::outbox_model::{Step, play};
 pub(crate) type Target = fn(&[u8]);
 
 /// Every target by the name of its corpus.
-pub(crate) const TARGETS: [(&str, Target); 8] = [
+pub(crate) const TARGETS: [(&str, Target); 9] = [
     ("line", line),
     ("cluster", cluster),
     ("advanced", advanced),
@@ -38,7 +38,18 @@ pub(crate) const TARGETS: [(&str, Target); 8] = [
     ("notify", notify),
     ("env", env),
     ("outbox", outbox),
+    ("state", state),
 ];
+
+/// The envelope of a state: what is opened is what was sealed, to the last byte.
+pub(crate) fn state(data: &[u8]) {
+    if let Ok(inside) = polyfork_wire::state::open(data) {
+        assert_eq!(polyfork_wire::state::seal(inside).as_deref(), Ok(data));
+    }
+    let sealed = polyfork_wire::state::seal(data).expect("short enough");
+    assert_eq!(polyfork_wire::state::open(&sealed), Ok(data));
+    assert!(polyfork_wire::state::open(&sealed[..sealed.len() - 1]).is_err());
+}
 
 /// Small enough that a fuzzer reaches them.
 const LIMITS: Limits =
