@@ -27,12 +27,7 @@ fn arrive(ports: u32, mechanism: &str) {
     desk.place.file("many.js", &many(ports));
     let args = ["-w", "1", "--ready", "delay=1s", "--mechanism", mechanism, "many.js"];
     let app = App::start_on(desk, &args);
-    // With so many it may be too busy to answer, at first.
-    let listeners = |app: &App| {
-        let done = app.desk.does(&["status", "--json", "many"]);
-        let status: serde_json::Value = serde_json::from_str(&done.out).unwrap_or_default();
-        status["listeners"].as_array().map_or(0, Vec::len)
-    };
+    let listeners = |app: &App| app.status()["listeners"].as_array().map_or(0, Vec::len);
     eventually("listeners", || listeners(&app), |count| *count == ports as usize);
     let before = app.status()["listeners"].clone();
     let sockets = app.inodes("socket:");

@@ -1,10 +1,10 @@
 //! A primary that puts another binary in its own place: everything around the loop comes to rest, all that it knows is
 //! written down, and the next image of this process goes on from there.
 //!
-//! [`Cluster::freeze`] gives the state, [`Frozen::exec`] leaves it to a binary, [`Cluster::resume`] is what that one
+//! [`Cluster::freeze`] gives the state, [`exec`] leaves it to a binary, [`Cluster::resume`] is what that one
 //! calls. Whether the binary is any good, and who is to be told, is left to the caller (the command, in `polyfork-cli`).
 //! Each part of the primary writes down what is its own, in a file called `carry` beside it; the list of descriptors is in
-//! [`bag`].
+//! `bag`.
 //!
 //! What happens meanwhile: workers that accept for themselves notice nothing. What they write to the primary, and connections
 //! that it would hand over, wait in the kernel. A worker that ends is seen when the loop runs again, for it stays a child of
