@@ -253,6 +253,17 @@ impl Claim {
         &self.name
     }
 
+    /// Makes the folder another user's, before this process becomes that user. The lock stays root's: who has it open
+    /// needs no more. The empty folder is left behind in the end, since only root may remove it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn give_to(&self, uid: u32, gid: u32) -> io::Result<()> {
+        use rustix::fs::{Gid, Uid};
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        Ok(sys::fchown(&self.folder, Some(uid), Some(gid))?)
+    }
+
     /// Opens the control socket. Nobody else can reach it at any moment, whatever the umask: its folder is closed to
     /// others, and it takes connections only after its own mode was set.
     ///
