@@ -175,10 +175,20 @@ impl Runtime {
             if !matches!(kind, sys::FileType::Directory | sys::FileType::Unknown) {
                 continue;
             }
-            names.extend(entry.file_name().to_str().ok().and_then(|name| Name::read(name).ok()));
+            let name = entry.file_name().to_str().ok().and_then(|name| Name::read(name).ok());
+            names.extend(name.filter(|name| self.is_of_an_app(name)));
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// An empty folder is what a primary leaves that may not remove it, because it has become another user.
+    fn is_of_an_app(&self, name: &Name) -> bool {
+        let has = |file: &str| {
+            let path = format!("{name}/{file}");
+            sys::statat(&self.folder, path, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        };
+        has(LOCK) || has(CARD)
     }
 
     /// The folder of an app; `None` when there is none of that name.

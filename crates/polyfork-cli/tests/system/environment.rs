@@ -1,7 +1,7 @@
 //! What workers get of our environment, and what they cannot do to a terminal.
 
 use super::desk::{Desk, eventually};
-use super::support::get;
+use super::support::{command, ended, get};
 
 const TELLS: &str = "
 require('http').createServer((request, response) => response.end(JSON.stringify(process.env)))
@@ -58,21 +58,46 @@ fn nothing_that_a_worker_says_or_is_called_moves_a_cursor() {
     desk.place.file(evil, &source);
     let app = desk.start(&["-w", "1", "--name", "evil", evil]);
     assert!(!app["program"].as_str().unwrap().contains('\u{1b}'));
-    let shown = eventually(
+    eventually(
         "what it wrote",
         || desk.did(&["logs", "evil", "-n", "all"]),
         |text| text.contains("title") && text.contains("err"),
     );
-    let mut all = vec![shown];
+    // A file or a program gets what was written; a terminal does not.
+    let mut all = vec![on_a_terminal(&desk, &["logs", "evil", "-n", "all"])];
     for verb in
         [&["ls"][..], &["status", "evil"], &["service", "print", "evil"], &["names"], &["doctor"]]
     {
         let told = desk.does(verb);
-        all.extend([told.out, told.err]);
+        all.extend([told.out, told.err, on_a_terminal(&desk, verb)]);
     }
     all.push(desk.refuses(&["status", "b\u{1b}[2J"], 10));
     for text in all {
-        let bad = |c: &char| c.is_control() && *c != '\n' && *c != '\t';
-        assert_eq!(text.chars().find(bad), None, "{text:?}");
+        let bad = |c: &char| c.is_control() && !['\n', '\r', '\t'].contains(c);
+        assert_eq!(without_colours(&text).chars().find(bad), None, "{text:?}");
     }
+}
+
+/// What a verb writes when a terminal reads it.
+fn on_a_terminal(desk: &Desk, args: &[&str]) -> String {
+    let polyfork = desk.command(args);
+    let mut python = command("/usr/bin/env");
+    python.args(["python3", "-c", "import pty, sys; pty.spawn(sys.argv[1:])"]);
+    python.arg(polyfork.get_program()).args(polyfork.get_args()).current_dir(desk.place.path());
+    python.env("POLYFORK_RUNTIME_DIR", desk.runtime()).env("POLYFORK_LOG_DIR", desk.logs());
+    python.stdin(std::process::Stdio::null());
+    ended(python).out
+}
+
+fn without_colours(text: &str) -> String {
+    let mut parts = text.split("\u{1b}[");
+    let mut kept = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let colour = part.find(|c: char| !c.is_ascii_digit() && c != ';');
+        match colour.filter(|at| part[*at..].starts_with('m')) {
+            Some(at) => kept.push_str(&part[at + 1..]),
+            None => kept.push_str(&format!("\u{1b}[{part}")),
+        }
+    }
+    kept
 }

@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, reason = "tests print their counts")]
 
+#[allow(dead_code, reason = "a desk for other tests as well")]
 #[path = "../operate/desk.rs"]
 mod desk;
 #[path = "../support/mod.rs"]

@@ -1038,7 +1038,7 @@ fn is_per_connection(error: &io::Error) -> bool {
 fn into_io(error: BindError) -> io::Error {
     match error.errno.raw_os_error() {
         Some(raw) => io::Error::from_raw_os_error(raw),
-        None => io::Error::other(error.to_string()),
+        None => io::Error::new(error.errno.kind(), error.errno.to_string()),
     }
 }
 
