@@ -41,7 +41,7 @@ Examples:
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
-const RUN_EXAMPLES: &str = "\
+pub(crate) const RUN_EXAMPLES: &str = "\
 Examples:
   polyfork run server.js                     as many workers as CPUs may be used
   polyfork run -w max --grace 1m server.js   every CPU; up to a minute to finish when stopping
