@@ -63,8 +63,8 @@ fn low_port() -> u16 {
 fn place(desk: &Desk) {
     desk.place.file("who.js", WHO);
     let work = desk.place.path().join("work");
-    fs::create_dir(&work).unwrap();
-    fs::set_permissions(work, fs::Permissions::from_mode(0o777)).unwrap();
+    fs::create_dir(&work).expect("a folder");
+    fs::set_permissions(work, fs::Permissions::from_mode(0o777)).expect("chmod");
 }
 
 fn start(desk: &mut Desk, args: &[&str], port: u16) -> Value {
@@ -228,13 +228,13 @@ s.detach()
 }
 
 fn line_of(stream: &mut UnixStream, request: &[u8]) -> Value {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(request).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
+    stream.write_all(request).expect("ask");
     let mut answer = Vec::new();
     let mut byte = [0];
     while answer.last() != Some(&b'\n') {
-        assert_eq!(stream.read(&mut byte).unwrap(), 1, "an answer");
+        assert_eq!(stream.read(&mut byte).expect("a byte"), 1, "an answer");
         answer.push(byte[0]);
     }
-    read(std::str::from_utf8(&answer).unwrap())
+    read(std::str::from_utf8(&answer).expect("text"))
 }
