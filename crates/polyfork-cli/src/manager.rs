@@ -212,10 +212,11 @@ fn watchdog() -> Option<Duration> {
     number("WATCHDOG_USEC").filter(|usec| *usec > 0).map(Duration::from_micros)
 }
 
-/// The listening sockets that this process was given (`LISTEN_FDS`), if they are meant for it.
+/// The listening sockets that this process was given (`LISTEN_FDS`), if they are meant for it. Without a `LISTEN_PID` they
+/// are not, as for sd_listen_fds(3): the variable may have come a long way.
 pub(crate) fn sockets() -> Vec<i32> {
     let number = |name| std::env::var(name).ok()?.parse::<i32>().ok();
-    if number("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) != Ok(std::process::id())) {
+    if number("LISTEN_PID").and_then(|pid| u32::try_from(pid).ok()) != Some(std::process::id()) {
         return Vec::new();
     }
     let count = number("LISTEN_FDS").unwrap_or(0).clamp(0, MOST_SOCKETS);

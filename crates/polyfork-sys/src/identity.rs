@@ -399,6 +399,23 @@ mod tests {
         assert_eq!((found.uid, found.gid, found.groups), (4_000_000_001, 17, vec![17]));
     }
 
+    /// Of this thread: the set that an exec leaves to a user who is not root.
+    fn ambient() -> String {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        status.lines().find_map(|line| line.strip_prefix("CapAmb:\t")).unwrap().to_owned()
+    }
+
+    #[test]
+    fn what_may_be_done_is_kept_over_an_exec_and_no_longer() {
+        let permitted = rustix::thread::capabilities(None).unwrap().permitted;
+        let before = ambient();
+        keep_over_exec(true).unwrap();
+        let kept = u64::from_str_radix(&ambient(), 16).unwrap();
+        assert_eq!(kept, permitted.bits());
+        keep_over_exec(false).unwrap();
+        assert_eq!(ambient(), format!("{:016x}", 0), "{before}");
+    }
+
     #[test]
     fn a_process_of_several_threads_is_refused() {
         let (sender, waits) = std::sync::mpsc::channel::<()>();
