@@ -41,7 +41,7 @@ Examples:
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
-const RUN_EXAMPLES: &str = "\
+pub(crate) const RUN_EXAMPLES: &str = "\
 Examples:
   polyfork run server.js                     as many workers as CPUs may be used
   polyfork run -w max --grace 1m server.js   every CPU; up to a minute to finish when stopping
@@ -110,6 +110,83 @@ pub(crate) enum Verb {
     Logs(LogsArgs),
     /// Follow what happens, as JSON lines
     Events(EventsArgs),
+    /// Look at this machine: what works here, what does not, and what to do about it
+    Doctor(FormArgs),
+    /// Write a unit file for systemd, or show it
+    Service(ServiceArgs),
+    /// Write manual pages
+    Man(ManArgs),
+    /// Write what a shell needs to complete verbs, options and names of apps
+    Completions(CompletionsArgs),
+    /// Names of apps, for completions
+    #[command(hide = true)]
+    Names,
+}
+
+/// `polyfork service`.
+#[derive(Debug, Args)]
+pub(crate) struct ServiceArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) verb: ServiceVerb,
+}
+
+/// What to do with a unit file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceVerb {
+    /// Show the unit file
+    #[command(
+        override_usage = "polyfork service print [OPTIONS] NAME\n       polyfork service print [OPTIONS] -- [RUN OPTIONS] PROGRAM [ARGS]..."
+    )]
+    Print(UnitArgs),
+    /// Write the unit file to where systemd looks for it
+    #[command(
+        override_usage = "polyfork service install [OPTIONS] NAME\n       polyfork service install [OPTIONS] -- [RUN OPTIONS] PROGRAM [ARGS]..."
+    )]
+    Install(UnitArgs),
+}
+
+/// `polyfork service print`, `polyfork service install`.
+#[derive(Debug, Args)]
+pub(crate) struct UnitArgs {
+    /// The name of an app that runs, to have what it was started with; or, with --, the options of `run` and a program
+    #[arg(value_names = ["NAME"], required = true, num_args = 1.., trailing_var_arg = true)]
+    pub(crate) command: Vec<OsString>,
+
+    /// For the service manager of this user instead of that of the system
+    #[arg(long)]
+    pub(crate) user_unit: bool,
+
+    /// An address that systemd listens on and passes on: a .socket unit besides; repeatable
+    #[arg(long, value_name = "ADDRESS", value_parser = values::address)]
+    pub(crate) socket: Vec<Address>,
+
+    /// The program of the unit must give a sign of life this often; none for no watchdog
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = limit, allow_hyphen_values = true)]
+    pub(crate) watchdog_sec: Limit,
+
+    /// Folder to write to, instead of where systemd looks
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// `polyfork man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Write a page for each verb into this folder, instead of the one of `polyfork` to standard output
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// `polyfork completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// For which shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
 }
 
 /// `polyfork advise`.
@@ -274,7 +351,7 @@ pub(crate) struct StopArgs {
     #[arg(long, conflicts_with = "names")]
     pub(crate) all: bool,
 
-    /// How long workers may finish, if that is less than at the start
+    /// How long workers may finish, instead of what `start` or `run` said; if it stops already, from now on
     #[arg(long, value_name = "DURATION", value_parser = values::duration, allow_hyphen_values = true)]
     pub(crate) grace: Option<Duration>,
 
@@ -398,6 +475,22 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE", value_parser = clap::builder::OsStringValueParser::new(),
           help_heading = "Workers")]
     pub(crate) env: Vec<OsString>,
+
+    /// Give workers only these variables of this environment, separated by commas; a name may end in *; repeatable
+    ///
+    /// What --env sets and what tells a worker its place comes besides. Most programs need PATH and HOME.
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        env = "POLYFORK_ENV_ALLOW",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) env_allow: Option<Vec<OsString>>,
+
+    #[command(flatten)]
+    pub(crate) identity: IdentityArgs,
 
     /// Working directory of workers; a relative PROGRAM is looked up there
     #[arg(
@@ -528,6 +621,23 @@ pub(crate) struct RunArgs {
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
+}
+
+/// Who runs it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct IdentityArgs {
+    /// Become this user before anything is run: the primary and all workers; for root only
+    ///
+    /// NAME, NAME:GROUP or UID:GID. Groups are those of the account. Ports below 1024 can be bound all the same. What
+    /// workers start cannot become root again. See docs/security.md.
+    #[arg(long, value_name = "NAME[:GROUP]", value_parser = clap::builder::OsStringValueParser::new(),
+          env = "POLYFORK_USER", hide_env_values = true, help_heading = "Workers")]
+    pub(crate) user: Option<OsString>,
+
+    /// Permission bits that new files do not get, octal, as in 027
+    #[arg(long, value_name = "MASK", value_parser = values::umask, env = "POLYFORK_UMASK", hide_env_values = true,
+          help_heading = "Workers")]
+    pub(crate) umask: Option<u32>,
 }
 
 /// What is shown, and how.
@@ -700,6 +810,12 @@ pub(crate) enum NotRun {
     Wrong(String),
 }
 
+/// The whole description, as help, manual pages and completions show it.
+pub(crate) fn whole() -> clap::Command {
+    let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
+    Cli::command().mut_subcommand("run", |run| run.after_help(codes))
+}
+
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -708,8 +824,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Not
         Some(verb) => format!("polyfork {verb} --help"),
         None => "polyfork --help".to_owned(),
     };
-    let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
-    let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
+    let command = whole();
     let matches = command.try_get_matches_from(&args).map_err(|error| {
         variable_of(&error, &args)
             .map_or_else(|| not_run(&error, &help), |name| NotRun::Wrong(blamed(&error, &name)))

@@ -142,4 +142,19 @@ mod tests {
             assert!(document.contains(&line), "docs/exit-codes.md lacks: {line}");
         }
     }
+
+    #[test]
+    fn the_document_has_the_signals_of_the_help() {
+        let document = include_str!("../../../docs/exit-codes.md");
+        let help = crate::args::RUN_EXAMPLES;
+        let (_, signals) = help.split_once("Signals:\n").expect("signals in the help");
+        let lines = signals.lines().take_while(|line| line.starts_with("  "));
+        let rows: Vec<(&str, &str)> =
+            lines.filter_map(|line| line.trim().split_once("  ")).collect();
+        assert!(rows.len() >= 5, "{rows:?}");
+        for (name, meaning) in rows {
+            let line = format!("| {} | {} |", name.trim(), meaning.trim());
+            assert!(document.contains(&line), "docs/exit-codes.md lacks: {line}");
+        }
+    }
 }

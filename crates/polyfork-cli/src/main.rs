@@ -21,12 +21,17 @@ mod background;
 mod clock;
 mod control;
 mod demo;
+mod doctor;
 mod exit;
+mod identity;
 mod ledger;
 mod logs;
+mod manager;
 mod operate;
+mod pages;
 mod report;
 mod run;
+mod service;
 mod sink;
 mod style;
 mod values;
@@ -41,6 +46,11 @@ fn main() -> ExitCode {
             Verb::Demo(args) => demo::run(args),
             Verb::Advise(args) => advise::run(args),
             Verb::Primary(args) => run::run_in_background(*args),
+            Verb::Doctor(args) => doctor::run(args.json),
+            Verb::Service(args) => service::run(args),
+            Verb::Man(args) => pages::man(&args),
+            Verb::Completions(args) => pages::completions(&args),
+            Verb::Names => pages::names(),
             verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {

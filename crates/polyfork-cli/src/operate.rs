@@ -58,7 +58,8 @@ pub(crate) fn run(verb: Verb) -> Code {
             Verb::Kill(args) => change::kill(args).await,
             Verb::Logs(args) => logs::run(args).await,
             Verb::Events(args) => events::run(args).await,
-            Verb::Run(_) | Verb::Demo(_) | Verb::Advise(_) | Verb::Primary(_) => Code::Unexpected,
+            // Those of `main`.
+            _ => Code::Unexpected,
         }
     });
     runtime.shutdown_background();

@@ -29,10 +29,12 @@ use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
 use crate::control::name::Name;
 use crate::control::server::Control;
 use crate::exit::Code;
+use crate::identity::{self, Wants};
 use crate::ledger::{Ledger, Verdict};
 use crate::logs::folder as log_folder;
 use crate::logs::line::{Format, Source};
 use crate::logs::writer::{Rotation, Writer};
+use crate::manager::{self, Manager};
 use crate::report::human::{self, Human};
 use crate::report::json::{self, Json};
 use crate::report::{Report, Start};
@@ -85,15 +87,23 @@ pub(crate) struct Show {
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
     let json = args.show.json;
-    let explicit = args.name.is_some();
-    let controlled = !args.no_control;
-    let prepared = prepare(args).and_then(|prepared| match controlled {
-        true => with_control(prepared, explicit),
-        false => Ok(prepared),
-    });
-    match prepared.and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
+    match prepare_run(args).and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
         Ok(code) => code,
         Err(refused) => refuse(&refused, json),
+    }
+}
+
+fn prepare_run(args: RunArgs) -> Result<Prepared, Refused> {
+    let explicit = args.name.is_some();
+    let controlled = !args.no_control;
+    let name = name_of(&args);
+    let wants = Wants { name: &name, explicit, controlled, logs: None };
+    let settled = identity::settle(&args, &wants)?;
+    let prepared = prepare(args)?;
+    match settled.and_then(|settled| settled.claim) {
+        _ if !controlled => Ok(prepared),
+        Some(claim) => Ok(with_claim(prepared, claim)),
+        None => with_control(prepared, explicit),
     }
 }
 
@@ -175,11 +185,19 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         settings = settings.dialect(dialect);
     }
     settings = pairs.into_iter().fold(settings, |settings, (key, value)| settings.env(key, value));
+    if let Some(names) = &args.env_allow {
+        settings = settings.env_allow(names);
+    }
     settings = listen(&args)?.into_iter().fold(settings, Settings::listen);
+    let given = manager::sockets();
+    if detected.dialect == Dialect::Sockets {
+        settings = given.iter().copied().map(Address::Inherited).fold(settings, Settings::listen);
+    }
+    settings = settings.activated(given);
     if let Some(directory) = &args.cwd {
         settings = settings.cwd(directory);
     }
-    let name = args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()));
+    let name = name_of(&args);
     settings = settings.name(&name);
     let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
     let about = About {
@@ -192,33 +210,46 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         logs: None,
     };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    let place = Place { about, ..Place::default() };
+    let place = Place::of(about);
     Ok(Prepared { settings, start, show, place })
 }
 
 /// Takes the app's name, so that commands find it. An app in the foreground is worth more than its control socket: without
 /// a folder for it, it goes on without; and a name that nobody chose gets a number if it is taken.
-fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused> {
+pub(crate) fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused> {
+    let claim = claim_a_name(&prepared.start.name, explicit)?;
+    Ok(with_claim(prepared, claim))
+}
+
+fn with_claim(mut prepared: Prepared, claim: Result<Claim, String>) -> Prepared {
+    match claim {
+        Ok(claim) => with_name(prepared, claim),
+        Err(why) => {
+            prepared.start.warnings.push(why);
+            prepared
+        }
+    }
+}
+
+/// Claims a name for an app in the foreground, or says why it has to go without.
+pub(crate) fn claim_a_name(wanted: &str, explicit: bool) -> Result<Result<Claim, String>, Refused> {
     let name = match explicit {
-        true => named(&prepared.start.name)?,
-        false => Name::like(&prepared.start.name),
+        true => named(wanted)?,
+        false => Name::like(wanted),
     };
-    let without = |mut prepared: Prepared, refused: &Verdict| {
-        let text =
-            format!("{}; no command can reach this one (--no-control says so)", refused.text);
-        prepared.start.warnings.push(text);
-        Ok(prepared)
+    let without = |refused: &Verdict| {
+        Ok(Err(format!("{}; no command can reach this one (--no-control says so)", refused.text)))
     };
     let mut runtime = match Runtime::make() {
         Ok(runtime) => runtime,
-        Err(refused) => return without(prepared, &refused),
+        Err(refused) => return without(&refused),
     };
     let mut number = 1;
     let mut wanted = name.clone();
     loop {
         match runtime.claim(&wanted) {
-            Ok(claim) => return Ok(with_name(prepared, claim)),
-            Err((_, NotClaimed::Unusable(refused))) => return without(prepared, &refused),
+            Ok(claim) => return Ok(Ok(claim)),
+            Err((_, NotClaimed::Unusable(refused))) => return without(&refused),
             Err((_, NotClaimed::Taken)) if explicit => return Err(taken(&wanted)),
             Err((back, NotClaimed::Taken)) => {
                 runtime = back;
@@ -229,11 +260,11 @@ fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused>
     }
 }
 
-fn named(name: &str) -> Result<Name, Refused> {
+pub(crate) fn named(name: &str) -> Result<Name, Refused> {
     Name::read(name).map_err(|error| usage(format!("--name {}: {error}", words::harmless(name))))
 }
 
-fn taken(name: &Name) -> Refused {
+pub(crate) fn taken(name: &Name) -> Refused {
     let text = format!(
         "an app named {name} runs already: `polyfork status {name}` shows it, `polyfork stop {name}` ends it, \
          --name gives this one another name"
@@ -251,6 +282,18 @@ fn with_name(mut prepared: Prepared, claim: Claim) -> Prepared {
     prepared
 }
 
+/// Claims a name for an app in the background, which has to be had.
+pub(crate) fn claim_in_background(wanted: &str, explicit: bool) -> Result<Claim, Refused> {
+    let name = match explicit {
+        true => named(wanted)?,
+        false => Name::like(wanted),
+    };
+    Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
+        NotClaimed::Taken => taken(&name),
+        NotClaimed::Unusable(refused) => refused,
+    })
+}
+
 fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let StartArgs { run, log } = args;
     if run.no_control {
@@ -260,25 +303,38 @@ fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
         return Err(usage("--output inherit: in the background there is nothing to inherit"));
     }
     let explicit = run.name.is_some();
+    let name = name_of(&run);
+    let given = Some(log.log_dir.as_deref());
+    let wants = Wants { name: &name, explicit, controlled: true, logs: given };
+    let settled = identity::settle(&run, &wants)?.unwrap_or_default();
     let prepared =
         prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
-    let name = match explicit {
-        true => named(&prepared.start.name)?,
-        false => Name::like(&prepared.start.name),
+    let claim = match settled.claim {
+        Some(Ok(claim)) => claim,
+        _ => claim_in_background(&prepared.start.name, explicit)?,
     };
-    let claim = Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
-        NotClaimed::Taken => taken(&name),
-        NotClaimed::Unusable(refused) => refused,
-    })?;
     let mut prepared = with_name(prepared, claim);
-    let logs = logs(&log, &name, &mut prepared.place.about)?;
+    let logs = logs(&log, settled.logs, &mut prepared.place.about)?;
     Ok((prepared, logs))
 }
 
-fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refused> {
-    let folder = log_folder::Folder::make(&log_folder::root(args.log_dir.as_deref())?, name)?;
+/// `made`: the folder, if it had to be made before.
+fn logs(
+    args: &LogArgs,
+    made: Option<log_folder::Folder>,
+    about: &mut About,
+) -> Result<Writer, Refused> {
+    let folder = match made {
+        Some(folder) => folder,
+        None => {
+            let root = log_folder::root(args.log_dir.as_deref())?;
+            log_folder::Folder::make(&root, &named(&about.name)?)?
+        }
+    };
     about.logs = Some(folder.path.to_string_lossy().into_owned());
-    background::write_panics_to(folder.path.join("primary.log"));
+    if let Ok(folder) = folder.again() {
+        background::write_panics_to(folder);
+    }
     let format = match args.log_format {
         LogFormatArg::Text => Format::Text,
         LogFormatArg::Json => Format::Json,
@@ -292,6 +348,12 @@ fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refuse
         code: Code::Unexpected,
         text: words::plain(&format!("cannot start to write logs: {error}")),
     })
+}
+
+/// What it is called: as was asked for, or after its program.
+pub(crate) fn name_of(args: &RunArgs) -> String {
+    let program = args.command.first().cloned().unwrap_or_default();
+    args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()))
 }
 
 fn limits(args: &RunArgs) -> Limits {
@@ -410,7 +472,7 @@ fn warnings(detected: &Detected, args: &RunArgs) -> Vec<String> {
     let sockets = detected.dialect == Dialect::Sockets;
     let mut warnings: Vec<String> = detected.warning.clone().into_iter().collect();
     let named = std::env::var_os("POLYFORK_LISTEN").is_some_and(|value| !value.is_empty());
-    if sockets && args.listen.is_empty() && !named {
+    if sockets && args.listen.is_empty() && !named && manager::sockets().is_empty() {
         warnings.push(
             "no --listen: workers of the sockets dialect inherit nothing and must share the port by themselves"
                 .into(),
@@ -458,7 +520,13 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
             Err(error) => return Err(place.refuse(not_started(&error))),
         };
         let control = place.open(&cluster, &mut start)?;
-        let watch = Watch::new(&start, show, place.background, control);
+        // Whoever runs `start` is no manager of what stays behind.
+        let (manager, warning) = match place.background {
+            Some(_) => (Manager::default(), None),
+            None => Manager::take(),
+        };
+        start.warnings.extend(warning);
+        let watch = Watch::new(&start, show, place.background, control, manager);
         let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
         if let Some(claim) = place.claim {
             watch.take_leave(claim, &place.about, &verdict);
@@ -484,6 +552,11 @@ fn with_output(
 }
 
 impl Place {
+    /// An app that is not reached by a name yet.
+    pub(crate) fn of(about: About) -> Place {
+        Place { about, ..Place::default() }
+    }
+
     /// Tells whoever waits in the foreground.
     fn refuse(&mut self, refused: Refused) -> Refused {
         // The name is free when they are told.
@@ -541,6 +614,7 @@ struct Watch {
     logs: Option<Writer>,
     starter: RefCell<Starter>,
     control: Option<Control>,
+    manager: Manager,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
     /// It was told that standard output loses lines.
@@ -553,6 +627,7 @@ impl Watch {
         show: Show,
         background: Option<Background>,
         control: Option<Control>,
+        manager: Manager,
     ) -> Watch {
         let mut report = if show.json {
             Report::Json(Json)
@@ -583,6 +658,7 @@ impl Watch {
             logs,
             starter: RefCell::new(starter),
             control,
+            manager,
             passed_on: Cell::new(0),
             told_lost: Cell::new(false),
         };
@@ -625,6 +701,7 @@ impl Watch {
                 _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
+                () = self.manager.stay_alive(cluster) => {}
             }
         }
         if !output_ended {
@@ -708,6 +785,7 @@ impl Watch {
                 _ => {}
             }
             observer(&event);
+            self.manager.event(&event);
             self.ledger.borrow_mut().event(&event);
             if let Some(control) = &self.control {
                 control.event(&event, &self.ledger.borrow());

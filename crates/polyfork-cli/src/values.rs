@@ -151,6 +151,14 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     if text.is_empty() { Err(expected()) } else { Ok(total) }
 }
 
+/// Reads permission bits, octal.
+pub(crate) fn umask(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text.trim(), 8) {
+        Ok(mask) if mask <= 0o777 && !text.trim_start().starts_with('+') => Ok(mask),
+        _ => Err("give octal digits from 000 to 777, as in 027".to_owned()),
+    }
+}
+
 /// Reads a duration, or `none` for no limit.
 pub(crate) fn limit(text: &str) -> Result<Option<Duration>, String> {
     match text.trim() {

@@ -120,6 +120,7 @@ pub(crate) fn bind_code(error: &io::Error) -> Code {
         io::ErrorKind::AddrInUse => Code::AddressInUse,
         io::ErrorKind::PermissionDenied
         | io::ErrorKind::AddrNotAvailable
+        | io::ErrorKind::InvalidInput
         | io::ErrorKind::NotFound
         | io::ErrorKind::NotADirectory
         | io::ErrorKind::ReadOnlyFilesystem

@@ -211,6 +211,7 @@ impl Supervisor {
             Input::Drained { worker } => self.drained(worker, out),
             Input::Disconnect { worker } => self.disconnect(worker, out),
             Input::Kill { worker, signal } => self.signal(worker, signal, out),
+            Input::Grace { grace } => self.set_grace(grace),
             Input::Stop if self.phase == Phase::Stopping => self.stop_now(out),
             Input::Stop => self.stop(out),
             Input::StopNow => self.stop_now(out),
@@ -665,6 +666,17 @@ impl Supervisor {
         self.cancel_starts();
         for id in self.worker_ids() {
             self.ask_to_stop(id, Reason::Asked, Manner::Tell, true, out);
+        }
+    }
+
+    /// Who was sent SIGTERM already keeps the limit of that.
+    fn set_grace(&mut self, grace: Duration) {
+        self.plan.grace = grace;
+        let deadline = self.now.after(grace);
+        for worker in self.workers.values_mut() {
+            if worker.view.state == WorkerState::Stopping && worker.enforced {
+                worker.deadline = deadline;
+            }
         }
     }
 

@@ -640,6 +640,41 @@ fn stop_wins_over_every_later_wish() {
 }
 
 #[test]
+fn another_grace_counts_from_now_for_those_that_stop_and_for_those_to_come() {
+    for grace in [SECOND, YEAR] {
+        let mut cluster = Cluster::ready(plan(1));
+        cluster.feed(Input::Stop);
+        cluster.feed(Input::Drained { worker: w(1) });
+        cluster.pass(SECOND);
+        assert_eq!(cluster.feed(Input::Grace { grace }), []);
+        assert_eq!(cluster.supervisor.deadline(), Some(cluster.now + grace));
+        assert_eq!(
+            cluster.wait(),
+            [
+                Action::Report(Report::GraceExpired { worker: w(1) }),
+                Action::Terminate { worker: w(1) }
+            ]
+        );
+        let mut cluster = Cluster::ready(plan(1));
+        cluster.feed(Input::Grace { grace });
+        cluster.feed(Input::Stop);
+        let told = cluster.feed(Input::Drained { worker: w(1) });
+        assert_eq!(told, [Action::TellStop { worker: w(1), grace }]);
+    }
+}
+
+#[test]
+fn another_grace_does_not_save_who_was_sent_sigterm() {
+    let mut cluster = Cluster::ready(plan(1));
+    cluster.feed(Input::Stop);
+    cluster.feed(Input::Drained { worker: w(1) });
+    cluster.wait();
+    let before = cluster.supervisor.deadline();
+    cluster.feed(Input::Grace { grace: YEAR });
+    assert_eq!(cluster.supervisor.deadline(), before);
+}
+
+#[test]
 fn stop_does_not_lengthen_the_grace_of_those_already_leaving() {
     let mut cluster = Cluster::ready(plan(1));
     cluster.feed(Input::Disconnect { worker: w(1) });

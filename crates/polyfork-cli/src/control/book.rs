@@ -169,6 +169,8 @@ impl Book {
                 self.listeners.insert(address.clone(), way(by));
             }
             Event::Closed { address } => drop(self.listeners.remove(address)),
+            // Also when a signal asked for it.
+            Event::Stopping => self.stopping = true,
             _ => {}
         }
     }

@@ -43,7 +43,7 @@ pub(crate) enum Verb {
     },
     /// Finish and leave.
     Stop {
-        /// Instead of the time it was started with, if shorter.
+        /// Instead of the time it was started with; if it stops already, from now on.
         grace: Option<Duration>,
     },
     /// End at once.
@@ -116,6 +116,13 @@ impl Refusal {
     /// The request itself is wrong.
     pub(crate) fn bad(text: impl Into<String>) -> Refusal {
         Refusal { word: "bad_request", code: Code::Refused, text: text.into() }
+    }
+
+    /// Somebody else than the user of the app, or root, has sent it.
+    pub(crate) fn stranger() -> Refusal {
+        let text =
+            "only the user of the app, and root, may ask: this request was sent by somebody else";
+        Refusal { word: "refused", code: Code::Refused, text: text.to_owned() }
     }
 
     /// It makes sense and cannot be done.

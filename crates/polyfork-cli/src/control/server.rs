@@ -5,24 +5,27 @@
 //! sending gives way, the oldest first: a thousand clients that send a byte a second keep nobody else out. Everything runs on
 //! the primary's one thread, and nothing exists for a client that is not there.
 //!
-//! Who may ask: the same user, and root. The credentials are those of whoever *connected*: a program that passes its
-//! open socket on passes on what it may do, as with every descriptor.
+//! Who may ask: the same user, and root, by the credentials of whoever connected and again by those of whoever *sent* each
+//! piece of a request: a connection that a privileged program left open for another is of no use to that other.
 //!
 //! The surprising rule: work that was begun for a client goes on when the client leaves. A restart that stopped half-way
 //! because a terminal was closed would be worse than one that is finished unseen.
 //!
-//! References: unix(7) `SO_PEERCRED`.
+//! References: unix(7) `SO_PEERCRED`, `SO_PASSCRED`; kernel `unix_stream_read_generic` (what two senders wrote is never read
+//! in one piece).
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::unix::net::UnixListener as StdListener;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use polyfork::cluster::{Cluster, Event, ReloadError, ReloadOptions, ReloadReport};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::Serialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, watch};
@@ -51,8 +54,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// Events kept for a client that is behind.
 const STREAM_BUFFER: usize = 256;
-/// After the SIGTERM that follows a grace period.
-const KILL_AFTER: Duration = Duration::from_secs(2);
 
 /// The control plane of a running primary.
 #[derive(Clone)]
@@ -80,6 +81,11 @@ struct Client {
     task: AbortHandle,
 }
 
+/// Of a request, read at once.
+const PIECE: usize = 512;
+/// The most descriptors that the kernel passes with one message (`SCM_MAX_FD`).
+const MOST_RIGHTS: usize = 253;
+
 /// Still sending its request.
 const SENDING: u8 = 0;
 /// Its request is worked on, or it is being answered.
@@ -106,6 +112,8 @@ impl Control {
         cluster: &Cluster,
         book: Book,
     ) -> io::Result<Control> {
+        // Connections have it from the socket they come by, so from their first byte on.
+        rustix::net::sockopt::set_socket_passcred(&socket, true)?;
         let socket = UnixListener::from_std(socket)?;
         let control = Control(Arc::new(Shared {
             cluster: cluster.clone(),
@@ -235,8 +243,11 @@ async fn accept(control: Control, socket: UnixListener) {
 
 /// The same user, or root.
 fn is_permitted(stream: &UnixStream) -> bool {
-    let me = rustix::process::geteuid().as_raw();
-    stream.peer_cred().is_ok_and(|peer| peer.uid() == me || peer.uid() == 0)
+    stream.peer_cred().is_ok_and(|peer| is_friend(peer.uid()))
+}
+
+fn is_friend(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 fn count_refused(control: &Control) {
@@ -271,7 +282,7 @@ fn admit(control: &Control, stream: UnixStream) {
 /// One client, from its first byte to its last.
 async fn serve(control: Control, stream: UnixStream, phase: Arc<AtomicU8>) {
     let (reader, mut writer) = stream.into_split();
-    let mut requests = Requests { reader, buffer: Vec::new() };
+    let mut requests = Requests { reader, buffer: Vec::new(), stranger: false };
     loop {
         phase.store(SENDING, Ordering::Relaxed);
         let line = match timeout(REQUEST_TIME, requests.next()).await {
@@ -351,6 +362,8 @@ struct Requests {
     reader: OwnedReadHalf,
     /// Read and not asked for yet; never more than one request and a piece.
     buffer: Vec<u8>,
+    /// A piece came from somebody who may not ask. Nothing is read any more.
+    stranger: bool,
 }
 
 impl Requests {
@@ -368,6 +381,9 @@ impl Requests {
                 return Err(Refusal::bad(text));
             }
             if !self.read().await {
+                if self.stranger {
+                    return Err(Refusal::stranger());
+                }
                 return match self.buffer.is_empty() {
                     true => Ok(None),
                     false => Err(Refusal::bad("a request ends with a newline")),
@@ -391,11 +407,40 @@ impl Requests {
         std::future::pending().await
     }
 
-    /// False at the end.
+    /// False at the end. Cancel safe: nothing is lost between two calls.
     async fn read(&mut self) -> bool {
-        self.buffer.reserve(512);
-        matches!(self.reader.read_buf(&mut self.buffer).await, Ok(read) if read > 0)
+        if self.stranger {
+            return false;
+        }
+        let stream: &UnixStream = self.reader.as_ref();
+        let mut piece = [0; PIECE];
+        let read = stream.async_io(Interest::READABLE, || receive(stream, &mut piece)).await;
+        match read {
+            Ok(Some(read)) => self.buffer.extend_from_slice(&piece[..read]),
+            Ok(None) => self.stranger = true,
+            Err(_reset) => return false,
+        }
+        matches!(read, Ok(Some(read)) if read > 0)
     }
+}
+
+/// One piece of a request: its length, 0 at the end; `None` when its sender may not ask. Descriptors that come along are
+/// closed.
+fn receive(stream: &UnixStream, piece: &mut [u8]) -> io::Result<Option<usize>> {
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(MOST_RIGHTS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let got = recvmsg(stream, &mut [io::IoSliceMut::new(piece)], &mut control, flags)?;
+    let mut sender = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmCredentials(credentials) = message {
+            sender = Some(credentials.uid.as_raw());
+        }
+    }
+    // The end has no sender.
+    let permitted = got.bytes == 0 || sender.is_some_and(is_friend);
+    Ok(permitted.then_some(got.bytes))
 }
 
 #[derive(Serialize)]
@@ -635,9 +680,9 @@ impl Control {
 
     async fn stop(&self, grace: Option<Duration>, wait: bool) -> Vec<u8> {
         self.note(Book::stops);
-        self.0.cluster.stop().await;
-        if let Some(grace) = grace {
-            tokio::spawn(hurry(self.clone(), grace));
+        match grace {
+            Some(grace) => self.0.cluster.stop_within(grace).await,
+            None => self.0.cluster.stop().await,
         }
         self.end(wait).await
     }
@@ -665,16 +710,3 @@ fn busy(with: &str) -> Refusal {
         text: format!("a {with} is under way; wait for its end"),
     }
 }
-
-/// Ends workers that are still there after a shorter time than they were promised at the start.
-async fn hurry(control: Control, grace: Duration) {
-    tokio::time::sleep(grace).await;
-    for worker in control.0.cluster.status().await {
-        control.0.cluster.worker(worker.worker).kill(TERM).await;
-    }
-    tokio::time::sleep(KILL_AFTER).await;
-    control.0.cluster.stop_now().await;
-}
-
-/// The same number on every Unix.
-const TERM: i32 = 15;

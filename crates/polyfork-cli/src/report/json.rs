@@ -160,6 +160,7 @@ impl Json {
                     .with("text", &error.to_string())
                     .with("last_lines", &lines)
             }
+            Event::Stopping => Line::new("stopping"),
             Event::Status { who, text } => Line::about("status", who).with("text", text),
             Event::Notice(notice) => maybe_about("notice", notice.who.as_ref())
                 .with("code", notice.code)

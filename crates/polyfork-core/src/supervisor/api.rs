@@ -229,6 +229,11 @@ pub enum Input {
         /// Which.
         slot: SlotId,
     },
+    /// Another grace period from now on, longer or shorter. It counts from now for workers that stop already.
+    Grace {
+        /// Instead of [`Plan::grace`].
+        grace: Duration,
+    },
     /// Let every worker finish and leave. A second one means now.
     Stop,
     /// End every worker now.

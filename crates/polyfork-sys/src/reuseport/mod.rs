@@ -31,6 +31,7 @@ use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketType, sockopt};
@@ -527,15 +528,39 @@ fn check_slots(slots: &[u32]) -> io::Result<()> {
     }
 }
 
+/// Programs that were loaded while that was permitted, for groups that come later.
+static SPARE: Mutex<Vec<ebpf::Selector>> = Mutex::new(Vec::new());
+
+/// Loads `groups` programs in advance, for a process that is about to give up the right to: a group that is bound later
+/// takes one of them when it may load none of its own. Attaching one, and changing its maps, needs no right (the latter
+/// from Linux 6.0 on).
+///
+/// # Errors
+/// Why the kernel takes none: the same reason as of [`Group::fallback_reason`].
+pub fn load_in_advance(groups: usize) -> Result<(), LoadError> {
+    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+    while spare.len() < groups {
+        spare.push(ebpf::Selector::load()?);
+    }
+    Ok(())
+}
+
+fn load() -> Result<ebpf::Selector, LoadError> {
+    ebpf::Selector::load().or_else(|reason| {
+        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        spare.ok_or(reason)
+    })
+}
+
 fn choose(address: SocketAddr, want: Want) -> Result<(Mechanism, Option<LoadError>), BindError> {
     let classic = Mechanism::Classic(Positions::default());
     match want {
         Want::Classic => Ok((classic, None)),
-        Want::Auto => Ok(match ebpf::Selector::load() {
+        Want::Auto => Ok(match load() {
             Ok(selector) => (Mechanism::Ebpf(selector), None),
             Err(reason) => (classic, Some(reason)),
         }),
-        Want::Ebpf => match ebpf::Selector::load() {
+        Want::Ebpf => match load() {
             Ok(selector) => Ok((Mechanism::Ebpf(selector), None)),
             Err(reason) => {
                 let text = io::Error::new(reason.errno.kind(), reason.to_string());

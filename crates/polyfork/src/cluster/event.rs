@@ -139,6 +139,8 @@ pub enum Event {
         /// Why.
         error: ReloadError,
     },
+    /// The cluster was asked to stop: workers get nothing new and finish what they have. Told once.
+    Stopping,
     /// Something a person should know.
     Notice(Notice),
     /// The cluster has ended; nothing follows.

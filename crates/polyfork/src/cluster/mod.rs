@@ -281,6 +281,12 @@ impl Cluster {
         self.command(Command::Stop).await;
     }
 
+    /// As [`stop`](Self::stop), with another grace period than the cluster was started with. When it stops already, the
+    /// period is changed, and counts from now; nothing is ended at once.
+    pub async fn stop_within(&self, grace: Duration) {
+        self.command(Command::StopWithin(grace)).await;
+    }
+
     /// Ends all workers at once, with SIGKILL.
     pub async fn stop_now(&self) {
         self.command(Command::StopNow).await;

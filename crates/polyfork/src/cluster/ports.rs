@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -101,6 +102,8 @@ pub(crate) struct Port {
     pub(crate) via: Arc<Via>,
     /// First `data` that a worker sent for it (Node: TLS ticket keys), given to every later one.
     pub(crate) data: Option<RawJson>,
+    /// It was given to this process and outlives it: what waits there at the end is for whoever has it next.
+    given: bool,
     kind: Kind,
 }
 
@@ -168,12 +171,20 @@ pub(crate) struct Ports {
     pub(crate) reset: u64,
     /// What sockets that are closed by now had refused.
     refused_before: u64,
+    /// Listening sockets that this process was given.
+    activated: Vec<i32>,
 }
 
 impl Ports {
     /// `by_hand`: workers can be given connections one by one.
-    pub(crate) fn new(policy: Policy, mechanism: Mechanism, by_hand: bool) -> Self {
-        Ports { policy, mechanism, by_hand, ..Ports::default() }
+    /// `activated`: listening sockets that this process was given.
+    pub(crate) fn new(
+        policy: Policy,
+        mechanism: Mechanism,
+        by_hand: bool,
+        activated: Vec<i32>,
+    ) -> Self {
+        Ports { policy, mechanism, by_hand, activated, ..Ports::default() }
     }
 
     /// A worker's place in the reuse-port groups.
@@ -233,7 +244,13 @@ impl Ports {
         io: &mpsc::Sender<FromIo>,
     ) -> io::Result<Port> {
         let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
+        let given = self.activated.iter().copied().find(|fd| listens_on(*fd, address));
         let (kind, address, carried, why) = match address {
+            _ if given.is_some() => {
+                let number = given.unwrap_or_default();
+                let (kind, _, carried, why) = self.open_inherited(id, number, want, config, io)?;
+                (kind, address.clone(), carried, why)
+            }
             Address::Udp(at) => {
                 let fd = reuseport::bind_udp(
                     *at,
@@ -276,6 +293,7 @@ impl Ports {
             address,
             via: Arc::new(Via { policy, mechanism: carried, why }),
             data: None,
+            given: given.is_some(),
             kind,
         })
     }
@@ -483,6 +501,12 @@ impl Ports {
         let mut failures = Vec::new();
         for port in self.open.values_mut() {
             let refused = match (&mut port.kind, &port.address) {
+                // A filter would stay on it; here it is enough to accept nothing more.
+                (Kind::Turns(turns), _) if port.given => {
+                    (turns.more, turns.paused) = (false, true);
+                    Ok(())
+                }
+                _ if port.given => Ok(()),
                 (Kind::Slots { group, .. }, _) => group.refuse_new(),
                 (Kind::Shared(fd), Address::Tcp(_)) => reuseport::refuse_new(fd.as_fd()),
                 (Kind::Turns(turns), Address::Tcp(_)) => {
@@ -509,7 +533,7 @@ impl Ports {
     pub(crate) fn is_dry(&self) -> bool {
         self.open.values().all(|port| match (&port.kind, &port.address) {
             (Kind::Turns(turns), _) => !turns.more && turns.handoff.counters().queued == 0,
-            (Kind::Shared(fd), Address::Tcp(_)) => {
+            (Kind::Shared(fd), Address::Tcp(_)) if !port.given => {
                 reuseport::queue_depth(fd.as_fd()).unwrap_or(0) == 0
             }
             _ => true,
@@ -973,6 +997,27 @@ fn duplicate_inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(own, number, PidfdGetfdFlags::empty())?)
 }
 
+/// Whether a descriptor that this process was given listens where somebody wants to listen. A wildcard of either family
+/// stands for all addresses: who has the port of one cannot be asked for that of the other.
+fn listens_on(number: i32, wanted: &Address) -> bool {
+    let Ok(fd) = duplicate_inherited(number) else { return false };
+    match wanted {
+        Address::Tcp(wanted) if wanted.port() != 0 => {
+            local_address(fd.as_fd()).is_ok_and(|given| {
+                let all = given.ip().is_unspecified() && wanted.ip().is_unspecified();
+                given.port() == wanted.port() && (all || given.ip() == wanted.ip())
+            })
+        }
+        Address::Unix(wanted) => rustix::net::getsockname(&fd)
+            .ok()
+            .and_then(|given| rustix::net::SocketAddrUnix::try_from(given).ok())
+            .is_some_and(|given| {
+                given.path_bytes().is_some_and(|path| path == wanted.as_os_str().as_bytes())
+            }),
+        _ => false,
+    }
+}
+
 /// Number of a network interface, for addresses with a scope.
 pub(crate) fn interface_index(name: &str) -> Option<u32> {
     if name.contains('/') || name.starts_with('.') {
@@ -993,7 +1038,7 @@ fn is_per_connection(error: &io::Error) -> bool {
 fn into_io(error: BindError) -> io::Error {
     match error.errno.raw_os_error() {
         Some(raw) => io::Error::from_raw_os_error(raw),
-        None => io::Error::other(error.to_string()),
+        None => io::Error::new(error.errno.kind(), error.errno.to_string()),
     }
 }
 

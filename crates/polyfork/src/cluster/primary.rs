@@ -67,6 +67,7 @@ pub(crate) enum FromIo {
 /// What handles ask of the loop.
 pub(crate) enum Command {
     Stop,
+    StopWithin(Duration),
     StopNow,
     Scale(u32),
     AddOne,
@@ -269,6 +270,7 @@ impl Primary {
                 settings.policy,
                 settings.mechanism,
                 detected.dialect != Dialect::Sockets,
+                settings.activated.clone(),
             ),
             supervisor: Supervisor::new(plan),
             launches: BTreeMap::new(),
@@ -337,6 +339,7 @@ impl Primary {
             policy: old.policy,
             mechanism: old.mechanism,
             listen: old.listen.clone(),
+            activated: old.activated.clone(),
             supervise: old.supervise,
             restart: old.restart.clone(),
             grace: old.grace,
@@ -534,6 +537,7 @@ impl Primary {
 
     fn on_command(&mut self, command: Command) {
         match command {
+            Command::StopWithin(grace) => self.stop_within(grace),
             Command::Stop => {
                 if std::mem::replace(&mut self.stopping, true) {
                     self.forced = true;
@@ -542,12 +546,15 @@ impl Primary {
                     }
                     self.feed(Input::Stop);
                 } else {
+                    self.emit(Event::Stopping);
                     self.close_doors();
                 }
             }
             Command::StopNow => {
                 self.forced = true;
-                self.stopping = true;
+                if !std::mem::replace(&mut self.stopping, true) {
+                    self.emit(Event::Stopping);
+                }
                 self.closing_doors = None;
                 self.feed(Input::StopNow);
             }
@@ -812,6 +819,16 @@ impl Primary {
             self.all_ready = false;
         }
         self.check_drained(worker);
+    }
+
+    /// Stops, or goes on stopping, with another grace period than it was started with.
+    fn stop_within(&mut self, grace: Duration) {
+        self.settings.grace = grace;
+        self.feed(Input::Grace { grace });
+        if !std::mem::replace(&mut self.stopping, true) {
+            self.emit(Event::Stopping);
+            self.close_doors();
+        }
     }
 
     /// The cluster stops. Who is in the queue by now is served; who comes later meets a closed port, not a queue

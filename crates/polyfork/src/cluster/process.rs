@@ -9,9 +9,10 @@
 //! References: Node `lib/internal/cluster/primary.js` (`createWorkerProcess`); sd_listen_fds(3), sd_notify(3).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -61,14 +62,22 @@ pub(crate) enum Stdio {
 /// What workers have in their environment beyond their identity.
 pub(crate) struct Environment {
     set: Vec<(OsString, OsString)>,
+    /// Names of ours that workers get; all if there is none.
+    allowed: Option<Vec<OsString>>,
     /// The preload of Node workers, and the grace period it is told.
     preload: Option<(PathBuf, Duration)>,
     notices: Vec<String>,
 }
 
-/// Our parent's, and not for workers: sockets and the way to tell it that we are ready.
-const NOT_INHERITED: [&str; 4] =
-    [names::LISTEN_FDS, names::LISTEN_PID, names::LISTEN_FDNAMES, names::NOTIFY_SOCKET];
+/// Our parent's, and not for workers: sockets, the way to tell it that we are ready, and how often it wants a sign of life.
+const NOT_INHERITED: [&str; 6] = [
+    names::LISTEN_FDS,
+    names::LISTEN_PID,
+    names::LISTEN_FDNAMES,
+    names::NOTIFY_SOCKET,
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
+];
 
 impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
@@ -84,7 +93,12 @@ impl Environment {
                 )),
             }
         }
-        Environment { set: settings.env.clone(), preload: placed, notices }
+        Environment {
+            set: settings.env.clone(),
+            allowed: settings.env_allow.clone(),
+            preload: placed,
+            notices,
+        }
     }
 
     /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
@@ -94,10 +108,33 @@ impl Environment {
         if let Some((path, grace)) = &self.preload {
             let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
             let existing =
-                own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os(NODE_OPTIONS));
+                own.map(|(_, value)| value.clone()).or_else(|| self.ours(OsStr::new(NODE_OPTIONS)));
             set.extend(preload::environment(existing.as_deref(), path, *grace));
         }
         set
+    }
+
+    /// Whether workers get a variable of ours.
+    fn allows(&self, name: &OsStr) -> bool {
+        let fits = |allowed: &OsString| match allowed.as_bytes().split_last() {
+            Some((b'*', start)) => name.as_bytes().starts_with(start),
+            _ => allowed == name,
+        };
+        self.allowed.as_ref().is_none_or(|allowed| allowed.iter().any(fits))
+    }
+
+    fn ours(&self, name: &OsStr) -> Option<OsString> {
+        std::env::var_os(name).filter(|_| self.allows(name))
+    }
+
+    /// Takes out what workers are not to get.
+    fn narrow(&self, command: &mut Command) {
+        if self.allowed.is_some() {
+            let ours = std::env::vars_os().filter(|(name, _)| !self.allows(name));
+            for (name, _) in ours {
+                command.env_remove(name);
+            }
+        }
     }
 
     /// What a person should know about it, once.
@@ -190,6 +227,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let mut command = Command::new(&detected.exec);
     command.args(&detected.args_before).args(&settings.args);
     command.process_group(true).null(0);
+    environment.narrow(&mut command);
     for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
         command.env_remove(name);
     }

@@ -153,6 +153,8 @@ pub struct Settings {
     pub(crate) dialect: Option<Dialect>,
     pub(crate) listen: Vec<Address>,
     pub(crate) env: Vec<(OsString, OsString)>,
+    pub(crate) env_allow: Option<Vec<OsString>>,
+    pub(crate) activated: Vec<i32>,
     pub(crate) cwd: Option<PathBuf>,
     pub(crate) grace: Duration,
     pub(crate) ready: Ready,
@@ -186,6 +188,8 @@ impl Settings {
             dialect: None,
             listen: Vec::new(),
             env: Vec::new(),
+            env_allow: None,
+            activated: Vec::new(),
             cwd: None,
             grace: Duration::from_secs(30),
             ready: Ready::default(),
@@ -275,6 +279,23 @@ impl Settings {
     #[must_use]
     pub fn listen(mut self, address: Address) -> Self {
         self.listen.push(address);
+        self
+    }
+
+    /// Listening sockets that this process was given (`LISTEN_FDS`), by descriptor: a worker that asks for the address of
+    /// one of them gets that one, instead of a new socket that could not be bound.
+    #[must_use]
+    pub fn activated(mut self, descriptors: impl IntoIterator<Item = i32>) -> Self {
+        self.activated.extend(descriptors);
+        self
+    }
+
+    /// Of this process's own environment, workers get these variables and no others; a name may end in `*`. What
+    /// [`env`](Self::env) sets, and what tells a worker its place, comes besides. Default: all.
+    #[must_use]
+    pub fn env_allow<K: AsRef<OsStr>>(mut self, names: impl IntoIterator<Item = K>) -> Self {
+        let names = names.into_iter().map(|name| name.as_ref().to_owned());
+        self.env_allow.get_or_insert_default().extend(names);
         self
     }
 

@@ -33,6 +33,7 @@ fn address() -> Address {
 
 fn one_of_each() -> Vec<Event> {
     vec![
+        Event::Stopping,
         Event::Fork(WHO),
         Event::Online(WHO),
         Event::Listening { who: WHO, address: address(), by: via() },
