@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
+use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Probe, Ready, RestartPolicy};
 
 use crate::control::name;
 use crate::control::protocol::Scale;
@@ -462,7 +462,7 @@ pub(crate) struct RunArgs {
     /// When a worker counts as ready and gets connections
     ///
     /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
-    /// notify: when it writes READY=1 to NOTIFY_SOCKET. delay=1s: when it has lived that long.
+    /// notify: when it writes READY=1 to NOTIFY_SOCKET. probe: when it has answered --probe. delay=1s: when it has lived that long.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready: Ready,
@@ -472,12 +472,36 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_READY_TIMEOUT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready_timeout: Limit,
 
-    /// Replace a worker of the sockets dialect that goes this long without WATCHDOG=1
+    /// Replace a worker that gives no sign of life for this long, as one whose event loop is blocked
     ///
-    /// It is told as WATCHDOG_USEC, as systemd does. none: no watchdog.
+    /// Node workers and those built on the polyfork crate give them by themselves, four in this time; others are told
+    /// it as WATCHDOG_USEC and send WATCHDOG=1, as under systemd. See docs/health.md. none: no watchdog.
     #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
           env = "POLYFORK_WATCHDOG", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) watchdog: Limit,
+
+    /// Ask each worker now and then over a connection of its own, and replace one that does not answer
+    ///
+    /// http://HOST:PORT/path or /path: it is to answer 2xx or 3xx. tcp: it is to take connections. The port chooses among
+    /// several addresses. With --ready auto a worker is ready once it has answered. See docs/health.md.
+    #[arg(long, value_name = "PROBE", value_parser = probe, env = "POLYFORK_PROBE",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe: Option<Probe>,
+
+    /// How long from one probe to the next
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration, env = "POLYFORK_PROBE_INTERVAL",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_interval: Duration,
+
+    /// How long a worker may take to answer a probe
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = values::duration, env = "POLYFORK_PROBE_TIMEOUT",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_timeout: Duration,
+
+    /// Replace a worker after so many failed probes in a row
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_PROBE_FAILURES",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_failures: u32,
 
     /// How long a worker may finish what it serves when it is asked to stop
     ///
@@ -505,6 +529,11 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "POLYFORK_MAX_CONNECTIONS",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) max_connections: Option<u64>,
+
+    /// Replace a Node worker that was asked so many HTTP requests (up to a tenth more)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000), env = "POLYFORK_MAX_REQUESTS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_requests: Option<u64>,
 
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
@@ -681,11 +710,16 @@ fn ready(text: &str) -> Result<Ready, String> {
         "listening" => Ok(Ready::Listening),
         "message" => Ok(Ready::Message),
         "notify" => Ok(Ready::Notify),
+        "probe" => Ok(Ready::Probe),
         other => match other.strip_prefix("delay=") {
             Some(delay) => values::duration(delay).map(Ready::Delay),
-            None => Err("give auto, listening, message, notify or delay=1s".into()),
+            None => Err("give auto, listening, message, notify, probe or delay=1s".into()),
         },
     }
+}
+
+fn probe(text: &str) -> Result<Probe, String> {
+    text.trim().parse::<Probe>().map_err(|error| error.to_string())
 }
 
 fn restart_policy(text: &str) -> Result<RestartPolicy, String> {

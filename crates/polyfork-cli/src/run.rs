@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork::cluster::{
-    Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
+    Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Probe, Settings,
     StartError, default_workers, detect_with, usable_cpus,
 };
 use rustix::io::Errno;
@@ -169,6 +169,8 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .max_memory(args.max_memory.map(|bytes| bytes as u64))
         .max_lifetime(args.max_lifetime.0)
         .max_connections(args.max_connections)
+        .max_requests(args.max_requests)
+        .probe(probe(&args))
         .drain_preload(!args.no_drain_preload)
         .limits(limits(&args));
     if let Some(dialect) = args.dialect.dialect() {
@@ -292,6 +294,12 @@ fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refuse
         code: Code::Unexpected,
         text: words::plain(&format!("cannot start to write logs: {error}")),
     })
+}
+
+fn probe(args: &RunArgs) -> Option<Probe> {
+    let probe = args.probe.clone()?;
+    let probe = probe.interval(args.probe_interval).timeout(args.probe_timeout);
+    Some(probe.failures(args.probe_failures))
 }
 
 fn limits(args: &RunArgs) -> Limits {

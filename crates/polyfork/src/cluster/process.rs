@@ -35,6 +35,7 @@ use super::preload;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
+use super::watchdog;
 use crate::channel::socket::is_shortage;
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
@@ -89,13 +90,21 @@ impl Environment {
 
     /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
     /// never replaced, so this can only be worked out for each worker.
-    fn of_worker(&self, extra: &[(OsString, OsString)]) -> Vec<(OsString, OsString)> {
+    fn of_worker(
+        &self,
+        extra: &[(OsString, OsString)],
+        for_preload: &[(&str, String)],
+    ) -> Vec<(OsString, OsString)> {
         let mut set = [&self.set, extra].concat();
         if let Some((path, grace)) = &self.preload {
             let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
             let existing =
                 own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os(NODE_OPTIONS));
-            set.extend(preload::environment(existing.as_deref(), path, *grace));
+            let loads = preload::environment(existing.as_deref(), path, *grace);
+            if !loads.is_empty() {
+                set.extend(for_preload.iter().map(|(key, value)| (key.into(), value.into())));
+            }
+            set.extend(loads);
         }
         set
     }
@@ -129,6 +138,8 @@ pub(crate) struct Request<'a> {
     pub(crate) inherited: io::Result<Vec<(OwnedFd, String)>>,
     pub(crate) io: &'a mpsc::Sender<FromIo>,
     pub(crate) output: &'a mut OutputTasks,
+    /// A Node worker's own limit on requests.
+    pub(crate) max_requests: Option<u64>,
 }
 
 /// A started process with all that is attached to it.
@@ -184,6 +195,14 @@ impl StartFailure {
     }
 }
 
+/// What a Node worker is asked to tell of itself.
+fn for_preload(request: &Request<'_>) -> Vec<(&'static str, String)> {
+    let beat = request.settings.watchdog.map(|limit| watchdog::beat(limit).as_millis().to_string());
+    let requests = request.max_requests.map(|most| most.to_string());
+    let pairs = [(names::POLYFORK_BEAT_MS, beat), (names::POLYFORK_REQUESTS, requests)];
+    pairs.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
 /// Starts one worker process and the tasks that watch it.
 pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let Request { slot, worker, settings, detected, environment, extra_env, .. } = request;
@@ -193,7 +212,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
         command.env_remove(name);
     }
-    for (key, value) in environment.of_worker(extra_env) {
+    for (key, value) in environment.of_worker(extra_env, &for_preload(&request)) {
         command.env(key, value);
     }
     command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
@@ -280,6 +299,10 @@ fn dialect(command: &mut Command, request: &Request<'_>) -> Result<Option<Channe
             command.env(names::POLYFORK_CHANNEL_FD, CHANNEL_FD.to_string());
             command.env(names::POLYFORK_WORKER_ID, worker.0.to_string());
             command.env(names::POLYFORK_SLOT, slot.0.to_string());
+            if let Some(limit) = request.settings.watchdog {
+                let beat = watchdog::beat(limit).as_millis();
+                command.env(names::POLYFORK_BEAT_MS, beat.to_string());
+            }
             command.pid_env(POLYFORK_CHANNEL_PID);
             Ok(Some(Channel { ours, codec: Codec::Native, cookie }))
         }
