@@ -535,6 +535,21 @@ pub(crate) struct RunArgs {
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) max_requests: Option<u64>,
 
+    /// The most memory the kernel lets each worker have, by a control group of its own; one that needs more is killed
+    #[arg(long, value_name = "SIZE", value_parser = values::size, env = "POLYFORK_CGROUP_MEMORY",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_memory: Option<usize>,
+
+    /// How many CPUs' worth of time the kernel lets each worker have, by a control group of its own: 0.5, 2
+    #[arg(long, value_name = "CPUS", value_parser = cpus, env = "POLYFORK_CGROUP_CPU",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_cpu: Option<f64>,
+
+    /// What happens without the right to make control groups
+    #[arg(long, value_enum, default_value = "require", env = "POLYFORK_CGROUP", hide_env_values = true,
+          help_heading = "Limits")]
+    pub(crate) cgroup: CgroupArg,
+
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
           hide_env_values = true, help_heading = "Life of a worker")]
@@ -654,6 +669,15 @@ pub(crate) enum DialectArg {
     Sockets,
 }
 
+/// `--cgroup`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CgroupArg {
+    /// nothing is started
+    Require,
+    /// workers run without these limits; told
+    Auto,
+}
+
 /// `--output`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OutputArg {
@@ -720,6 +744,11 @@ fn ready(text: &str) -> Result<Ready, String> {
 
 fn probe(text: &str) -> Result<Probe, String> {
     text.trim().parse::<Probe>().map_err(|error| error.to_string())
+}
+
+fn cpus(text: &str) -> Result<f64, String> {
+    let number = text.trim().parse::<f64>().ok().filter(|cpus| cpus.is_finite() && *cpus > 0.0);
+    number.ok_or_else(|| "give a number above 0, as in 0.5 or 2".to_owned())
 }
 
 fn restart_policy(text: &str) -> Result<RestartPolicy, String> {

@@ -22,6 +22,7 @@
 //! Names and the order of events are Node's: <https://nodejs.org/api/cluster.html>. What differs is said where
 //! it differs; above all, workers that end are replaced unless [`Settings::supervise`] says otherwise.
 
+mod cgroup;
 mod detect;
 mod event;
 mod health;
@@ -57,7 +58,7 @@ pub use polyfork_wire::limits::Limits;
 pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
-    Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
+    Address, CgroupLimits, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
     Serialization, Settings, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};

@@ -16,6 +16,7 @@ use polyfork_wire::native::{ListenAddress, PROTOCOL, ToPrimary, ToWorker};
 
 use super::event::{Encoded, Event};
 use super::link::{Link, NativeLink, Passed};
+use super::probe::is_probe;
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::Primary;
 use super::settings::Address;
@@ -214,8 +215,10 @@ impl Primary {
         let rewound = link.outbox.rewind_unread(&unread, |passed| passed.connection.is_some());
         match rewound {
             Ok(frames) => {
-                let connections: Vec<_> =
-                    frames.into_iter().flatten().filter_map(|passed| passed.connection).collect();
+                let connections =
+                    frames.into_iter().flatten().filter_map(|passed| passed.connection);
+                // A probe that was not read is not answered.
+                let connections: Vec<_> = connections.filter(|(_, seq)| !is_probe(*seq)).collect();
                 self.took_back(worker, &connections);
                 self.flush(worker);
             }

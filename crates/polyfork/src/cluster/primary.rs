@@ -19,6 +19,7 @@ use polyfork_core::{
     Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
     Supervisor, Time, Watchdog, WorkerId,
 };
+use polyfork_sys::system::LimitGroup;
 use polyfork_wire::ProtocolError;
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -34,7 +35,7 @@ use super::process::{self, Environment, Running, Stdio};
 use super::reload::{self, Launch, ReloadOptions, Reloading};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
 use super::stuck::Watch;
-use super::{SendError, StartError, WorkerStatus, probe, watchdog};
+use super::{SendError, StartError, WorkerStatus, cgroup, probe, watchdog};
 
 /// How often a queue that should run dry is looked at.
 const DRAIN_CHECK: Duration = Duration::from_millis(4);
@@ -213,6 +214,8 @@ pub(crate) struct Primary {
     pub(crate) reloading: Option<Reloading>,
     pub(crate) health: Health,
     pub(crate) watchdog: Watchdog,
+    /// Control groups that cannot be removed yet.
+    pub(crate) groups_left: Vec<LimitGroup>,
     /// For limits that are each worker's own.
     chance: Jitter,
     actions: Vec<Action>,
@@ -252,7 +255,10 @@ pub(crate) struct Started {
 
 impl Primary {
     /// Checks the settings, opens what `listen` names, and starts the loop as a task.
-    pub(crate) fn start(settings: Settings, detected: Detected) -> Result<Started, StartError> {
+    pub(crate) fn start(
+        mut settings: Settings,
+        detected: Detected,
+    ) -> Result<Started, StartError> {
         let workers = settings.worker_count();
         if workers == 0 && settings.supervise {
             return Err(StartError::Settings(
@@ -275,6 +281,7 @@ impl Primary {
         }
         check_pipes(&settings, detected.dialect)?;
         check(&settings, &detected)?;
+        let without_group = cgroup::settle(&mut settings)?;
         let (commands_tx, commands) = mpsc::channel(64);
         let (io, from_io) = mpsc::channel(512);
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
@@ -303,6 +310,7 @@ impl Primary {
             reloading: None,
             health: Health::default(),
             watchdog: Watchdog::default(),
+            groups_left: Vec::new(),
             chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -331,6 +339,9 @@ impl Primary {
             detected,
         };
         primary.tell_setup();
+        if let Some(text) = without_group {
+            primary.notice("cgroup", None, text);
+        }
         primary.bind_pinned(supervised)?;
         primary.check_probe()?;
         tokio::spawn(primary.run(end_tx));
@@ -997,8 +1008,11 @@ impl Primary {
             Ok(status) => exit_of(*status),
             Err(_) => Exit::Unknown,
         };
-        let out_of_memory = exit == Exit::Signal(libc::SIGKILL)
-            && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
+        let in_group = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
+        let in_group = in_group.is_some_and(|kills| kills > 0);
+        let killed = exit == Exit::Signal(libc::SIGKILL);
+        let out_of_memory = killed && in_group
+            || killed && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
         self.feed(Input::Exited { worker, exit, out_of_memory });
     }
 
@@ -1014,6 +1028,7 @@ impl Primary {
         let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
             Some(mut w) => {
                 w.running.link.close();
+                self.give_up_group(w.running.group.take());
                 for waiting in w.waiting_senders.drain(..) {
                     // The sender may have given up.
                     let _ = waiting.send(Err(SendError::Disconnected.into()));

@@ -44,6 +44,11 @@ const REMEMBERED: usize = 64;
 /// Numbers of handed-over probes begin here, far above those of connections.
 const FIRST_NUMBER: u64 = 1 << 63;
 
+/// Whether this is the number of a probe that was handed to a native worker.
+pub(crate) fn is_probe(seq: u64) -> bool {
+    seq >= FIRST_NUMBER
+}
+
 /// What a worker is asked now and then ([`Settings::probe`]).
 ///
 /// Reads from `tcp`, `tcp:PORT`, `/path` and `http://HOST[:PORT]/path`. The port chooses among the worker's addresses; without
@@ -324,7 +329,7 @@ impl Primary {
         seq: u64,
         took: bool,
     ) -> bool {
-        if seq < FIRST_NUMBER {
+        if !is_probe(seq) {
             return false;
         }
         self.taken(worker, seq - FIRST_NUMBER, took);

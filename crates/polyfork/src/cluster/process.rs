@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
+use polyfork_sys::system::{LimitGroup, prefer_as_oom_victim};
 use polyfork_wire::env::{self as names, NODE_OPTIONS};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
@@ -28,6 +29,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::cgroup;
 use super::detect::{Detected, Runtime};
 use super::link::{Codec, Link};
 use super::notify::NotifySocket;
@@ -49,6 +51,8 @@ const LINE_LIMIT: usize = 64 * 1024;
 pub(crate) const POLYFORK_CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
 /// What an ended worker can have left in one pipe and in the task that reads it.
 const LAST_WORDS: usize = 64 * 1024 + LINE_LIMIT + READ_BYTES;
+/// By how much the kernel prefers a worker to its primary when memory is short, in thousandths of all there is.
+const OOM_PREFERENCE: i32 = 100;
 /// Room made for each read from a worker's output.
 const READ_BYTES: usize = 8 * 1024;
 
@@ -149,6 +153,8 @@ pub(crate) struct Running {
     pub(crate) link: Link,
     /// Of the worker's end of its channel.
     pub(crate) cookie: Option<u64>,
+    /// Its control group.
+    pub(crate) group: Option<LimitGroup>,
     /// Our ends of its further pipes that nobody has taken yet.
     pub(crate) pipes: BTreeMap<u32, OwnedFd>,
     /// Present while the worker lives, for the dialects that use it.
@@ -222,6 +228,12 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let pipes = output_pipes(&mut command, &settings.output)?;
     let further = further_pipes(&mut command, &settings.pipes)?;
     memory(&mut command, settings)?;
+    let group = cgroup::of_worker(settings, worker)?;
+    if let Some(group) = &group {
+        for door in group.doors()? {
+            command.enter_cgroup(door);
+        }
+    }
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
@@ -251,6 +263,8 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     }
     let child = command.spawn()?;
+    // Where memory is short, rather a worker than what replaces it. One that has ended needs no more.
+    let _ = prefer_as_oom_victim(child.pid(), OOM_PREFERENCE);
     let watched =
         child.pidfd().try_clone_to_owned().and_then(|fd| register(fd, Interest::READABLE));
     let pidfd = match watched {
@@ -264,7 +278,8 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     };
     tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
-    Ok(Running { pid: child.pid(), pidfd, link, cookie, pipes: further, _notify: notify })
+    let pid = child.pid();
+    Ok(Running { pid, pidfd, link, cookie, group, pipes: further, _notify: notify })
 }
 
 /// Our end of a worker's channel.

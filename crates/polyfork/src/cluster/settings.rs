@@ -86,6 +86,17 @@ pub enum Ready {
     Probe,
 }
 
+/// What the kernel lets each worker use, by a control group ([`Settings::cgroup`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CgroupLimits {
+    /// Bytes of memory. A worker that needs more is killed ([`Reason::OutOfMemory`](super::Reason::OutOfMemory)).
+    pub memory: Option<u64>,
+    /// Processors' worth of time: 0.5 is half of one.
+    pub cpus: Option<f64>,
+    /// Without the right to make groups: go on without limits, with a notice, instead of failing at the start.
+    pub optional: bool,
+}
+
 /// An address to listen on.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -171,6 +182,7 @@ pub struct Settings {
     pub(crate) max_connections: Option<u64>,
     pub(crate) max_requests: Option<u64>,
     pub(crate) probe: Option<Probe>,
+    pub(crate) cgroup: Option<CgroupLimits>,
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
@@ -206,6 +218,7 @@ impl Settings {
             max_connections: None,
             max_requests: None,
             probe: None,
+            cgroup: None,
             drain_preload: true,
             serialization: Serialization::default(),
             pipes: BTreeSet::new(),
@@ -458,6 +471,14 @@ impl Settings {
     #[must_use]
     pub fn probe(mut self, probe: Option<Probe>) -> Self {
         self.probe = probe;
+        self
+    }
+
+    /// Puts each worker into a control group of its own with these limits, which the kernel enforces on the worker and all it
+    /// starts. Default: none.
+    #[must_use]
+    pub fn cgroup(mut self, limits: Option<CgroupLimits>) -> Self {
+        self.cgroup = limits;
         self
     }
 
