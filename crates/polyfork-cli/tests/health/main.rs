@@ -7,6 +7,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod drain;
 mod groups;
 mod signs;
 mod sleep;

@@ -20,6 +20,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use polyfork_core::{ListenerId, Seat, WorkerId};
@@ -43,6 +44,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(16);
 pub(crate) struct Watch {
     /// When there is no next look: waits for the first connection.
     sleep: Option<Sleep>,
+    /// An empty epoll instance for the next sleep, made when the last one ended: so a primary that sleeps has no
+    /// descriptor more than one that does not, and needs none to go to sleep.
+    spare: Option<OwnedFd>,
     /// A look is planned.
     planned: bool,
     before: BTreeMap<ListenerId, Depths>,
@@ -64,8 +68,7 @@ impl Drop for Sleep {
 }
 
 impl Sleep {
-    fn begin(ports: &Ports, io: mpsc::Sender<FromIo>) -> io::Result<Sleep> {
-        let all = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    fn begin(all: OwnedFd, ports: &Ports, io: mpsc::Sender<FromIo>) -> io::Result<Sleep> {
         for socket in ports.sockets_with_turns() {
             // Also tells of what has come before this.
             let (data, flags) = (epoll::EventData::new_u64(0), epoll::EventFlags::IN);
@@ -120,6 +123,9 @@ impl Primary {
     /// Something came, or the sockets changed: there is something to look at again.
     pub(crate) fn stirred(&mut self) {
         self.watch.sleep = None;
+        if self.watch.spare.is_none() {
+            self.watch.spare = empty().ok();
+        }
         self.next_look();
     }
 
@@ -136,7 +142,8 @@ impl Primary {
         if !self.ports.has_turns() {
             return;
         }
-        match Sleep::begin(&self.ports, self.io.clone()) {
+        let all = self.watch.spare.take().map_or_else(empty, Ok);
+        match all.and_then(|all| Sleep::begin(all, &self.ports, self.io.clone())) {
             Ok(sleep) => self.watch.sleep = Some(sleep),
             // Short of descriptors or memory: look as ever.
             Err(_) => self.next_look(),
@@ -255,6 +262,10 @@ impl Primary {
             }
         }
     }
+}
+
+fn empty() -> io::Result<OwnedFd> {
+    Ok(epoll::create(epoll::CreateFlags::CLOEXEC)?)
 }
 
 /// How often the main thread of a process has gone to sleep by itself.
