@@ -546,8 +546,14 @@ pub(crate) struct RunArgs {
     pub(crate) cgroup_cpu: Option<f64>,
 
     /// What happens without the right to make control groups
-    #[arg(long, value_enum, default_value = "require", env = "POLYFORK_CGROUP", hide_env_values = true,
-          help_heading = "Limits")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "require",
+        env = "POLYFORK_CGROUP",
+        hide_env_values = true,
+        help_heading = "Limits"
+    )]
     pub(crate) cgroup: CgroupArg,
 
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop

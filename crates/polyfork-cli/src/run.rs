@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork::cluster::{
-    Address, CgroupLimits, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Probe, Settings,
-    StartError, default_workers, detect_with, usable_cpus,
+    Address, CgroupLimits, Cluster, DetectError, Detected, Dialect, Event, Limits, Output,
+    OutputLine, Probe, Settings, StartError, default_workers, detect_with, usable_cpus,
 };
 use rustix::io::Errno;
 use tokio::sync::mpsc;

@@ -179,7 +179,8 @@ fn fault_21_a_request_on_a_kept_connection_is_answered_when_a_drain_begins() {
                         assert!(read > 0, "closed under a request: {head:?}");
                     }
                     let head = head.to_lowercase();
-                    let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+                    let length =
+                        head.lines().find_map(|line| line.strip_prefix("content-length: "));
                     let mut body = vec![0; length.and_then(|n| n.parse().ok()).expect("a length")];
                     client.0.read_exact(&mut body).expect("a body");
                     answers += 1;

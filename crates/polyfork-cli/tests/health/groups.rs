@@ -40,7 +40,8 @@ fn groups_of(home: &Path, pid: u32) -> usize {
 
 fn grow(address: std::net::SocketAddr) {
     // The worker dies under it.
-    let asked = std::thread::spawn(move || drop(std::panic::catch_unwind(|| get(address, "/grow"))));
+    let asked =
+        std::thread::spawn(move || drop(std::panic::catch_unwind(|| get(address, "/grow"))));
     drop(asked);
 }
 
@@ -92,7 +93,8 @@ fn fault_52_the_primary_survives_when_the_whole_tree_is_out_of_memory() {
     let mut events = Events::of(command);
     let address = events.address();
     events.wait_for("ready");
-    let (primary, worker) = (events.running.pid(), events.seen.iter().find(|e| e["event"] == "fork"));
+    let (primary, worker) =
+        (events.running.pid(), events.seen.iter().find(|e| e["event"] == "fork"));
     let score = |pid: u64| -> i32 {
         let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("a score");
         text.trim().parse().expect("a number")
@@ -136,7 +138,10 @@ fn without_the_right_to_make_groups_limits_are_refused_or_left_out_as_asked() {
     drop((events, place));
     let (mut events, place) = nobody("auto");
     let notice = events.wait_until("notice", |notice| notice["code"] == "cgroup");
-    assert!(notice["text"].as_str().is_some_and(|t| t.contains("without these limits")), "{notice}");
+    assert!(
+        notice["text"].as_str().is_some_and(|t| t.contains("without these limits")),
+        "{notice}"
+    );
     events.wait_for("ready");
     events.running.signal(rustix::process::Signal::TERM);
     assert_eq!(events.end().0, 0);

@@ -9,6 +9,7 @@ mod support;
 
 mod drain;
 mod groups;
+mod output;
 mod signs;
 mod sleep;
 

@@ -22,10 +22,7 @@ use super::bind;
 const LONGEST: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
 /// Opens a connection to `address`; `announce` is told the source port before, and `None` afterwards.
-pub(super) fn connect(
-    address: SocketAddr,
-    announce: impl Fn(Option<u16>),
-) -> io::Result<OwnedFd> {
+pub(super) fn connect(address: SocketAddr, announce: impl Fn(Option<u16>)) -> io::Result<OwnedFd> {
     let target = SocketAddr::new(reachable(address.ip()), address.port());
     let socket = bind::socket(target, SocketType::STREAM, false).map_err(|error| error.errno)?;
     rustix::net::bind(&socket, &SocketAddr::new(target.ip(), 0))?;
@@ -44,7 +41,10 @@ fn open(socket: &OwnedFd, target: SocketAddr) -> io::Result<()> {
     }
     let mut waited = [PollFd::new(socket, PollFlags::OUT)];
     if poll(&mut waited, Some(&LONGEST))? == 0 {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, "the connection was not taken at once"));
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the connection was not taken at once",
+        ));
     }
     sockopt::socket_error(socket)?.map_err(io::Error::from)
 }

@@ -127,7 +127,10 @@ impl Groups {
     }
 
     /// Our group's folder in the hierarchy of `controller` (`None`: unified), then those above it.
-    pub(super) fn folders(&self, controller: Option<&str>) -> impl Iterator<Item = PathBuf> + use<> {
+    pub(super) fn folders(
+        &self,
+        controller: Option<&str>,
+    ) -> impl Iterator<Item = PathBuf> + use<> {
         let folder = self.own_folder(controller);
         let mut next = folder.clone().map(|(path, _)| path);
         std::iter::from_fn(move || {

@@ -337,7 +337,10 @@ mod tests {
         ]);
         let group = LimitGroup::create_at(root.path(), "w1", &BOTH).unwrap();
         let (cpu, memory) = ("sys/fs/cgroup/cpu/a", "sys/fs/cgroup/memory/b");
-        assert_eq!(read(&root, &format!("{memory}/polyfork-ME-w1/memory.limit_in_bytes")), "1048576");
+        assert_eq!(
+            read(&root, &format!("{memory}/polyfork-ME-w1/memory.limit_in_bytes")),
+            "1048576"
+        );
         assert_eq!(read(&root, &format!("{cpu}/polyfork-ME-w1/cpu.cfs_quota_us")), "50000");
         assert_eq!(group.folders.len(), 2);
     }

@@ -159,8 +159,7 @@ impl Primary {
             }
             let (_, pid) = w.running.process();
             let memory = || polyfork_sys::system::resident_bytes(pid).ok();
-            let connections =
-                w.allowance.connections.and_then(|_| self.connections_of(*id, w));
+            let connections = w.allowance.connections.and_then(|_| self.connections_of(*id, w));
             let why = w.allowance.exceeded(memory, w.started.elapsed(), connections);
             Some((*id, why?))
         })

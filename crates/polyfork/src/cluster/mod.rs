@@ -58,8 +58,8 @@ pub use polyfork_wire::limits::Limits;
 pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
-    Address, CgroupLimits, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
-    Serialization, Settings, Stream, default_workers, usable_cpus,
+    Address, AddressError, CgroupLimits, DefaultWorkers, Dialect, Mechanism, Output, OutputLine,
+    Policy, Ready, Serialization, Settings, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
 

@@ -16,9 +16,9 @@ use polyfork_wire::native::{ListenAddress, PROTOCOL, ToPrimary, ToWorker};
 
 use super::event::{Encoded, Event};
 use super::link::{Link, NativeLink, Passed};
-use super::probe::is_probe;
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::Primary;
+use super::probe::is_probe;
 use super::settings::Address;
 
 impl Primary {

@@ -58,15 +58,35 @@ const OUTPUT_LINGER: Duration = Duration::from_millis(500);
 /// What the tasks around the loop report to it.
 #[derive(Debug)]
 pub(crate) enum FromIo {
-    Item { worker: WorkerId, item: Item },
-    ChannelEnd { worker: WorkerId, fault: Option<ProtocolError> },
-    Writable { worker: WorkerId },
-    Exited { worker: WorkerId, status: std::io::Result<std::process::ExitStatus> },
-    Acceptable { port: ListenerId },
-    Notified { worker: WorkerId, text: Vec<u8> },
+    Item {
+        worker: WorkerId,
+        item: Item,
+    },
+    ChannelEnd {
+        worker: WorkerId,
+        fault: Option<ProtocolError>,
+    },
+    Writable {
+        worker: WorkerId,
+    },
+    Exited {
+        worker: WorkerId,
+        status: std::io::Result<std::process::ExitStatus>,
+    },
+    Acceptable {
+        port: ListenerId,
+    },
+    Notified {
+        worker: WorkerId,
+        text: Vec<u8>,
+    },
     /// A connection came while nothing was expected.
     Stirred,
-    Probed { worker: WorkerId, number: u64, answer: probe::Answer },
+    Probed {
+        worker: WorkerId,
+        number: u64,
+        answer: probe::Answer,
+    },
 }
 
 /// What handles ask of the loop.
@@ -255,10 +275,7 @@ pub(crate) struct Started {
 
 impl Primary {
     /// Checks the settings, opens what `listen` names, and starts the loop as a task.
-    pub(crate) fn start(
-        mut settings: Settings,
-        detected: Detected,
-    ) -> Result<Started, StartError> {
+    pub(crate) fn start(mut settings: Settings, detected: Detected) -> Result<Started, StartError> {
         let workers = settings.worker_count();
         if workers == 0 && settings.supervise {
             return Err(StartError::Settings(
@@ -1008,11 +1025,13 @@ impl Primary {
             Ok(status) => exit_of(*status),
             Err(_) => Exit::Unknown,
         };
-        let in_group = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
-        let in_group = in_group.is_some_and(|kills| kills > 0);
-        let killed = exit == Exit::Signal(libc::SIGKILL);
-        let out_of_memory = killed && in_group
-            || killed && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
+        let of_its_own = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
+        let for_memory = || match of_its_own {
+            Some(kills) if kills > 0 => true,
+            // Or the group that all are in was short of it.
+            _ => before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was),
+        };
+        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && for_memory();
         self.feed(Input::Exited { worker, exit, out_of_memory });
     }
 
@@ -1190,7 +1209,11 @@ impl Primary {
             self.became_ready(worker);
         }
         if state.watchdog == Some(Alive::Trigger) {
-            self.notice("watchdog", Some(who), "it asked to be replaced (WATCHDOG=trigger)".to_owned());
+            self.notice(
+                "watchdog",
+                Some(who),
+                "it asked to be replaced (WATCHDOG=trigger)".to_owned(),
+            );
             self.feed(Input::Replace { worker, reason: Reason::Watchdog });
         }
     }

@@ -192,7 +192,9 @@ impl Probing {
 pub(crate) fn check(settings: &Settings, detected: &Detected) -> Result<(), StartError> {
     let wrong = |text: String| Err(StartError::Settings(text));
     if settings.ready == Ready::Probe && settings.probe.is_none() {
-        return wrong("nothing says how a worker is probed: ready by probe needs a probe".to_owned());
+        return wrong(
+            "nothing says how a worker is probed: ready by probe needs a probe".to_owned(),
+        );
     }
     if settings.probe.is_none() {
         return Ok(());
@@ -232,7 +234,9 @@ impl Primary {
     /// The worker listens: it can be probed.
     pub(crate) fn begin_probing(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
-        let Some(probing) = w.probing.as_mut().filter(|probing| probing.number == 0) else { return };
+        let Some(probing) = w.probing.as_mut().filter(|probing| probing.number == 0) else {
+            return;
+        };
         probing.number = 1;
         self.after(Duration::ZERO, Timer::Probe(worker));
     }
@@ -337,7 +341,9 @@ impl Primary {
     }
 
     fn taken(&mut self, worker: WorkerId, number: u64, took: bool) {
-        let Some(probing) = self.workers.get(&worker).and_then(|w| w.probing.as_ref()) else { return };
+        let Some(probing) = self.workers.get(&worker).and_then(|w| w.probing.as_ref()) else {
+            return;
+        };
         let Some(asking) = probing.running.as_ref().filter(|asking| asking.number == number) else {
             return;
         };
@@ -350,7 +356,9 @@ impl Primary {
 
     /// The task of a probe has an answer, or gave up.
     pub(crate) fn probed(&mut self, worker: WorkerId, number: u64, answer: Answer) {
-        let Some(probing) = self.workers.get(&worker).and_then(|w| w.probing.as_ref()) else { return };
+        let Some(probing) = self.workers.get(&worker).and_then(|w| w.probing.as_ref()) else {
+            return;
+        };
         if probing.running.as_ref().is_some_and(|asking| asking.number == number) {
             self.answered(worker, answer);
         }
@@ -500,7 +508,8 @@ mod tests {
 
     #[test]
     fn probes_are_read_in_every_form() {
-        for text in ["tcp", "tcp:80", "http://a/b?c", "http://[::1]:80/", "http://127.0.0.1:3000/x"] {
+        for text in ["tcp", "tcp:80", "http://a/b?c", "http://[::1]:80/", "http://127.0.0.1:3000/x"]
+        {
             let probe: Probe = text.parse().expect(text);
             assert_eq!(probe.to_string(), text);
         }
@@ -514,8 +523,17 @@ mod tests {
 
     #[test]
     fn a_wrong_probe_says_what_is_wrong() {
-        let texts =
-            ["", "x", "tcp:0", "tcp:x", "http://", "http://a:99999/", "https://a/", "/a b", "/\r\nX:1"];
+        let texts = [
+            "",
+            "x",
+            "tcp:0",
+            "tcp:x",
+            "http://",
+            "http://a:99999/",
+            "https://a/",
+            "/a b",
+            "/\r\nX:1",
+        ];
         for text in texts {
             let error = text.parse::<Probe>().expect_err(text).to_string();
             assert!(error.contains("not a probe"), "{error}");
@@ -527,7 +545,8 @@ mod tests {
         for head in ["HTTP/1.1 200", "HTTP/1.0 302", "HTTP/1.1 399"] {
             assert_eq!(judge(head.as_bytes()), Ok(()), "{head}");
         }
-        for head in ["", "HTTP/1.1 500", "HTTP/1.1 404", "HTTP/2 200", "HTTP/1.1 20x", "\u{1}\u{2}"] {
+        for head in ["", "HTTP/1.1 500", "HTTP/1.1 404", "HTTP/2 200", "HTTP/1.1 20x", "\u{1}\u{2}"]
+        {
             assert!(judge(head.as_bytes()).is_err(), "{head}");
         }
     }

@@ -89,11 +89,10 @@ async fn probes_reach_workers_on_a_unix_path(runtime: Runtime) {
 }
 
 async fn what_cannot_be_probed_is_refused(runtime: Runtime) {
-    let refused = |settings: Settings, part: &str| {
-        match polyfork::cluster::Cluster::start(settings) {
-            Err(StartError::Settings(text)) => assert!(text.contains(part), "{text}"),
-            other => panic!("{:?}", other.err()),
-        }
+    let refused = |settings: Settings, part: &str| match polyfork::cluster::Cluster::start(settings)
+    {
+        Err(StartError::Settings(text)) => assert!(text.contains(part), "{text}"),
+        other => panic!("{:?}", other.err()),
     };
     refused(Settings::new(&runtime.path).arg("x.js").ready(Ready::Probe), "needs a probe");
     let sockets = || {

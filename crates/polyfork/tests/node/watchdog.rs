@@ -146,11 +146,10 @@ async fn a_worker_with_enough_requests_is_renewed(runtime: Runtime) {
 
 async fn what_cannot_be_watched_or_counted_is_refused(runtime: Runtime) {
     let settings = || Settings::new(&runtime.path).arg("x.js");
-    let refused = |settings: Settings, part: &str| {
-        match polyfork::cluster::Cluster::start(settings) {
-            Err(StartError::Settings(text)) => assert!(text.contains(part), "{text}"),
-            other => panic!("{:?}", other.err()),
-        }
+    let refused = |settings: Settings, part: &str| match polyfork::cluster::Cluster::start(settings)
+    {
+        Err(StartError::Settings(text)) => assert!(text.contains(part), "{text}"),
+        other => panic!("{:?}", other.err()),
     };
     let limit = Some(Duration::from_secs(1));
     refused(settings().watchdog(limit).drain_preload(false), "preload");
