@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
+use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Probe, Ready, RestartPolicy};
 
 use crate::control::name;
 use crate::control::protocol::Scale;
@@ -555,7 +555,7 @@ pub(crate) struct RunArgs {
     /// When a worker counts as ready and gets connections
     ///
     /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
-    /// notify: when it writes READY=1 to NOTIFY_SOCKET. delay=1s: when it has lived that long.
+    /// notify: when it writes READY=1 to NOTIFY_SOCKET. probe: when it has answered --probe. delay=1s: when it has lived that long.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready: Ready,
@@ -565,12 +565,36 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_READY_TIMEOUT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready_timeout: Limit,
 
-    /// Replace a worker of the sockets dialect that goes this long without WATCHDOG=1
+    /// Replace a worker that gives no sign of life for this long, as one whose event loop is blocked
     ///
-    /// It is told as WATCHDOG_USEC, as systemd does. none: no watchdog.
+    /// Node workers and those built on the polyfork crate give them by themselves, four in this time; others are told
+    /// it as WATCHDOG_USEC and send WATCHDOG=1, as under systemd. See docs/health.md. none: no watchdog.
     #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
           env = "POLYFORK_WATCHDOG", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) watchdog: Limit,
+
+    /// Ask each worker now and then over a connection of its own, and replace one that does not answer
+    ///
+    /// http://HOST:PORT/path or /path: it is to answer 2xx or 3xx. tcp: it is to take connections. The port chooses among
+    /// several addresses. With --ready auto a worker is ready once it has answered. See docs/health.md.
+    #[arg(long, value_name = "PROBE", value_parser = probe, env = "POLYFORK_PROBE",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe: Option<Probe>,
+
+    /// How long from one probe to the next
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration, env = "POLYFORK_PROBE_INTERVAL",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_interval: Duration,
+
+    /// How long a worker may take to answer a probe
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = values::duration, env = "POLYFORK_PROBE_TIMEOUT",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_timeout: Duration,
+
+    /// Replace a worker after so many failed probes in a row
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_PROBE_FAILURES",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_failures: u32,
 
     /// How long a worker may finish what it serves when it is asked to stop
     ///
@@ -598,6 +622,32 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), env = "POLYFORK_MAX_CONNECTIONS",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) max_connections: Option<u64>,
+
+    /// Replace a Node worker that was asked so many HTTP requests (up to a tenth more)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000), env = "POLYFORK_MAX_REQUESTS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_requests: Option<u64>,
+
+    /// The most memory the kernel lets each worker have, by a control group of its own; one that needs more is killed
+    #[arg(long, value_name = "SIZE", value_parser = values::size, env = "POLYFORK_CGROUP_MEMORY",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_memory: Option<usize>,
+
+    /// How many CPUs' worth of time the kernel lets each worker have, by a control group of its own: 0.5, 2
+    #[arg(long, value_name = "CPUS", value_parser = cpus, env = "POLYFORK_CGROUP_CPU",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_cpu: Option<f64>,
+
+    /// What happens without the right to make control groups
+    #[arg(
+        long,
+        value_enum,
+        default_value = "require",
+        env = "POLYFORK_CGROUP",
+        hide_env_values = true,
+        help_heading = "Limits"
+    )]
+    pub(crate) cgroup: CgroupArg,
 
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
@@ -735,6 +785,15 @@ pub(crate) enum DialectArg {
     Sockets,
 }
 
+/// `--cgroup`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CgroupArg {
+    /// nothing is started
+    Require,
+    /// workers run without these limits; told
+    Auto,
+}
+
 /// `--output`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OutputArg {
@@ -791,11 +850,21 @@ fn ready(text: &str) -> Result<Ready, String> {
         "listening" => Ok(Ready::Listening),
         "message" => Ok(Ready::Message),
         "notify" => Ok(Ready::Notify),
+        "probe" => Ok(Ready::Probe),
         other => match other.strip_prefix("delay=") {
             Some(delay) => values::duration(delay).map(Ready::Delay),
-            None => Err("give auto, listening, message, notify or delay=1s".into()),
+            None => Err("give auto, listening, message, notify, probe or delay=1s".into()),
         },
     }
+}
+
+fn probe(text: &str) -> Result<Probe, String> {
+    text.trim().parse::<Probe>().map_err(|error| error.to_string())
+}
+
+fn cpus(text: &str) -> Result<f64, String> {
+    let number = text.trim().parse::<f64>().ok().filter(|cpus| cpus.is_finite() && *cpus > 0.0);
+    number.ok_or_else(|| "give a number above 0, as in 0.5 or 2".to_owned())
 }
 
 fn restart_policy(text: &str) -> Result<RestartPolicy, String> {

@@ -15,13 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork::cluster::{
-    Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
-    StartError, default_workers, detect_with, usable_cpus,
+    Address, CgroupLimits, Cluster, DetectError, Detected, Dialect, Event, Limits, Output,
+    OutputLine, Probe, Settings, StartError, default_workers, detect_with, usable_cpus,
 };
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
-use crate::args::{LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
+use crate::args::{CgroupArg, LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
 use crate::background::{self, Starter};
 use crate::clock;
 use crate::control::book::{About, Book};
@@ -179,6 +179,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .max_memory(args.max_memory.map(|bytes| bytes as u64))
         .max_lifetime(args.max_lifetime.0)
         .max_connections(args.max_connections)
+        .max_requests(args.max_requests)
+        .probe(probe(&args))
+        .cgroup(cgroup(&args))
         .drain_preload(!args.no_drain_preload)
         .limits(limits(&args));
     if let Some(dialect) = args.dialect.dialect() {
@@ -354,6 +357,19 @@ fn logs(
 pub(crate) fn name_of(args: &RunArgs) -> String {
     let program = args.command.first().cloned().unwrap_or_default();
     args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()))
+}
+
+fn probe(args: &RunArgs) -> Option<Probe> {
+    let probe = args.probe.clone()?;
+    let probe = probe.interval(args.probe_interval).timeout(args.probe_timeout);
+    Some(probe.failures(args.probe_failures))
+}
+
+fn cgroup(args: &RunArgs) -> Option<CgroupLimits> {
+    let memory = args.cgroup_memory.map(|bytes| bytes as u64);
+    let optional = args.cgroup == CgroupArg::Auto;
+    let any = memory.is_some() || args.cgroup_cpu.is_some();
+    any.then_some(CgroupLimits { memory, cpus: args.cgroup_cpu, optional })
 }
 
 fn limits(args: &RunArgs) -> Limits {

@@ -61,6 +61,7 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::NeverReady => "never_ready",
         Reason::ProtocolFault => "protocol_fault",
         Reason::Watchdog => "watchdog",
+        Reason::ProbeFailed => "probe_failed",
         Reason::Asked => "asked",
         Reason::Voluntary => "voluntary",
         Reason::GraceExpired => "grace_expired",

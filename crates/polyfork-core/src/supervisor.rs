@@ -208,6 +208,8 @@ impl Supervisor {
                 self.exited(worker, exit, out_of_memory, out);
             }
             Input::Unfit { worker, reason } => self.unfit(worker, reason, out),
+            Input::Replace { worker, reason } => self.replace_gently(worker, reason, out),
+            Input::Extend { worker, by } => self.extend(worker, by),
             Input::Drained { worker } => self.drained(worker, out),
             Input::Disconnect { worker } => self.disconnect(worker, out),
             Input::Kill { worker, signal } => self.signal(worker, signal, out),
@@ -576,6 +578,17 @@ impl Supervisor {
     fn unfit(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
         self.terminate(id, reason, out);
         self.replace(id, reason, out);
+    }
+
+    /// More time for what has a limit. A worker that was sent SIGTERM has had its time.
+    fn extend(&mut self, id: WorkerId, by: Duration) {
+        let until = self.now.after(by);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if matches!(worker.view.state, WorkerState::Starting | WorkerState::Stopping)
+            && worker.deadline.is_some_and(|deadline| until.is_none_or(|until| until > deadline))
+        {
+            worker.deadline = until;
+        }
     }
 
     fn terminate(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {

@@ -40,7 +40,7 @@ pub fn give_back_code() {
 }
 
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 11] = [
+pub(crate) const NOT_INHERITED: [&str; 13] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
@@ -52,6 +52,8 @@ pub(crate) const NOT_INHERITED: [&str; 11] = [
     names::POLYFORK_WORKER_ID,
     names::POLYFORK_SLOT,
     names::POLYFORK_MEMORY,
+    names::POLYFORK_BEAT_MS,
+    names::POLYFORK_REQUESTS,
 ];
 
 /// Why this process has no channel.

@@ -389,6 +389,8 @@ impl Book {
             resident_bytes: usage.map(|usage| usage.resident_bytes),
             accepted: worker.connections,
             queue: worker.queue,
+            lag_ms: worker.event_loop_lag.map(|lag| lag.as_secs_f64() * 1000.0),
+            blocked_ms: worker.blocked.map(ms),
         }
     }
 }
@@ -407,6 +409,8 @@ fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
         resident_bytes: None,
         accepted: None,
         queue: None,
+        lag_ms: None,
+        blocked_ms: None,
     }
 }
 
@@ -506,6 +510,8 @@ struct WorkerShape<'a> {
     resident_bytes: Option<u64>,
     accepted: Option<u64>,
     queue: Option<u64>,
+    lag_ms: Option<f64>,
+    blocked_ms: Option<u64>,
 }
 
 impl Usage {

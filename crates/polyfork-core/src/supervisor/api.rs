@@ -106,6 +106,8 @@ pub enum Reason {
     ProtocolFault,
     /// It gave no sign of life.
     Watchdog,
+    /// It did not answer its probe.
+    ProbeFailed,
     /// It was asked to stop.
     Asked,
     /// It left on its own request (Node's `exitedAfterDisconnect`, sd_notify's `STOPPING=1`).
@@ -124,6 +126,7 @@ impl fmt::Display for Reason {
             Reason::NeverReady => "never got ready",
             Reason::ProtocolFault => "broke the rules of its channel",
             Reason::Watchdog => "gave no sign of life",
+            Reason::ProbeFailed => "did not answer its probe",
             Reason::Asked => "was asked to stop",
             Reason::Voluntary => "left on its own request",
             Reason::GraceExpired => "did not stop within its grace period",
@@ -233,6 +236,22 @@ pub enum Input {
     Grace {
         /// Instead of [`Plan::grace`].
         grace: Duration,
+    },
+    /// The worker, which may serve, must be replaced for this reason, and it is better to have its successor first: as
+    /// [`Input::Renew`] where that can be done, else, or when the successor does not come up, as [`Input::Unfit`].
+    Replace {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: Reason,
+    },
+    /// The worker needs so much longer from now for what has a limit: getting ready, or stopping (`EXTEND_TIMEOUT_USEC` of
+    /// sd_notify). Never makes a limit shorter.
+    Extend {
+        /// Which.
+        worker: WorkerId,
+        /// How much.
+        by: Duration,
     },
     /// Let every worker finish and leave. A second one means now.
     Stop,

@@ -38,6 +38,7 @@ use rustix::net::{Shutdown, SocketType, sockopt};
 
 use crate::errno;
 
+mod aim;
 mod assembler;
 mod bind;
 mod classic;
@@ -408,6 +409,27 @@ impl Group {
         match &self.mechanism {
             Mechanism::Ebpf(selector) => Some(selector.given(member.index) - member.given_before),
             Mechanism::Classic(_) => None,
+        }
+    }
+
+    /// Opens a connection to this group that reaches one slot, live or not, and takes nobody's turn (eBPF only).
+    ///
+    /// Takes some 50 us; 20 ms at most, when the slot's queue is full or the machine is very busy.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`: no such slot. `Unsupported`: the program cannot be aimed. `TimedOut`: it was not taken in time. Else those
+    /// of socket(2), bind(2) and connect(2).
+    pub fn reach(&self, slot: u32) -> io::Result<OwnedFd> {
+        let index = self.member(slot)?.index;
+        match &self.mechanism {
+            Mechanism::Ebpf(selector) => {
+                aim::connect(self.address, |port| selector.aim(port.map(|port| (index, port))))
+            }
+            Mechanism::Classic(_) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a classic program cannot send a connection to a slot of our choice",
+            )),
         }
     }
 

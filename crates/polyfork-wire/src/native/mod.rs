@@ -122,6 +122,11 @@ pub enum ToPrimary {
         /// Connections accepted since it started.
         accepted: u64,
     },
+    /// It is alive, and its runtime was so late for a timer of its own. Sent when the primary asked for it.
+    Lag {
+        /// In microseconds.
+        micros: u64,
+    },
 }
 
 /// What a primary tells its worker.
@@ -190,7 +195,7 @@ pub trait Payload: Serialize + serde::de::DeserializeOwned + sealed::Sealed {
 }
 
 impl Payload for ToPrimary {
-    const KINDS: u32 = 12;
+    const KINDS: u32 = 13;
 }
 
 impl Payload for ToWorker {
@@ -277,6 +282,7 @@ mod tests {
             ToPrimary::Status { text: "warm".into() },
             ToPrimary::Heartbeat,
             ToPrimary::Report { open: 3, accepted: 1 << 40 },
+            ToPrimary::Lag { micros: 1500 },
         ]
     }
 

@@ -22,6 +22,7 @@
 //! Names and the order of events are Node's: <https://nodejs.org/api/cluster.html>. What differs is said where
 //! it differs; above all, workers that end are replaced unless [`Settings::supervise`] says otherwise.
 
+mod cgroup;
 mod detect;
 mod event;
 mod health;
@@ -34,6 +35,7 @@ mod outgoing;
 mod ports;
 mod preload;
 mod primary;
+mod probe;
 pub(crate) mod process;
 pub(crate) mod register;
 mod reload;
@@ -41,6 +43,7 @@ mod settings;
 mod signals;
 mod stuck;
 mod traffic;
+mod watchdog;
 mod worker;
 
 pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
@@ -52,10 +55,11 @@ pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
 pub use listener::{RemoteAddr, serve};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
+pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
-    Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
-    Serialization, Settings, Stream, default_workers, usable_cpus,
+    Address, AddressError, CgroupLimits, DefaultWorkers, Dialect, Mechanism, Output, OutputLine,
+    Policy, Ready, Serialization, Settings, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
 
@@ -120,6 +124,11 @@ pub struct WorkerStatus {
     pub connected: bool,
     /// Connections that wait for it and for nobody else; `None` where there is no such queue.
     pub queue: Option<u64>,
+    /// How late the worker's event loop (Rust: its runtime) was for its latest timer. `None` until the worker reports it,
+    /// which it does where there is a [watchdog](Settings::watchdog).
+    pub event_loop_lag: Option<Duration>,
+    /// For how long it has given no sign of life, if that is long enough to be told ([`Event::Blocked`]).
+    pub blocked: Option<Duration>,
 }
 
 /// Why a cluster did not start.
@@ -206,8 +215,9 @@ impl Cluster {
         if let Some(dialect) = settings.dialect {
             detected.dialect = dialect;
         }
+        primary::check_pipes(&settings, detected.dialect)?;
+        primary::check(&settings, &detected)?;
         let dialect = detected.dialect;
-        primary::check_pipes(&settings, dialect)?;
         let (settings, detected) = (Box::new(settings), Box::new(detected));
         let (reply, answer) = oneshot::channel();
         self.command(Command::Setup { settings, detected, reply }).await;
@@ -340,9 +350,11 @@ impl Cluster {
             Some(settings) => {
                 let look = look_at(settings).map_err(|e| ReloadError::Settings(e.to_string()))?;
                 let dialect = settings.dialect.unwrap_or(look.dialect);
+                let detected = Detected { dialect, ..look };
                 primary::check_pipes(settings, dialect)
+                    .and_then(|()| primary::check(settings, &detected))
                     .map_err(|e| ReloadError::Settings(e.to_string()))?;
-                Some(Box::new(Detected { dialect, ..look }))
+                Some(Box::new(detected))
             }
         };
         let (reply, answer) = oneshot::channel();

@@ -131,6 +131,17 @@ struct Turns {
     more: bool,
 }
 
+/// How a connection of the primary's own gets to one worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Opened as a client does; the kernel's program knows whom it is for.
+    Aimed,
+    /// An end of a pair is handed over.
+    Handed,
+    /// Not at all.
+    None,
+}
+
 /// A connection on its way to a worker.
 pub(crate) struct Delivery {
     pub(crate) port: ListenerId,
@@ -457,6 +468,56 @@ impl Ports {
             Some((*id, Depths { turns, queued: group.live().iter().filter_map(depth).collect() }))
         };
         self.open.iter().filter_map(look).collect()
+    }
+
+    /// How a connection of our own can be brought to one worker (`None`: to any), and on which port. `on` names the port;
+    /// `any`: a connection can be handed over on whatever kind of socket.
+    pub(crate) fn to_probe(
+        &self,
+        worker: Option<WorkerId>,
+        on: Option<u16>,
+        any: bool,
+    ) -> Option<(ListenerId, Way)> {
+        self.open.iter().find_map(|(id, port)| {
+            let fits = match port.address {
+                Address::Tcp(at) => on.is_none_or(|number| number == at.port()),
+                Address::Unix(_) | Address::Inherited(_) => on.is_none(),
+                Address::Udp(_) => false,
+            };
+            if !fits || worker.is_some_and(|worker| self.book.member(worker, *id).is_none()) {
+                return None;
+            }
+            let way = match &port.kind {
+                Kind::Slots { group, .. } if group.turns().is_some() => Way::Aimed,
+                Kind::Turns(_) => Way::Handed,
+                _ if any => Way::Handed,
+                _ => Way::None,
+            };
+            Some((*id, way))
+        })
+    }
+
+    /// A connection to the worker's own socket, where that is possible ([`Way::Aimed`]).
+    pub(crate) fn reach(&self, worker: WorkerId, port: ListenerId) -> io::Result<OwnedFd> {
+        let seat = self.seats.of(worker);
+        match (self.open.get(&port).map(|port| &port.kind), seat) {
+            (Some(Kind::Slots { group, .. }), Some(seat)) => group.reach(seat.0),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Whether there is anything for [`Ports::depths`] to tell.
+    pub(crate) fn has_turns(&self) -> bool {
+        self.sockets_with_turns().next().is_some()
+    }
+
+    /// The sockets that [`Ports::depths`] tells of.
+    pub(crate) fn sockets_with_turns(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let groups = self.open.values().filter_map(|port| match &port.kind {
+            Kind::Slots { group, .. } if group.turns().is_some() => Some(group),
+            _ => None,
+        });
+        groups.flat_map(|group| group.slots().filter_map(|seat| group.listener(seat)))
     }
 
     /// Takes a worker's turns, or gives them back. Takes effect with the next [`Ports::refresh`].

@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 use polyfork_core::restart::Jitter;
 use polyfork_core::{
     Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
-    Supervisor, Time, WorkerId,
+    Supervisor, Time, Watchdog, WorkerId,
 };
+use polyfork_sys::system::LimitGroup;
 use polyfork_wire::ProtocolError;
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -29,11 +30,12 @@ use super::health::{Allowance, Health};
 use super::link::Item;
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
+use super::probe::Probing;
 use super::process::{self, Environment, Running, Stdio};
 use super::reload::{self, Launch, ReloadOptions, Reloading};
 use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
 use super::stuck::Watch;
-use super::{SendError, StartError, WorkerStatus};
+use super::{SendError, StartError, WorkerStatus, cgroup, probe, watchdog};
 
 /// How often a queue that should run dry is looked at.
 const DRAIN_CHECK: Duration = Duration::from_millis(4);
@@ -56,12 +58,35 @@ const OUTPUT_LINGER: Duration = Duration::from_millis(500);
 /// What the tasks around the loop report to it.
 #[derive(Debug)]
 pub(crate) enum FromIo {
-    Item { worker: WorkerId, item: Item },
-    ChannelEnd { worker: WorkerId, fault: Option<ProtocolError> },
-    Writable { worker: WorkerId },
-    Exited { worker: WorkerId, status: std::io::Result<std::process::ExitStatus> },
-    Acceptable { port: ListenerId },
-    Notified { worker: WorkerId, text: Vec<u8> },
+    Item {
+        worker: WorkerId,
+        item: Item,
+    },
+    ChannelEnd {
+        worker: WorkerId,
+        fault: Option<ProtocolError>,
+    },
+    Writable {
+        worker: WorkerId,
+    },
+    Exited {
+        worker: WorkerId,
+        status: std::io::Result<std::process::ExitStatus>,
+    },
+    Acceptable {
+        port: ListenerId,
+    },
+    Notified {
+        worker: WorkerId,
+        text: Vec<u8>,
+    },
+    /// A connection came while nothing was expected.
+    Stirred,
+    Probed {
+        worker: WorkerId,
+        number: u64,
+        answer: probe::Answer,
+    },
 }
 
 /// What handles ask of the loop.
@@ -118,7 +143,8 @@ pub(crate) enum Timer {
     OwnSocket(WorkerId),
     Drained(WorkerId),
     Accept(ListenerId),
-    Watchdog(WorkerId),
+    NoBeat(WorkerId),
+    Probe(WorkerId),
     Stranded(Duration),
     StillThere(WorkerId),
     Unused,
@@ -162,12 +188,33 @@ pub(crate) struct Worker {
     status: Option<std::io::Result<std::process::ExitStatus>>,
     channel_ended: bool,
     fault: bool,
-    last_watchdog: Instant,
+    /// How long it may give no sign of life.
+    pub(crate) watchdog: Option<Duration>,
+    /// Node: it has said that it was asked so many requests, which is its limit.
+    pub(crate) had_requests: Option<u64>,
+    /// Its probes.
+    pub(crate) probing: Option<Probing>,
+    /// Node: probes that were handed over, by the sequence number of the message.
+    pub(crate) probes: BTreeMap<u64, u64>,
+    /// It has given a sign of life.
+    pub(crate) beats: bool,
+    /// How late its event loop said it was.
+    pub(crate) lag: Option<Duration>,
+    /// It was silent for too long and is being replaced.
+    pub(crate) silent: bool,
     pub(crate) last_take_back: Option<Instant>,
     /// Native: it said that it leaves, and is told that it may once nothing waits for it.
     pub(crate) wants_to_leave: bool,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<Answer>,
+}
+
+/// What its settings ask of a worker, as they were when it was started.
+struct Asked {
+    ready_by: Ready,
+    watchdog: Option<Duration>,
+    allowance: Allowance,
+    probing: Option<Probing>,
 }
 
 /// A fork that was asked for: its variables, and who waits for the worker's id.
@@ -187,6 +234,9 @@ pub(crate) struct Primary {
     pub(crate) launches: BTreeMap<u32, Launch>,
     pub(crate) reloading: Option<Reloading>,
     pub(crate) health: Health,
+    pub(crate) watchdog: Watchdog,
+    /// Control groups that cannot be removed yet.
+    pub(crate) groups_left: Vec<LimitGroup>,
     /// For limits that are each worker's own.
     chance: Jitter,
     actions: Vec<Action>,
@@ -226,7 +276,7 @@ pub(crate) struct Started {
 
 impl Primary {
     /// Checks the settings, opens what `listen` names, and starts the loop as a task.
-    pub(crate) fn start(settings: Settings, detected: Detected) -> Result<Started, StartError> {
+    pub(crate) fn start(mut settings: Settings, detected: Detected) -> Result<Started, StartError> {
         let workers = settings.worker_count();
         if workers == 0 && settings.supervise {
             return Err(StartError::Settings(
@@ -248,6 +298,8 @@ impl Primary {
             ));
         }
         check_pipes(&settings, detected.dialect)?;
+        check(&settings, &detected)?;
+        let without_group = cgroup::settle(&mut settings)?;
         let (commands_tx, commands) = mpsc::channel(64);
         let (io, from_io) = mpsc::channel(512);
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
@@ -276,6 +328,8 @@ impl Primary {
             launches: BTreeMap::new(),
             reloading: None,
             health: Health::default(),
+            watchdog: Watchdog::default(),
+            groups_left: Vec::new(),
             chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -304,7 +358,11 @@ impl Primary {
             detected,
         };
         primary.tell_setup();
+        if let Some(text) = without_group {
+            primary.notice("cgroup", None, text);
+        }
         primary.bind_pinned(supervised)?;
+        primary.check_probe()?;
         tokio::spawn(primary.run(end_tx));
         Ok(Started { commands: commands_tx, events, first, spoken, end })
     }
@@ -359,7 +417,6 @@ impl Primary {
 
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
         self.feed(Input::Start);
-        self.next_look();
         while self.outcome.is_none() {
             self.turn().await;
         }
@@ -394,6 +451,7 @@ impl Primary {
             () = sleep_until(deadline) => {}
         }
         self.run_timers();
+        self.look_for_silence();
         self.feed(Input::Tick);
         self.deliver();
     }
@@ -411,7 +469,8 @@ impl Primary {
         let timer = self.timers.keys().next().map(|(at, _)| *at);
         let supervisor = self.supervisor.deadline().map(at);
         let handoff = self.ports.deadline().map(at);
-        [timer, supervisor, handoff].into_iter().flatten().min()
+        let silence = self.watchdog.deadline().map(at);
+        [timer, supervisor, handoff, silence].into_iter().flatten().min()
     }
 
     pub(crate) fn after(&mut self, delay: Duration, timer: Timer) {
@@ -429,7 +488,8 @@ impl Primary {
                 Timer::OwnSocket(worker) => self.look_for_own_socket(worker),
                 Timer::Drained(worker) => self.check_drained(worker),
                 Timer::Accept(port) => self.ports.resume_accepting(port),
-                Timer::Watchdog(worker) => self.check_watchdog(worker),
+                Timer::NoBeat(worker) => self.no_beat(worker),
+                Timer::Probe(worker) => self.probe(worker),
                 Timer::Stranded(pause) => self.stranded_check(pause),
                 Timer::StillThere(worker) => self.still_there(worker),
                 Timer::Unused => self.close_unused(),
@@ -446,6 +506,11 @@ impl Primary {
     pub(crate) fn is_ready_by_listening(&self, worker: WorkerId) -> bool {
         let ready_by = self.workers.get(&worker).map(|w| w.ready_by);
         matches!(ready_by, Some(Ready::Auto | Ready::Listening))
+    }
+
+    /// Whether it is ready once it has answered its probe.
+    pub(crate) fn is_ready_by_probe(&self, worker: WorkerId) -> bool {
+        self.workers.get(&worker).is_some_and(|w| w.ready_by == Ready::Probe)
     }
 
     /// Tells the supervisor, and does what it says.
@@ -615,6 +680,8 @@ impl Primary {
             FromIo::Exited { worker, status } => self.on_exited(worker, status),
             FromIo::Acceptable { port } => self.ports.acceptable(port),
             FromIo::Notified { worker, text } => self.on_notified(worker, &text),
+            FromIo::Stirred => self.stirred(),
+            FromIo::Probed { worker, number, answer } => self.probed(worker, number, answer),
         }
     }
 
@@ -645,7 +712,8 @@ impl Primary {
             Some(launch) => (&launch.settings, &launch.detected, &launch.environment),
             None => (&self.settings, &self.detected, &self.environment),
         };
-        let ready_by = settings.ready;
+        let (ready_by, watchdog) = (settings.ready_by(), settings.watchdog);
+        let probing = settings.probe.as_ref().map(Probing::new);
         let allowance = Allowance::draw(settings, &mut self.chance);
         let request = process::Request {
             slot,
@@ -657,10 +725,12 @@ impl Primary {
             inherited,
             io: &self.io,
             output: &mut self.output,
+            max_requests: allowance.requests(),
         };
         match process::start(request) {
             Ok(running) => {
-                self.spawned(slot, worker, generation, ready_by, allowance, running);
+                let asked = Asked { ready_by, watchdog, allowance, probing };
+                self.spawned(slot, worker, generation, asked, running);
             }
             Err(error) => {
                 let transient = error.is_transient();
@@ -683,10 +753,10 @@ impl Primary {
         slot: SlotId,
         worker: WorkerId,
         generation: u32,
-        ready_by: Ready,
-        allowance: Allowance,
+        asked: Asked,
         running: Running,
     ) {
+        let Asked { ready_by, watchdog, allowance, probing } = asked;
         let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
         let has_channel = running.link.exists();
         self.workers.insert(
@@ -711,14 +781,20 @@ impl Primary {
                 status: None,
                 channel_ended: !has_channel,
                 fault: false,
-                last_watchdog: Instant::now(),
+                watchdog,
+                had_requests: None,
+                probing,
+                probes: BTreeMap::new(),
+                beats: false,
+                lag: None,
+                silent: false,
                 last_take_back: None,
                 wants_to_leave: false,
                 oom_kills: polyfork_sys::system::oom_kills(),
                 waiting_senders: VecDeque::new(),
             },
         );
-        self.watch_health(&allowance);
+        self.watch_health();
         self.emit(Event::Fork(who));
         if self.supervisor.reloading() == Some(generation) {
             self.started_anew(worker, who);
@@ -766,16 +842,13 @@ impl Primary {
     fn admit(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         w.admitted = true;
-        w.last_watchdog = Instant::now();
         let who = w.who;
         self.ever_ready = true;
         self.ports.admit(worker, self.settings.window);
         self.refresh_ports();
         self.emit(Event::Ready(who));
         // As systemd does: signs of life are due from the moment it is ready.
-        if let Some(limit) = self.settings.watchdog {
-            self.after(limit, Timer::Watchdog(worker));
-        }
+        self.begin_watch(worker);
         self.check_all_ready();
     }
 
@@ -812,6 +885,8 @@ impl Primary {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         let was_admitted = std::mem::replace(&mut w.admitted, false);
         let who = w.who;
+        // Its grace period is its limit now.
+        self.watchdog.forget(worker);
         self.ports.suspend(worker);
         self.refresh_ports();
         if was_admitted {
@@ -863,6 +938,7 @@ impl Primary {
             self.acknowledge_leaving(worker);
             self.feed(Input::Drained { worker });
         } else {
+            self.rescue_from_silent(worker);
             self.after(DRAIN_CHECK, Timer::Drained(worker));
         }
     }
@@ -966,8 +1042,13 @@ impl Primary {
             Ok(status) => exit_of(*status),
             Err(_) => Exit::Unknown,
         };
-        let out_of_memory = exit == Exit::Signal(libc::SIGKILL)
-            && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
+        let of_its_own = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
+        let for_memory = || match of_its_own {
+            Some(kills) if kills > 0 => true,
+            // Or the group that all are in was short of it.
+            _ => before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was),
+        };
+        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && for_memory();
         self.feed(Input::Exited { worker, exit, out_of_memory });
     }
 
@@ -983,6 +1064,7 @@ impl Primary {
         let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
             Some(mut w) => {
                 w.running.link.close();
+                self.give_up_group(w.running.group.take());
                 for waiting in w.waiting_senders.drain(..) {
                     // The sender may have given up.
                     let _ = waiting.send(Err(SendError::Disconnected.into()));
@@ -1000,6 +1082,7 @@ impl Primary {
         }
         self.ports.died(worker);
         self.watch.forget(worker);
+        self.watchdog.forget(worker);
         self.refresh_ports();
         self.trim_seats();
         let (code, signal) = match exit {
@@ -1118,11 +1201,17 @@ impl Primary {
     // ---- small things ----
 
     fn on_notified(&mut self, worker: WorkerId, text: &[u8]) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
+        let Some(w) = self.workers.get(&worker) else { return };
         let (who, ready_by) = (w.who, w.ready_by);
         let state = Notification::parse(text);
         if state.watchdog == Some(Alive::Alive) {
-            w.last_watchdog = Instant::now();
+            self.alive(worker, None);
+        }
+        if let Some(limit) = state.watchdog_usec {
+            self.change_watch(worker, Duration::from_micros(limit));
+        }
+        if let Some(by) = state.extend_timeout_usec {
+            self.feed(Input::Extend { worker, by: Duration::from_micros(by) });
         }
         if let Some(text) = state.status {
             self.emit(Event::Status { who, text });
@@ -1137,26 +1226,13 @@ impl Primary {
             self.became_ready(worker);
         }
         if state.watchdog == Some(Alive::Trigger) {
-            self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
+            self.notice(
+                "watchdog",
+                Some(who),
+                "it asked to be replaced (WATCHDOG=trigger)".to_owned(),
+            );
+            self.feed(Input::Replace { worker, reason: Reason::Watchdog });
         }
-    }
-
-    fn check_watchdog(&mut self, worker: WorkerId) {
-        let (Some(limit), Some(w)) = (self.settings.watchdog, self.workers.get(&worker)) else {
-            return;
-        };
-        if w.leaving {
-            return;
-        }
-        let silent = w.last_watchdog.elapsed();
-        if silent < limit {
-            self.after(limit - silent, Timer::Watchdog(worker));
-            return;
-        }
-        let who = w.who;
-        let text = format!("no WATCHDOG=1 for {} ms; the worker is replaced", silent.as_millis());
-        self.notice("watchdog", Some(who), text);
-        self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
     }
 
     /// A program may bind for itself (`exclusive`, `reusePort`) and tell nobody. Then its own listening
@@ -1266,6 +1342,8 @@ impl Primary {
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),
+                event_loop_lag: w.lag,
+                blocked: self.blocked_for(*id),
             })
             .collect()
     }
@@ -1275,6 +1353,12 @@ impl Primary {
 fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     !name.is_empty() && name.chars().all(fits)
+}
+
+/// Whether these settings can be had with such workers.
+pub(crate) fn check(settings: &Settings, detected: &Detected) -> Result<(), StartError> {
+    watchdog::check(settings, detected)?;
+    probe::check(settings, detected)
 }
 
 /// A worker's own pipes must not take the place of anything else, and only some can have shared memory.

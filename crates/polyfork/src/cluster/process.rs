@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
+use polyfork_sys::system::{LimitGroup, prefer_as_oom_victim};
 use polyfork_wire::env::{self as names, NODE_OPTIONS};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
@@ -29,6 +30,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::cgroup;
 use super::detect::{Detected, Runtime};
 use super::link::{Codec, Link};
 use super::notify::NotifySocket;
@@ -36,6 +38,7 @@ use super::preload;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
+use super::watchdog;
 use crate::channel::socket::is_shortage;
 
 /// Descriptor number of the channel in the worker, as Node's `fork` has it.
@@ -49,6 +52,8 @@ const LINE_LIMIT: usize = 64 * 1024;
 pub(crate) const POLYFORK_CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
 /// What an ended worker can have left in one pipe and in the task that reads it.
 const LAST_WORDS: usize = 64 * 1024 + LINE_LIMIT + READ_BYTES;
+/// By how much the kernel prefers a worker to its primary when memory is short, in thousandths of all there is.
+const OOM_PREFERENCE: i32 = 100;
 /// Room made for each read from a worker's output.
 const READ_BYTES: usize = 8 * 1024;
 
@@ -103,13 +108,21 @@ impl Environment {
 
     /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
     /// never replaced, so this can only be worked out for each worker.
-    fn of_worker(&self, extra: &[(OsString, OsString)]) -> Vec<(OsString, OsString)> {
+    fn of_worker(
+        &self,
+        extra: &[(OsString, OsString)],
+        for_preload: &[(&str, String)],
+    ) -> Vec<(OsString, OsString)> {
         let mut set = [&self.set, extra].concat();
         if let Some((path, grace)) = &self.preload {
             let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
             let existing =
                 own.map(|(_, value)| value.clone()).or_else(|| self.ours(OsStr::new(NODE_OPTIONS)));
-            set.extend(preload::environment(existing.as_deref(), path, *grace));
+            let loads = preload::environment(existing.as_deref(), path, *grace);
+            if !loads.is_empty() {
+                set.extend(for_preload.iter().map(|(key, value)| (key.into(), value.into())));
+            }
+            set.extend(loads);
         }
         set
     }
@@ -166,6 +179,8 @@ pub(crate) struct Request<'a> {
     pub(crate) inherited: io::Result<Vec<(OwnedFd, String)>>,
     pub(crate) io: &'a mpsc::Sender<FromIo>,
     pub(crate) output: &'a mut OutputTasks,
+    /// A Node worker's own limit on requests.
+    pub(crate) max_requests: Option<u64>,
 }
 
 /// A started process with all that is attached to it.
@@ -175,6 +190,8 @@ pub(crate) struct Running {
     pub(crate) link: Link,
     /// Of the worker's end of its channel.
     pub(crate) cookie: Option<u64>,
+    /// Its control group.
+    pub(crate) group: Option<LimitGroup>,
     /// Our ends of its further pipes that nobody has taken yet.
     pub(crate) pipes: BTreeMap<u32, OwnedFd>,
     /// Present while the worker lives, for the dialects that use it.
@@ -221,6 +238,14 @@ impl StartFailure {
     }
 }
 
+/// What a Node worker is asked to tell of itself.
+fn for_preload(request: &Request<'_>) -> Vec<(&'static str, String)> {
+    let beat = request.settings.watchdog.map(|limit| watchdog::beat(limit).as_millis().to_string());
+    let requests = request.max_requests.map(|most| most.to_string());
+    let pairs = [(names::POLYFORK_BEAT_MS, beat), (names::POLYFORK_REQUESTS, requests)];
+    pairs.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
 /// Starts one worker process and the tasks that watch it.
 pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let Request { slot, worker, settings, detected, environment, extra_env, .. } = request;
@@ -231,7 +256,7 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
         command.env_remove(name);
     }
-    for (key, value) in environment.of_worker(extra_env) {
+    for (key, value) in environment.of_worker(extra_env, &for_preload(&request)) {
         command.env(key, value);
     }
     command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
@@ -241,6 +266,12 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let pipes = output_pipes(&mut command, &settings.output)?;
     let further = further_pipes(&mut command, &settings.pipes)?;
     memory(&mut command, settings)?;
+    let group = cgroup::of_worker(settings, worker)?;
+    if let Some(group) = &group {
+        for door in group.doors()? {
+            command.enter_cgroup(door);
+        }
+    }
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io.clone())?),
@@ -270,6 +301,8 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     }
     let child = command.spawn()?;
+    // Where memory is short, rather a worker than what replaces it. One that has ended needs no more.
+    let _ = prefer_as_oom_victim(child.pid(), OOM_PREFERENCE);
     let watched =
         child.pidfd().try_clone_to_owned().and_then(|fd| register(fd, Interest::READABLE));
     let pidfd = match watched {
@@ -283,7 +316,8 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     };
     tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
-    Ok(Running { pid: child.pid(), pidfd, link, cookie, pipes: further, _notify: notify })
+    let pid = child.pid();
+    Ok(Running { pid, pidfd, link, cookie, group, pipes: further, _notify: notify })
 }
 
 /// Our end of a worker's channel.
@@ -318,6 +352,10 @@ fn dialect(command: &mut Command, request: &Request<'_>) -> Result<Option<Channe
             command.env(names::POLYFORK_CHANNEL_FD, CHANNEL_FD.to_string());
             command.env(names::POLYFORK_WORKER_ID, worker.0.to_string());
             command.env(names::POLYFORK_SLOT, slot.0.to_string());
+            if let Some(limit) = request.settings.watchdog {
+                let beat = watchdog::beat(limit).as_millis();
+                command.env(names::POLYFORK_BEAT_MS, beat.to_string());
+            }
             command.pid_env(POLYFORK_CHANNEL_PID);
             Ok(Some(Channel { ours, codec: Codec::Native, cookie }))
         }

@@ -15,6 +15,7 @@ use polyfork_core::RestartPolicy;
 use polyfork_wire::limits::Limits;
 use tokio::sync::mpsc;
 
+use super::probe::Probe;
 use crate::shared_memory::SharedArrayBuffer;
 
 /// Which worker gets the next connection.
@@ -69,7 +70,7 @@ pub enum Dialect {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Ready {
-    /// What fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
+    /// With a probe as [`Ready::Probe`]; else what fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
     /// for sockets.
     #[default]
     Auto,
@@ -81,6 +82,19 @@ pub enum Ready {
     Notify,
     /// When it has lived this long.
     Delay(Duration),
+    /// When it has answered its probe ([`Settings::probe`]).
+    Probe,
+}
+
+/// What the kernel lets each worker use, by a control group ([`Settings::cgroup`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CgroupLimits {
+    /// Bytes of memory. A worker that needs more is killed ([`Reason::OutOfMemory`](super::Reason::OutOfMemory)).
+    pub memory: Option<u64>,
+    /// Processors' worth of time: 0.5 is half of one.
+    pub cpus: Option<f64>,
+    /// Without the right to make groups: go on without limits, with a notice, instead of failing at the start.
+    pub optional: bool,
 }
 
 /// An address to listen on.
@@ -168,6 +182,9 @@ pub struct Settings {
     pub(crate) max_memory: Option<u64>,
     pub(crate) max_lifetime: Option<Duration>,
     pub(crate) max_connections: Option<u64>,
+    pub(crate) max_requests: Option<u64>,
+    pub(crate) probe: Option<Probe>,
+    pub(crate) cgroup: Option<CgroupLimits>,
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
@@ -203,6 +220,9 @@ impl Settings {
             max_memory: None,
             max_lifetime: None,
             max_connections: None,
+            max_requests: None,
+            probe: None,
+            cgroup: None,
             drain_preload: true,
             serialization: Serialization::default(),
             pipes: BTreeSet::new(),
@@ -415,8 +435,15 @@ impl Settings {
         self
     }
 
-    /// Workers of the sockets dialect: how long they may go without `WATCHDOG=1`, told to them as
-    /// `WATCHDOG_USEC`. Default: no watchdog.
+    /// How long a worker may give no sign of life before it is replaced: its successor is ready first where that can be,
+    /// then it is asked to stop, and ended if it does not hear. Default: no watchdog.
+    ///
+    /// Node workers say four times in this limit that their event loop runs, by the preload of
+    /// [`drain_preload`](Settings::drain_preload); workers built on this crate do so by themselves. Either is told of
+    /// ([`Event::Blocked`](super::Event::Blocked)) when it was silent for half the limit. Workers of the sockets dialect are
+    /// told the limit as `WATCHDOG_USEC` and send `WATCHDOG=1` to `NOTIFY_SOCKET`. Deno and Bun have no such thing.
+    ///
+    /// When this process itself stood still (suspended, frozen, stopped), every worker gets the whole limit again.
     #[must_use]
     pub fn watchdog(mut self, limit: Option<Duration>) -> Self {
         self.watchdog = limit;
@@ -446,6 +473,42 @@ impl Settings {
     pub fn max_connections(mut self, connections: Option<u64>) -> Self {
         self.max_connections = connections;
         self
+    }
+
+    /// Node workers: how many HTTP requests a worker is asked before it is replaced, up to a tenth more. They are
+    /// counted in the worker, by the preload of [`drain_preload`](Settings::drain_preload). Default: no limit.
+    #[must_use]
+    pub fn max_requests(mut self, requests: Option<u64>) -> Self {
+        self.max_requests = requests;
+        self
+    }
+
+    /// Asks each worker now and then whether it answers, over a connection to this worker. One that failed to several times in
+    /// a row is replaced. It also is what makes a worker ready, unless [`Settings::ready`] says something else. Default: no
+    /// probe.
+    ///
+    /// A probe can be brought to workers of every dialect where the kernel gives out connections in exact turns, and to
+    /// those of Node and Deno everywhere. Anything else is an error at the start, or a notice where it shows later.
+    #[must_use]
+    pub fn probe(mut self, probe: Option<Probe>) -> Self {
+        self.probe = probe;
+        self
+    }
+
+    /// Puts each worker into a control group of its own with these limits, which the kernel enforces on the worker and all it
+    /// starts. Default: none.
+    #[must_use]
+    pub fn cgroup(mut self, limits: Option<CgroupLimits>) -> Self {
+        self.cgroup = limits;
+        self
+    }
+
+    /// What makes a worker ready, with the probe considered.
+    pub(crate) fn ready_by(&self) -> Ready {
+        match (self.ready, &self.probe) {
+            (Ready::Auto, Some(_)) => Ready::Probe,
+            (ready, _) => ready,
+        }
     }
 
     /// The name of the cluster.

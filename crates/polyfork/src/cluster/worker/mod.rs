@@ -1,7 +1,7 @@
 //! A worker written in Rust: its listeners, its messages, its end.
 //!
 //! [`Worker`] is a thin front. `identity` finds out whether there is a primary, `reader` and `channel` speak
-//! with it, `registry` knows what was asked for, `inbox` keeps messages, `stop` ends the worker, `run` makes
+//! with it, `registry` knows what was asked for, `inbox` keeps messages, `beat` gives signs of life, `stop` ends the worker, `run` makes
 //! a whole program of it. Accepting connections is in `listener`.
 //!
 //! The rule that surprises: a program without a primary is a worker too, a *standalone* one. It binds for
@@ -9,6 +9,7 @@
 //!
 //! Behaviour follows: Node `lib/internal/cluster/child.js`, with native frames instead of JSON.
 
+mod beat;
 mod channel;
 mod identity;
 mod inbox;
@@ -176,6 +177,9 @@ impl Worker {
                 let worker = Worker::connected(socket, (id, slot), true).map_err(unusable)?;
                 // Nobody has set it before.
                 let _ = worker.shared.memory.set(memory);
+                if let Some(every) = beat::asked_for() {
+                    tokio::spawn(beat::tell(Arc::clone(&worker.shared), every));
+                }
                 worker
             }
         };
