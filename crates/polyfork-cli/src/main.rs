@@ -24,6 +24,7 @@ mod demo;
 mod exit;
 mod ledger;
 mod logs;
+mod metrics;
 mod operate;
 mod report;
 mod run;

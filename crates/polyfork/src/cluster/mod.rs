@@ -24,9 +24,11 @@
 
 mod detect;
 mod event;
+mod figures;
 mod health;
 mod link;
 mod listener;
+mod measures;
 mod native;
 mod node;
 mod notify;
@@ -47,9 +49,11 @@ pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };
+pub use figures::{Figures, ListenerFigures, SlotFigures, Waits};
 #[cfg(feature = "axum")]
 pub use listener::RemoteAddr;
 pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
+pub use measures::{Measured, Measures};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
@@ -120,6 +124,8 @@ pub struct WorkerStatus {
     pub connected: bool,
     /// Connections that wait for it and for nobody else; `None` where there is no such queue.
     pub queue: Option<u64>,
+    /// By how much its event loop was last seen to be late. None until the worker reports it.
+    pub event_loop_lag: Option<Duration>,
 }
 
 /// Why a cluster did not start.

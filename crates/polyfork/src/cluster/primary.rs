@@ -25,8 +25,10 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
 use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::figures::{Figures, Tally};
 use super::health::{Allowance, Health};
 use super::link::Item;
+use super::measures::{Asked, Habit, Questions};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::process::{self, Environment, Running, Stdio};
@@ -93,6 +95,8 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Option<OwnedFd>>,
     },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
+    Figures(oneshot::Sender<Figures>),
+    Measures(oneshot::Sender<Asked>),
     Setup {
         settings: Box<Settings>,
         detected: Box<Detected>,
@@ -165,6 +169,10 @@ pub(crate) struct Worker {
     pub(crate) last_take_back: Option<Instant>,
     /// Native: it said that it leaves, and is told that it may once nothing waits for it.
     pub(crate) wants_to_leave: bool,
+    /// How it answers when it is asked what it measures.
+    pub(crate) habit: Habit,
+    /// By how much its event loop was last seen to be late.
+    pub(crate) event_loop_lag: Option<Duration>,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<Answer>,
 }
@@ -186,6 +194,8 @@ pub(crate) struct Primary {
     pub(crate) launches: BTreeMap<u32, Launch>,
     pub(crate) reloading: Option<Reloading>,
     pub(crate) health: Health,
+    pub(crate) tally: Tally,
+    pub(crate) questions: Questions,
     /// For limits that are each worker's own.
     chance: Jitter,
     actions: Vec<Action>,
@@ -274,6 +284,8 @@ impl Primary {
             launches: BTreeMap::new(),
             reloading: None,
             health: Health::default(),
+            tally: Tally::default(),
+            questions: Questions::default(),
             chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -476,6 +488,7 @@ impl Primary {
             }
             Action::SlotRetired { slot } => {
                 self.trim_seats();
+                self.tally.retired(slot.0);
                 self.emit(Event::SlotRetired { slot: slot.0 });
                 self.check_all_ready();
             }
@@ -592,6 +605,11 @@ impl Primary {
                 // The asker may have gone.
                 let _ = reply.send(self.status());
             }
+            Command::Figures(reply) => {
+                // The asker may have gone.
+                let _ = reply.send(self.figures());
+            }
+            Command::Measures(reply) => self.ask_measures(reply),
         }
     }
 
@@ -707,6 +725,8 @@ impl Primary {
                 last_watchdog: Instant::now(),
                 last_take_back: None,
                 wants_to_leave: false,
+                habit: Habit::default(),
+                event_loop_lag: None,
                 oom_kills: polyfork_sys::system::oom_kills(),
                 waiting_senders: VecDeque::new(),
             },
@@ -965,6 +985,8 @@ impl Primary {
     ) {
         let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
             Some(mut w) => {
+                self.count_gone(worker, &w);
+                self.measures_cannot_come(worker, w.who);
                 w.running.link.close();
                 for waiting in w.waiting_senders.drain(..) {
                     // The sender may have given up.
@@ -1067,6 +1089,7 @@ impl Primary {
             return Err(SendError::Disconnected.into());
         }
         w.running.link.push_user_message(message)?;
+        self.tally.message_out(w.who.slot);
         self.flush(to);
         Ok(())
     }
@@ -1084,7 +1107,9 @@ impl Primary {
     }
 
     pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
+        let Some(message) = self.take_measures(worker, message) else { return };
         let Some(w) = self.workers.get(&worker) else { return };
+        self.tally.message_in(w.who.slot);
         let (who, ready_by) = (w.who, w.ready_by);
         if ready_by == Ready::Message
             && match &message {
@@ -1249,6 +1274,7 @@ impl Primary {
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),
+                event_loop_lag: w.event_loop_lag,
             })
             .collect()
     }
