@@ -374,3 +374,73 @@ async fn told(
     families.extend(merged.families);
     families
 }
+
+#[cfg(test)]
+mod tests {
+    use polyfork::cluster::{Event, Exit, Reason, Who};
+
+    use super::*;
+    use crate::control::book::About;
+
+    fn written(book: &Book, cpu: &mut BTreeMap<u32, Cpu>) -> String {
+        let looked = (Vec::new(), Figures::default());
+        let mut families = Vec::new();
+        primary(&mut families, book, 0);
+        workers(&mut families, book, Some(&looked.0));
+        slots(&mut families, book, cpu, Some(&looked));
+        connections(&mut families, Some(&looked.1));
+        reloads(&mut families, book);
+        Exposition { families }.text(text::Format::Text)
+    }
+
+    #[test]
+    fn fault_113_ten_thousand_restarts_leave_no_series() {
+        let mut book = Book::new(About::default(), 4, None);
+        let mut cpu = BTreeMap::new();
+        let mut lines = None;
+        for worker in 1..=10_000u32 {
+            let slot = worker % 4 + 1;
+            // No process has such a number.
+            let who = Who { slot, worker: u64::from(worker), pid: u32::MAX - worker };
+            book.event(&Event::Fork(who));
+            book.event(&Event::Ready(who));
+            let signal = [9, 11, 15][worker as usize % 3];
+            book.event(&Event::Exit {
+                who,
+                code: None,
+                signal: Some(signal),
+                reason: Reason::Exited(Exit::Signal(signal)),
+                lived: Duration::ZERO,
+                voluntary: false,
+                restart_in: Some(Duration::ZERO),
+            });
+            if worker % 500 == 0 {
+                let now = written(&book, &mut cpu).lines().count();
+                assert_eq!(*lines.get_or_insert(now), now, "after {worker} restarts");
+            }
+        }
+        let text = written(&book, &mut cpu);
+        assert!(
+            text.contains("polyfork_worker_restarts_total{reason=\"signal\"} 10000\n"),
+            "{text}"
+        );
+        assert!(text.contains("polyfork_slot_restarts_total{slot=\"4\"} 2500\n"), "{text}");
+        assert_eq!(cpu.len(), 4);
+        assert!(cpu.values().all(|cpu| cpu.living_ms.is_empty()));
+    }
+
+    #[test]
+    fn time_of_workers_that_are_gone_stays_with_their_slot() {
+        let view = |living: Vec<(u64, u32)>| SlotView {
+            slot: 1,
+            ready: true,
+            failed: false,
+            restarts: 0,
+            living,
+        };
+        let mut cpu = BTreeMap::from([(1, Cpu { gone_ms: 500, living_ms: [(7, 1500)].into() })]);
+        let (times, memory) = used(&[view(vec![(8, u32::MAX)])], &mut cpu);
+        assert_eq!((times[0], memory[0]), ((1, 2.0), (1, 0.0)));
+        assert!(used(&[], &mut cpu).0.is_empty() && cpu.is_empty());
+    }
+}

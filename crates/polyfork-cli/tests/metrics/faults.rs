@@ -76,12 +76,11 @@ fn fault_112_metrics_while_workers_die() {
             scrapes
         });
         for _ in 0..20 {
-            let before = worker_pids(&desk.status("server"));
-            if let Some(pid) = before.first() {
-                signal(&pidfd(*pid), Signal::KILL);
-                let gone = |pids: &Vec<u64>| !pids.contains(pid);
-                eventually("its end", || worker_pids(&desk.status("server")), gone);
-            }
+            let some = |pids: &Vec<u64>| !pids.is_empty();
+            let pids = eventually("a worker", || worker_pids(&desk.status("server")), some);
+            signal(&pidfd(pids[0]), Signal::KILL);
+            let gone = |now: &Vec<u64>| !now.contains(&pids[0]);
+            eventually("its end", || worker_pids(&desk.status("server")), gone);
         }
         over.store(true, Ordering::Relaxed);
         scraper.join().expect("every answer was whole")

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
@@ -16,11 +16,91 @@ use serde_json::Value;
 use super::desk::{Desk, eventually};
 use super::support::{Lines, PATIENCE, Running, command, get};
 
+const ROWS: u16 = 24;
+const COLUMNS: u16 = 110;
+
+/// What stands on a screen: as much of a terminal as `top` uses.
+struct Shown {
+    cells: Vec<Vec<char>>,
+    at: (usize, usize),
+    /// Bytes of what is not complete yet.
+    rest: Vec<u8>,
+    other_screen: bool,
+    cursor: bool,
+}
+
+impl Default for Shown {
+    fn default() -> Shown {
+        let cells = vec![vec![' '; usize::from(COLUMNS)]; usize::from(ROWS)];
+        Shown { cells, at: (0, 0), rest: Vec::new(), other_screen: false, cursor: true }
+    }
+}
+
+impl Shown {
+    fn has(&self, text: &str) -> bool {
+        self.text().contains(text)
+    }
+
+    fn text(&self) -> String {
+        self.cells.iter().map(|row| row.iter().collect::<String>() + "\n").collect()
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        self.rest.extend(bytes);
+        let valid = match std::str::from_utf8(&self.rest) {
+            Ok(text) => text.len(),
+            Err(error) => error.valid_up_to(),
+        };
+        let whole = String::from_utf8_lossy(&self.rest[..valid]).into_owned();
+        let mut text = whole.as_str();
+        while let Some(c) = text.chars().next() {
+            if let Some(sequence) = text.strip_prefix("\u{1b}[") {
+                let Some(end) = sequence.find(|c: char| c.is_ascii_alphabetic()) else { break };
+                self.obey(&sequence[..end], sequence.as_bytes()[end]);
+                text = &sequence[end + 1..];
+                continue;
+            }
+            if text == "\u{1b}" {
+                break;
+            }
+            match c {
+                '\r' => self.at.1 = 0,
+                '\n' => self.at.0 += 1,
+                c => {
+                    let (row, column) = self.at;
+                    if let Some(cell) = self.cells.get_mut(row).and_then(|row| row.get_mut(column))
+                    {
+                        *cell = c;
+                    }
+                    self.at.1 += 1;
+                }
+            }
+            text = &text[c.len_utf8()..];
+        }
+        let done = valid - text.len();
+        self.rest.drain(..done);
+    }
+
+    fn obey(&mut self, arguments: &str, what: u8) {
+        match (what, arguments) {
+            (b'H', at) => {
+                let mut numbers = at.split(';').map(|n| n.parse::<usize>().unwrap_or(1));
+                let mut next = || numbers.next().unwrap_or(1) - 1;
+                self.at = (next(), next());
+            }
+            (b'J', _) => self.cells.iter_mut().for_each(|row| row.fill(' ')),
+            (b'h' | b'l', "?1049") => self.other_screen = what == b'h',
+            (b'h' | b'l', "?25") => self.cursor = what == b'h',
+            _ => {}
+        }
+    }
+}
+
 /// A terminal with `top` in it.
 struct Session {
     keyboard: File,
     screen: Receiver<Vec<u8>>,
-    shown: Vec<u8>,
+    shown: Shown,
     line: OwnedFd,
     running: std::process::Child,
 }
@@ -34,7 +114,7 @@ impl Session {
         let path = ptsname(&ours, Vec::new()).expect("its name");
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let line = rustix::fs::open(&path, flags, Mode::empty()).expect("its line");
-        let size = Winsize { ws_row: 24, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize { ws_row: ROWS, ws_col: COLUMNS, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&line, size).expect("its size");
         let polyfork = desk.command(args);
         // With this terminal as its own, whatever terminal the tests have.
@@ -60,23 +140,17 @@ impl Session {
                 }
             }
         });
-        Session { keyboard, screen, shown: Vec::new(), line, running }
+        Session { keyboard, screen, shown: Shown::default(), line, running }
     }
 
-    /// Waits until this is written to the screen from now on.
+    /// Waits until this stands on the screen.
     fn shows(&mut self, text: &str) {
         let limit = Instant::now() + PATIENCE;
-        loop {
-            let seen = String::from_utf8_lossy(&self.shown).into_owned();
-            if let Some(at) = seen.find(text) {
-                let rest = seen[at + text.len()..].to_owned();
-                self.shown = rest.into_bytes();
-                return;
-            }
+        while !self.shown.has(text) {
             let left = limit.saturating_duration_since(Instant::now());
             match self.screen.recv_timeout(left) {
-                Ok(bytes) => self.shown.extend(bytes),
-                Err(_) => panic!("{text:?} was not shown: {seen:?}"),
+                Ok(bytes) => self.shown.write(&bytes),
+                Err(_) => panic!("{text:?} was not shown:\n{}", self.shown.text()),
             }
         }
     }
@@ -87,15 +161,18 @@ impl Session {
 
     /// Waits for the end: exit code. The terminal must be as it was.
     fn ends(&mut self) -> Option<i32> {
-        self.shows("\u{1b}[?1049l");
         let limit = Instant::now() + PATIENCE;
         let status = loop {
             if let Some(status) = self.running.try_wait().expect("wait") {
                 break status;
             }
             assert!(Instant::now() < limit, "top did not end");
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         };
+        while let Ok(bytes) = self.screen.recv_timeout(Duration::from_millis(200)) {
+            self.shown.write(&bytes);
+        }
+        assert!(!self.shown.other_screen && self.shown.cursor, "the screen was not given back");
         let modes = tcgetattr(&self.line).expect("modes").local_modes;
         assert!(modes.contains(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG));
         status.code()
