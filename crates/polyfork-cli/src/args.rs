@@ -110,6 +110,10 @@ pub(crate) enum Verb {
     Logs(LogsArgs),
     /// Follow what happens, as JSON lines
     Events(EventsArgs),
+    /// Show metrics, as Prometheus reads them
+    Metrics(MetricsArgs),
+    /// Watch apps live: processor, memory, connections, queues; and act on them
+    Top(TopArgs),
     /// Look at this machine: what works here, what does not, and what to do about it
     Doctor(FormArgs),
     /// Write a unit file for systemd, or show it
@@ -427,6 +431,38 @@ pub(crate) struct EventsArgs {
     pub(crate) json: bool,
 }
 
+/// `polyfork metrics`.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Its name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+
+    /// Families and samples as JSON, see docs/metrics.md
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `polyfork top`.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Names or patterns (*, ?); all if none is given
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+
+    /// Between two looks
+    #[arg(long, value_name = "DURATION", value_parser = values::interval, allow_hyphen_values = true)]
+    pub(crate) interval: Option<Duration>,
+
+    /// Tables as text, once, or again and again with --interval; this is so, too, where there is no terminal
+    #[arg(long)]
+    pub(crate) plain: bool,
+
+    /// The figures as JSON, one object a line for each look
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// `polyfork run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -664,6 +700,24 @@ pub(crate) struct RunArgs {
           value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_MAX_DEPTH",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
     pub(crate) max_depth: u32,
+
+    /// Serve metrics for Prometheus: HOST:PORT of this machine, or unix:PATH
+    ///
+    /// Only a loopback address, as in 127.0.0.1:9100, unless --metrics-on-network is given; port 0 is told by `status`. A Unix
+    /// socket is for its user alone. `polyfork metrics NAME` shows the same without it. See docs/metrics.md.
+    #[arg(long, value_name = "ADDRESS", value_parser = values::metrics_address, env = "POLYFORK_METRICS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) metrics: Option<Address>,
+
+    /// Let --metrics be an address that other machines can reach; everybody who does can read it
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_METRICS_ON_NETWORK",
+          hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) metrics_on_network: bool,
+
+    /// Do not ask programs for metrics of their own (Node programs get a message of prom-client for that)
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_APP_METRICS",
+          hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) no_app_metrics: bool,
 
     /// Do not open a control socket: `ls`, `status`, `stop` and the like cannot reach it
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_CONTROL", hide_env_values = true)]

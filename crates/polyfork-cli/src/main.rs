@@ -27,6 +27,7 @@ mod identity;
 mod ledger;
 mod logs;
 mod manager;
+mod metrics;
 mod operate;
 mod pages;
 mod report;

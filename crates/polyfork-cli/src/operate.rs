@@ -26,10 +26,12 @@ mod change;
 mod events;
 mod list;
 mod logs;
+mod metrics;
 mod start;
 mod status;
 mod table;
 mod targets;
+mod top;
 
 /// The version of JSON answers.
 pub(crate) const VERSION: u32 = 1;
@@ -58,6 +60,8 @@ pub(crate) fn run(verb: Verb) -> Code {
             Verb::Kill(args) => change::kill(args).await,
             Verb::Logs(args) => logs::run(args).await,
             Verb::Events(args) => events::run(args).await,
+            Verb::Metrics(args) => metrics::run(args).await,
+            Verb::Top(args) => top::run(args).await,
             // Those of `main`.
             _ => Code::Unexpected,
         }

@@ -35,6 +35,7 @@ use crate::logs::folder as log_folder;
 use crate::logs::line::{Format, Source};
 use crate::logs::writer::{Rotation, Writer};
 use crate::manager::{self, Manager};
+use crate::metrics::{Meter, server as metrics_server};
 use crate::report::human::{self, Human};
 use crate::report::json::{self, Json};
 use crate::report::{Report, Start};
@@ -69,6 +70,14 @@ pub(crate) struct Place {
     claim: Option<Claim>,
     about: About,
     background: Option<Background>,
+    measured: Measured,
+}
+
+/// What of it is measured, and where that is served.
+#[derive(Debug, Default)]
+struct Measured {
+    address: Option<Address>,
+    programs: bool,
 }
 
 /// What an app in the background has instead of a terminal.
@@ -211,9 +220,11 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         policy: polyfork::cluster::Policy::from(args.policy).to_string(),
         mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
         logs: None,
+        metrics: None,
     };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    let place = Place::of(about);
+    let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
+    let place = Place { measured, ..Place::of(about) };
     Ok(Prepared { settings, start, show, place })
 }
 
@@ -370,6 +381,26 @@ fn cgroup(args: &RunArgs) -> Option<CgroupLimits> {
     let optional = args.cgroup == CgroupArg::Auto;
     let any = memory.is_some() || args.cgroup_cpu.is_some();
     any.then_some(CgroupLimits { memory, cpus: args.cgroup_cpu, optional })
+}
+
+/// Where metrics are served: not where other machines can read them, unless that is asked for.
+fn metrics(args: &RunArgs) -> Result<Option<Address>, Refused> {
+    let Some(address) = &args.metrics else {
+        return match args.metrics_on_network {
+            true => Err(usage("--metrics-on-network: say where, with --metrics ADDRESS")),
+            false => Ok(None),
+        };
+    };
+    match address {
+        Address::Tcp(at) if !args.metrics_on_network && !metrics_server::is_loopback(*at) => {
+            Err(usage(format!(
+                "--metrics {address}: other machines could read it; give a loopback address, as in \
+                 127.0.0.1:{}, or allow it with --metrics-on-network",
+                at.port()
+            )))
+        }
+        address => Ok(Some(address.clone())),
+    }
 }
 
 fn limits(args: &RunArgs) -> Limits {
@@ -529,6 +560,7 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
     })?;
     let code = runtime.block_on(async {
         let Prepared { settings, mut start, show, mut place } = prepared;
+        let door = place.open_metrics()?;
         let (settings, lines) = with_output(settings, show.output);
         let started = Cluster::start_detected(settings, start.detected.clone());
         let cluster = match started {
@@ -542,6 +574,15 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
             None => Manager::take(),
         };
         start.warnings.extend(warning);
+        let serving =
+            door.zip(control.as_ref()).map(|(door, control)| metrics_server::serve(door, control));
+        let _serving = match serving.transpose() {
+            Ok(serving) => serving,
+            Err(error) => {
+                let text = words::plain(&format!("cannot serve metrics: {error}"));
+                return Err(place.refuse(Verdict { code: Code::Unexpected, text }));
+            }
+        };
         let watch = Watch::new(&start, show, place.background, control, manager);
         let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
         if let Some(claim) = place.claim {
@@ -583,15 +624,37 @@ impl Place {
         refused
     }
 
+    /// Opens the place where metrics are served, before anything is started.
+    fn open_metrics(&mut self) -> Result<Option<metrics_server::Door>, Refused> {
+        let Some(address) = &self.measured.address else { return Ok(None) };
+        match metrics_server::open(address) {
+            Ok(door) => {
+                self.about.metrics = Some(door.place.clone());
+                Ok(Some(door))
+            }
+            Err(error) => {
+                let text = format!("--metrics: {}", words::bind_failed(address, &error));
+                Err(self.refuse(Verdict { code: words::bind_code(&error), text }))
+            }
+        }
+    }
+
     /// Opens the control socket. In the background it has to be had; in the foreground it is gone without.
     fn open(&mut self, cluster: &Cluster, start: &mut Start) -> Result<Option<Control>, Refused> {
-        let Some(claim) = &self.claim else { return Ok(None) };
+        let meter = Meter::new(self.measured.programs);
+        let Some(claim) = &self.claim else {
+            // Nobody can reach it; it may be measured all the same.
+            let book = || Book::new(self.about.clone(), start.workers, None);
+            let measured = self.measured.address.is_some();
+            return Ok(measured.then(|| Control::quiet(cluster, book(), meter)));
+        };
         let card = card(&self.about, None);
         let opened =
             claim.write_card(&card).and_then(|()| Ok((claim.listen()?, claim.state_file()?)));
         let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
         let book = Book::new(self.about.clone(), start.workers, losses);
-        match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book)) {
+        match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book, meter))
+        {
             Ok(control) => Ok(Some(control)),
             Err(error) => {
                 let text =

@@ -50,6 +50,22 @@ pub(crate) fn signal(number: i32) -> String {
     name.map_or_else(|| format!("signal {number}"), |name| (*name).to_owned())
 }
 
+/// Every word of [`reason`].
+pub(crate) const REASONS: [&str; 12] = [
+    "exited",
+    "signal",
+    "unknown",
+    "not_started",
+    "out_of_memory",
+    "never_ready",
+    "protocol_fault",
+    "watchdog",
+    "asked",
+    "voluntary",
+    "grace_expired",
+    "disconnected",
+];
+
 /// The word for a reason in JSON.
 pub(crate) fn reason(reason: Reason) -> &'static str {
     match reason {

@@ -14,6 +14,7 @@ use super::usage::{self, Usage};
 use crate::clock;
 use crate::ledger::Verdict;
 use crate::logs::writer::Losses;
+use crate::metrics::counts::Counts;
 use crate::words;
 
 /// The version of what `status` and `ls` give.
@@ -30,6 +31,7 @@ pub(crate) struct Book {
     /// How many workers are wanted.
     wanted: u32,
     restarts: u64,
+    counts: Counts,
     stopping: bool,
     ended: Option<Verdict>,
     /// Lines of logs that could not be written.
@@ -57,6 +59,8 @@ pub(crate) struct About {
     pub(crate) mechanism: String,
     /// The folder of its logs, if it writes any.
     pub(crate) logs: Option<String>,
+    /// Where its metrics are served, if they are.
+    pub(crate) metrics: Option<String>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -109,6 +113,21 @@ pub(crate) enum Progress {
     Gone,
 }
 
+/// A slot, for whoever measures it.
+#[derive(Debug)]
+pub(crate) struct SlotView {
+    /// Its number.
+    pub(crate) slot: u32,
+    /// It has a worker that gets connections.
+    pub(crate) ready: bool,
+    /// It was given up.
+    pub(crate) failed: bool,
+    /// How often a worker ended and was replaced afterwards.
+    pub(crate) restarts: u64,
+    /// Workers that are not gone, and their processes.
+    pub(crate) living: Vec<(u64, u32)>,
+}
+
 impl Slot {
     fn is_ready(&self) -> bool {
         !self.ready.is_empty()
@@ -126,6 +145,7 @@ impl Book {
             listeners: BTreeMap::new(),
             wanted: workers,
             restarts: 0,
+            counts: Counts::default(),
             stopping: false,
             ended: None,
             losses,
@@ -136,6 +156,7 @@ impl Book {
 
     /// Notes an event.
     pub(crate) fn event(&mut self, event: &Event) {
+        self.counts.event(event);
         match event {
             Event::Fork(who) => {
                 let slot = self.slots.entry(who.slot).or_default();
@@ -291,7 +312,7 @@ impl Book {
     }
 
     /// Policy and mechanism: as they came out where something listens, as asked for where nothing does.
-    fn way(&self) -> (&str, &str) {
+    pub(crate) fn way(&self) -> (&str, &str) {
         match self.listeners.values().next() {
             Some(way) => (&way.policy, way.mechanism),
             None => (&self.about.policy, &self.about.mechanism),
@@ -300,6 +321,43 @@ impl Book {
 
     fn pids(&self) -> impl Iterator<Item = u32> {
         self.slots.values().flat_map(|slot| slot.living.values().copied())
+    }
+
+    /// What does not change.
+    pub(crate) fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// What was counted of events.
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// When it was started, since 1970.
+    pub(crate) fn started_at(&self) -> std::time::Duration {
+        self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default()
+    }
+
+    /// Lines of logs that could not be written, if it writes any.
+    pub(crate) fn log_lines_lost(&self) -> Option<u64> {
+        self.losses.as_ref().map(|losses| losses.lines())
+    }
+
+    /// The slots, for whoever measures them.
+    pub(crate) fn slot_views(&self) -> Vec<SlotView> {
+        let view = |(number, slot): (&u32, &Slot)| SlotView {
+            slot: *number,
+            ready: slot.is_ready(),
+            failed: slot.failed,
+            restarts: slot.restarts,
+            living: slot.living.iter().map(|(worker, pid)| (*worker, *pid)).collect(),
+        };
+        self.slots.iter().map(view).collect()
+    }
+
+    /// Ids of workers that are not gone.
+    pub(crate) fn living_workers(&self) -> BTreeSet<u64> {
+        self.slots.values().flat_map(|slot| slot.living.keys().copied()).collect()
     }
 
     /// A line of a list.
@@ -365,7 +423,8 @@ impl Book {
             runtime: &self.about.runtime,
             dialect: &self.about.dialect,
             logs: self.about.logs.as_deref(),
-            log_lines_lost: self.losses.as_ref().map(|losses| losses.lines()),
+            log_lines_lost: self.log_lines_lost(),
+            metrics: self.about.metrics.as_deref(),
             busy: self.busy,
             listening: self.listeners.iter().map(listener).collect(),
             primary: PrimaryShape { cpu_ms: own.cpu_ms, resident_bytes: own.resident_bytes },
@@ -474,6 +533,7 @@ pub(crate) struct Status<'a> {
     dialect: &'a str,
     logs: Option<&'a str>,
     log_lines_lost: Option<u64>,
+    metrics: Option<&'a str>,
     busy: Option<&'static str>,
     listening: Vec<ListenerShape>,
     primary: PrimaryShape,

@@ -28,12 +28,22 @@ pub(crate) enum Verb {
     Status,
     /// One line of a list.
     Brief,
+    /// Metrics, of the programs too.
+    Metrics {
+        /// As values instead of text.
+        json: bool,
+    },
     /// Every event from now on.
     Events,
     /// Another number of workers.
     Scale(Scale),
     /// Every worker anew, slot by slot.
     Restart,
+    /// One slot's worker anew.
+    RestartSlot {
+        /// Which.
+        slot: u32,
+    },
     /// A new generation of workers, if it comes up.
     Reload {
         /// How many workers at a time; zero for all at once.
@@ -93,6 +103,12 @@ pub(crate) struct Raw {
     /// `reload`: how long new workers must stay ready before they get connections.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) probation_ms: Option<u64>,
+    /// `restart_slot`: which.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) slot: Option<u32>,
+    /// `metrics`: as values instead of text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) json: Option<bool>,
     /// Whether to answer only when it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) wait: Option<bool>,
@@ -159,6 +175,11 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
     let verb = match raw.verb.as_str() {
         "status" => Verb::Status,
         "brief" => Verb::Brief,
+        "metrics" => Verb::Metrics { json: raw.json.unwrap_or(false) },
+        "restart_slot" => {
+            let slot = raw.slot.ok_or_else(|| Refusal::bad("restart_slot needs `slot`"))?;
+            Verb::RestartSlot { slot }
+        }
         "events" => Verb::Events,
         "scale" => Verb::Scale(scale(&raw)?),
         "restart" => Verb::Restart,

@@ -37,6 +37,7 @@ use super::folder::StateFile;
 use super::protocol::{self, LONGEST_REQUEST, Refusal, Request, Scale, Verb};
 use crate::background::Starter;
 use crate::ledger::{Ledger, Verdict};
+use crate::metrics::{self, Meter, text};
 use crate::report::json;
 use crate::values::MOST_WORKERS;
 
@@ -62,9 +63,11 @@ pub(crate) struct Control(Arc<Shared>);
 struct Shared {
     cluster: Cluster,
     book: Mutex<Book>,
+    meter: Meter,
     /// Counts what happened; whoever waits for the book to change waits here.
     changed: watch::Sender<u64>,
-    state: StateFile,
+    /// None for an app that no command can reach.
+    state: Option<StateFile>,
     /// The state on file is not the present one.
     state_is_old: AtomicBool,
     /// There as long as somebody listens.
@@ -111,13 +114,28 @@ impl Control {
         state: StateFile,
         cluster: &Cluster,
         book: Book,
+        meter: Meter,
     ) -> io::Result<Control> {
         // Connections have it from the socket they come by, so from their first byte on.
         rustix::net::sockopt::set_socket_passcred(&socket, true)?;
         let socket = UnixListener::from_std(socket)?;
-        let control = Control(Arc::new(Shared {
+        let control = Control::new(Some(state), cluster, book, meter);
+        control.write_state();
+        tokio::spawn(accept(control.clone(), socket));
+        tokio::spawn(keep_state(control.clone()));
+        Ok(control)
+    }
+
+    /// For an app that no command can reach, and that is measured all the same.
+    pub(crate) fn quiet(cluster: &Cluster, book: Book, meter: Meter) -> Control {
+        Control::new(None, cluster, book, meter)
+    }
+
+    fn new(state: Option<StateFile>, cluster: &Cluster, book: Book, meter: Meter) -> Control {
+        Control(Arc::new(Shared {
             cluster: cluster.clone(),
             book: Mutex::new(book),
+            meter,
             changed: watch::Sender::new(0),
             state,
             state_is_old: AtomicBool::new(true),
@@ -125,11 +143,22 @@ impl Control {
             clients: Mutex::default(),
             refused: AtomicU64::new(0),
             next_client: AtomicU64::new(0),
-        }));
-        control.write_state();
-        tokio::spawn(accept(control.clone(), socket));
-        tokio::spawn(keep_state(control.clone()));
-        Ok(control)
+        }))
+    }
+
+    /// What is remembered of measurements.
+    pub(crate) fn meter(&self) -> &Meter {
+        &self.0.meter
+    }
+
+    /// The cluster.
+    pub(crate) fn cluster(&self) -> &Cluster {
+        &self.0.cluster
+    }
+
+    /// How many connections were sent away: strangers, garbage, too slow.
+    pub(crate) fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
     }
 
     /// Notes an event, and passes it on to whoever listens.
@@ -175,8 +204,10 @@ impl Control {
 
     /// Writes down what a list shows, if that has changed.
     fn write_state(&self) {
-        if self.0.state_is_old.swap(false, Ordering::Relaxed) {
-            self.0.state.write(&self.book().state_line());
+        if let Some(state) = &self.0.state
+            && self.0.state_is_old.swap(false, Ordering::Relaxed)
+        {
+            state.write(&self.book().state_line());
         }
     }
 
@@ -203,7 +234,8 @@ impl Control {
         self.0.changed.send_modify(|count| *count += 1);
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
+    /// What is known of the app. Not to be held for long.
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
         lock(&self.0.book)
     }
 
@@ -516,6 +548,14 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
             Ok(Answer::Line(protocol::done(&control.book().status(&living))))
         }
         Verb::Brief => Ok(Answer::Line(protocol::done(&control.book().brief()))),
+        Verb::Metrics { json } => {
+            let exposition = metrics::gather(control).await;
+            Ok(Answer::Line(match json {
+                true => protocol::done(&exposition.json()),
+                false => protocol::done(&exposition.text(text::Format::Text)),
+            }))
+        }
+        Verb::RestartSlot { slot } => control.restart_slot(slot, wait).await.map(Answer::Line),
         Verb::Events => control.listen().map(Answer::Stream),
         Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
         Verb::Restart => control.restart(wait).await.map(Answer::Line),
@@ -639,11 +679,23 @@ impl Control {
 
     /// Slot by slot. A new worker that ends before it is ready ends the whole: the slots after it keep what they have.
     async fn restart(&self, wait: bool) -> Result<Vec<u8>, Refusal> {
+        let slots = self.book().slots();
+        self.restart_these(slots, wait).await
+    }
+
+    async fn restart_slot(&self, slot: u32, wait: bool) -> Result<Vec<u8>, Refusal> {
+        if !self.book().slots().contains(&slot) {
+            return Err(Refusal::refused(format!("it has no slot {slot}")));
+        }
+        self.restart_these(vec![slot], wait).await
+    }
+
+    async fn restart_these(&self, slots: Vec<u32>, wait: bool) -> Result<Vec<u8>, Refusal> {
         self.refuse_when_stopping()?;
         self.begin("restart")?;
         let control = self.clone();
         let rolling = tokio::spawn(async move {
-            let outcome = control.roll().await;
+            let outcome = control.roll(slots).await;
             control.note(|book| book.busy = None);
             outcome
         });
@@ -654,9 +706,8 @@ impl Control {
         Ok(protocol::done(&Restarted { slots: workers.len(), workers }))
     }
 
-    async fn roll(&self) -> Result<Vec<u64>, Refusal> {
+    async fn roll(&self, slots: Vec<u32>) -> Result<Vec<u64>, Refusal> {
         let mut fresh = Vec::new();
-        let slots = self.book().slots();
         for slot in slots {
             let old = self.book().worker_of(slot);
             self.refuse_when_stopping()?;

@@ -25,9 +25,11 @@
 mod cgroup;
 mod detect;
 mod event;
+mod figures;
 mod health;
 mod link;
 mod listener;
+mod measures;
 mod native;
 mod node;
 mod notify;
@@ -50,9 +52,11 @@ pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };
+pub use figures::{Figures, ListenerFigures, SlotFigures, Waits};
 pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
 #[cfg(feature = "axum")]
 pub use listener::{RemoteAddr, serve};
+pub use measures::{Measured, Measures};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
 pub use probe::{Probe, ProbeError};

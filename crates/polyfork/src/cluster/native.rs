@@ -58,6 +58,14 @@ impl Primary {
                     self.acknowledge_leaving(worker);
                 }
             }
+            ToPrimary::OffersMetrics => {
+                if let Some(w) = self.workers.get_mut(&worker) {
+                    w.habit.offers = true;
+                }
+            }
+            ToPrimary::Metrics { request, answer } => {
+                self.on_native_metrics(worker, request, answer);
+            }
             ToPrimary::Status { text } => {
                 if let Some(w) = self.workers.get(&worker) {
                     self.emit(Event::Status { who: w.who, text });

@@ -33,6 +33,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::event::{Carried, Via};
+use super::figures::ListenerFigures;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
@@ -104,6 +105,8 @@ pub(crate) struct Port {
     pub(crate) data: Option<RawJson>,
     /// It was given to this process and outlives it: what waits there at the end is for whoever has it next.
     given: bool,
+    /// What sockets of it that are closed by now had dropped.
+    dropped_before: u64,
     kind: Kind,
 }
 
@@ -184,6 +187,8 @@ pub(crate) struct Ports {
     refused_before: u64,
     /// Listening sockets that this process was given.
     activated: Vec<i32>,
+    /// What a worker's seat had been given by the kernel before it was this worker's.
+    given_before: BTreeMap<WorkerId, u64>,
 }
 
 impl Ports {
@@ -305,6 +310,7 @@ impl Ports {
             via: Arc::new(Via { policy, mechanism: carried, why }),
             data: None,
             given: given.is_some(),
+            dropped_before: 0,
             kind,
         })
     }
@@ -401,26 +407,34 @@ impl Ports {
     /// Closes a socket. Connections that wait on it and belong to nobody are dropped, as when a server closes.
     pub(crate) fn close(&mut self, id: ListenerId) -> Option<Address> {
         self.book.remove(id);
-        self.open.remove(&id).map(|port| port.address)
+        let port = self.open.remove(&id)?;
+        self.refused_before += port.dropped().unwrap_or(0);
+        Some(port.address)
     }
 
     /// Connections that the kernel turned away so far because a queue was full.
     pub(crate) fn refused(&self) -> u64 {
-        let dropped = |fd: BorrowedFd<'_>| reuseport::dropped(fd).unwrap_or(0);
-        let of = |port: &Port| match &port.kind {
-            Kind::Slots { group, .. } => {
-                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
-            }
-            Kind::Shared(fd) => dropped(fd.as_fd()),
-            Kind::SharedUnix(_) => 0,
-            Kind::Turns(turns) => dropped(turns.socket.get_ref().as_fd()),
+        self.refused_before + self.open.values().filter_map(Port::dropped).sum::<u64>()
+    }
+
+    /// What is to be known of each open socket.
+    pub(crate) fn figures(&self) -> Vec<ListenerFigures> {
+        let of = |port: &Port| ListenerFigures {
+            address: port.address.clone(),
+            dropped: port.dropped(),
+            queue: port.common_queue(),
         };
-        self.refused_before + self.open.values().map(of).sum::<u64>()
+        self.open.values().map(of).collect()
     }
 
     /// Connections that the kernel gave to this worker, where it counts them.
     pub(crate) fn given(&self, worker: WorkerId) -> Option<u64> {
-        let seat = self.seats.of(worker)?;
+        let before = self.given_before.get(&worker).copied().unwrap_or(0);
+        Some(self.given_to(self.seats.of(worker)?)?.saturating_sub(before))
+    }
+
+    /// Connections that the kernel gave to a seat, whoever sat there.
+    fn given_to(&self, seat: Seat) -> Option<u64> {
         let given = |port: &Port| match &port.kind {
             Kind::Slots { group, .. } => group.given(seat.0),
             _ => None,
@@ -626,6 +640,8 @@ impl Ports {
     pub(crate) fn take_seat(&mut self, worker: WorkerId, wish: Seat) -> Vec<String> {
         let (seat, new) = self.seats.take(worker, wish);
         if !new {
+            let before = self.given_to(seat).unwrap_or(0);
+            self.given_before.insert(worker, before);
             return Vec::new();
         }
         self.each_group(|group| group.add_slot(seat.0), seat, "add")
@@ -644,7 +660,7 @@ impl Ports {
                     strand(group, &[seat.0], now, stranded);
                 }
                 if let Kind::Slots { group, .. } = &port.kind {
-                    self.refused_before += group.dropped(seat.0).unwrap_or(0);
+                    port.dropped_before += group.dropped(seat.0).unwrap_or(0);
                     if group.live().is_empty() || group.selection() == Selection::Classic {
                         self.reset += u64::from(group.queue_depth(seat.0).unwrap_or(0));
                     }
@@ -715,6 +731,7 @@ impl Ports {
         self.seats.leave(worker);
         self.windows.remove(&worker);
         self.aside.remove(&worker);
+        self.given_before.remove(&worker);
         for port in self.open.values_mut() {
             if let Some(handoff) = port.handoff() {
                 handoff.died(worker);
@@ -912,6 +929,35 @@ impl Port {
             Kind::Shared(fd) => Some(fd.as_fd()),
             Kind::SharedUnix(listener) => Some(listener.as_fd()),
             Kind::Turns(_) => None,
+        }
+    }
+
+    /// Connections that the kernel turned away here because a queue was full; `None` where it does not say.
+    fn dropped(&self) -> Option<u64> {
+        let now = match (&self.kind, &self.address) {
+            (Kind::SharedUnix(_), _) | (_, Address::Unix(_)) => return None,
+            (Kind::Slots { group, .. }, _) => {
+                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
+            }
+            (Kind::Shared(fd), _) => reuseport::dropped(fd.as_fd()).ok()?,
+            (Kind::Turns(turns), _) => reuseport::dropped(turns.socket.get_ref().as_fd()).ok()?,
+        };
+        Some(self.dropped_before + now)
+    }
+
+    /// Connections that wait here for no worker in particular.
+    fn common_queue(&self) -> Option<u64> {
+        let waiting = |fd: BorrowedFd<'_>| match &self.address {
+            Address::Tcp(_) => reuseport::queue_depth(fd).ok().map(u64::from),
+            _ => None,
+        };
+        match &self.kind {
+            Kind::Slots { .. } | Kind::SharedUnix(_) => None,
+            Kind::Shared(fd) => waiting(fd.as_fd()),
+            Kind::Turns(turns) => {
+                let here = turns.handoff.counters().queued;
+                Some(here + waiting(turns.socket.get_ref().as_fd()).unwrap_or(0))
+            }
         }
     }
 

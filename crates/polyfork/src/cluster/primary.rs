@@ -26,8 +26,10 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
 use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::figures::{Figures, Tally};
 use super::health::{Allowance, Health};
 use super::link::Item;
+use super::measures::{Asked, Habit, Questions};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::probe::Probing;
@@ -119,6 +121,8 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Option<OwnedFd>>,
     },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
+    Figures(oneshot::Sender<Figures>),
+    Measures(oneshot::Sender<Asked>),
     Setup {
         settings: Box<Settings>,
         detected: Box<Detected>,
@@ -205,6 +209,8 @@ pub(crate) struct Worker {
     pub(crate) last_take_back: Option<Instant>,
     /// Native: it said that it leaves, and is told that it may once nothing waits for it.
     pub(crate) wants_to_leave: bool,
+    /// How it answers when it is asked what it measures.
+    pub(crate) habit: Habit,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<Answer>,
 }
@@ -237,6 +243,8 @@ pub(crate) struct Primary {
     pub(crate) watchdog: Watchdog,
     /// Control groups that cannot be removed yet.
     pub(crate) groups_left: Vec<LimitGroup>,
+    pub(crate) tally: Tally,
+    pub(crate) questions: Questions,
     /// For limits that are each worker's own.
     chance: Jitter,
     actions: Vec<Action>,
@@ -330,6 +338,8 @@ impl Primary {
             health: Health::default(),
             watchdog: Watchdog::default(),
             groups_left: Vec::new(),
+            tally: Tally::default(),
+            questions: Questions::default(),
             chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -544,6 +554,7 @@ impl Primary {
             }
             Action::SlotRetired { slot } => {
                 self.trim_seats();
+                self.tally.retired(slot.0);
                 self.emit(Event::SlotRetired { slot: slot.0 });
                 self.check_all_ready();
             }
@@ -664,6 +675,11 @@ impl Primary {
                 // The asker may have gone.
                 let _ = reply.send(self.status());
             }
+            Command::Figures(reply) => {
+                // The asker may have gone.
+                let _ = reply.send(self.figures());
+            }
+            Command::Measures(reply) => self.ask_measures(reply),
         }
     }
 
@@ -790,6 +806,7 @@ impl Primary {
                 silent: false,
                 last_take_back: None,
                 wants_to_leave: false,
+                habit: Habit::default(),
                 oom_kills: polyfork_sys::system::oom_kills(),
                 waiting_senders: VecDeque::new(),
             },
@@ -1063,6 +1080,8 @@ impl Primary {
     ) {
         let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
             Some(mut w) => {
+                self.count_gone(worker, &w);
+                self.measures_cannot_come(worker, w.who);
                 w.running.link.close();
                 self.give_up_group(w.running.group.take());
                 for waiting in w.waiting_senders.drain(..) {
@@ -1167,6 +1186,7 @@ impl Primary {
             return Err(SendError::Disconnected.into());
         }
         w.running.link.push_user_message(message)?;
+        self.tally.message_out(w.who.slot);
         self.flush(to);
         Ok(())
     }
@@ -1184,7 +1204,9 @@ impl Primary {
     }
 
     pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
+        let Some(message) = self.take_measures(worker, message) else { return };
         let Some(w) = self.workers.get(&worker) else { return };
+        self.tally.message_in(w.who.slot);
         let (who, ready_by) = (w.who, w.ready_by);
         if ready_by == Ready::Message
             && match &message {

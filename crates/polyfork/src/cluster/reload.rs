@@ -231,6 +231,7 @@ impl Primary {
 
     /// A connection was acknowledged this long after it was accepted.
     pub(crate) fn was_handed_over(&mut self, waited: Duration) {
+        self.tally.handed_over(waited);
         if let Some(reloading) = &mut self.reloading {
             reloading.waits.slowest = reloading.waits.slowest.max(waited);
         }

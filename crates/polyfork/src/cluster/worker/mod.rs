@@ -14,6 +14,7 @@ mod channel;
 mod identity;
 mod inbox;
 mod memory;
+mod metrics;
 mod reader;
 mod registry;
 mod run;
@@ -46,6 +47,7 @@ pub(crate) use channel::{Closed, Mark};
 use identity::Identity;
 pub use identity::{is_primary, is_worker};
 use inbox::Inbox;
+use metrics::Metrics;
 use reader::Reader;
 pub(crate) use registry::Source;
 use registry::{Opened, Registry};
@@ -103,6 +105,8 @@ pub(crate) struct Shared {
     welcome: OnceLock<Welcome>,
     /// Whether this process must end some time after its channel.
     owns_process: bool,
+    /// What the program measures of itself.
+    metrics: Metrics,
     /// What the primary shares with all its workers.
     memory: OnceLock<BTreeMap<String, SharedArrayBuffer>>,
 }
@@ -431,6 +435,31 @@ impl Worker {
         }
     }
 
+    /// Says how this worker answers when it is asked what it measures: `polyfork metrics`, and what `--metrics` serves, merge
+    /// the answers of all workers into what the primary tells of itself.
+    ///
+    /// `tell` gives text in the exposition format of Prometheus, as every metrics crate can write it. Of the same
+    /// series in several workers the sum is told, of gauges too; a comment `# AGGREGATE name max` in the text asks for `min`,
+    /// `max`, `average`, `first` or `omit` instead. Names that begin with `polyfork_` are the primary's own. Counters
+    /// never go back when a worker is replaced: the primary remembers what the ones before had counted.
+    ///
+    /// `tell` is called in a task of its own for each question, some times a minute as a rule; the question waits half
+    /// a second. A later call of `on_metrics` takes the place of an earlier one. Standalone, this does nothing.
+    ///
+    /// ```no_run
+    /// # fn example(worker: &polyfork::cluster::Worker) {
+    /// use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    ///
+    /// static JOBS: AtomicU64 = AtomicU64::new(0);
+    /// worker.on_metrics(|| format!("# TYPE jobs_total counter\njobs_total {}\n", JOBS.load(Relaxed)));
+    /// # }
+    /// ```
+    pub fn on_metrics(&self, tell: impl Fn() -> String + Send + Sync + 'static) {
+        if self.shared.metrics.set(std::sync::Arc::new(tell)) {
+            self.shared.tell(&ToPrimary::OffersMetrics);
+        }
+    }
+
     /// Waits until everything said so far has left this process, or the primary is gone. To be called before
     /// [`std::process::exit`]; [`run`] does it.
     pub async fn flush(&self) {
@@ -457,6 +486,7 @@ impl Shared {
             told,
             welcome: OnceLock::new(),
             owns_process,
+            metrics: Metrics::default(),
             memory: OnceLock::new(),
         }
     }
