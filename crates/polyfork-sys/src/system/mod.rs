@@ -17,8 +17,10 @@ use crate::wait::{self, Target};
 
 pub(crate) mod cgroup;
 mod code;
+mod local_time;
 
 pub use code::give_back_code;
+pub use local_time::{LocalTime, local_time};
 
 /// How many processors this process may really use.
 #[derive(Clone, Debug, PartialEq)]
