@@ -24,6 +24,9 @@ use tokio::sync::mpsc;
 use crate::args::{LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
 use crate::background::{self, Starter};
 use crate::clock;
+use crate::config;
+use crate::config::live::Live;
+use crate::config::renew::Renewal;
 use crate::control::book::{About, Book};
 use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
 use crate::control::name::Name;
@@ -67,6 +70,8 @@ pub(crate) struct Place {
     claim: Option<Claim>,
     about: About,
     background: Option<Background>,
+    /// When it reloads by itself.
+    renewal: Renewal,
 }
 
 /// What an app in the background has instead of a terminal.
@@ -85,6 +90,10 @@ pub(crate) struct Show {
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
     let json = args.show.json;
+    let args = match config::for_run(args) {
+        Ok(args) => args,
+        Err(refused) => return refuse(&refused, json),
+    };
     let explicit = args.name.is_some();
     let controlled = !args.no_control;
     let prepared = prepare(args).and_then(|prepared| match controlled {
@@ -106,7 +115,7 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
             return refuse(&Verdict { code: Code::Unexpected, text }, false);
         }
     };
-    match prepare_background(args) {
+    match config::for_primary(args).and_then(prepare_background) {
         Ok((mut prepared, logs)) => {
             prepared.start.warnings.iter().for_each(|text| starter.warning(text));
             prepared.place.background = Some(Background { starter, logs });
@@ -142,6 +151,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         enterable(directory)
             .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
     }
+    if args.command.is_empty() {
+        return Err(usage(config::NO_PROGRAM));
+    }
     let mut words = args.command.iter();
     let program = words.next().cloned().unwrap_or_default();
     let arguments: Vec<OsString> = words.cloned().collect();
@@ -170,7 +182,13 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .max_lifetime(args.max_lifetime.0)
         .max_connections(args.max_connections)
         .drain_preload(!args.no_drain_preload)
+        .stop_by(args.renew.stop_by)
+        .instance_var(&args.renew.instance_var)
+        .increment_var(args.renew.increment_var.clone())
         .limits(limits(&args));
+    if let Some(live) = args.config.live.clone() {
+        settings = settings.reload_from(move || read_again(&live));
+    }
     if let Some(dialect) = args.dialect.dialect() {
         settings = settings.dialect(dialect);
     }
@@ -190,10 +208,26 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         policy: polyfork::cluster::Policy::from(args.policy).to_string(),
         mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
         logs: None,
+        live: args.config.live.clone(),
     };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    let place = Place { about, ..Place::default() };
+    let place = Place { about, renewal: Renewal::of(&args), ..Place::default() };
     Ok(Prepared { settings, start, show, place })
+}
+
+/// What an app's configuration says by now, for a reload.
+fn read_again(live: &Live) -> Result<(Settings, Detected), String> {
+    let prepared = live.read_again().and_then(prepare).map_err(|refused| refused.text)?;
+    Ok((prepared.settings, prepared.start.detected))
+}
+
+/// Finds out what would keep an app from being started, as far as that can be known without starting it.
+///
+/// # Errors
+/// What would.
+pub(crate) fn look_over(args: StartArgs) -> Result<(), Refused> {
+    no_foreground(&args.run)?;
+    prepare(args.run).map(drop)
 }
 
 /// Takes the app's name, so that commands find it. An app in the foreground is worth more than its control socket: without
@@ -253,12 +287,7 @@ fn with_name(mut prepared: Prepared, claim: Claim) -> Prepared {
 
 fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let StartArgs { run, log } = args;
-    if run.no_control {
-        return Err(usage("--no-control: nobody could stop what is started in the background"));
-    }
-    if run.show.output == OutputArg::Inherit {
-        return Err(usage("--output inherit: in the background there is nothing to inherit"));
-    }
+    no_foreground(&run)?;
     let explicit = run.name.is_some();
     let prepared =
         prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
@@ -273,6 +302,17 @@ fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let mut prepared = with_name(prepared, claim);
     let logs = logs(&log, &name, &mut prepared.place.about)?;
     Ok((prepared, logs))
+}
+
+/// What makes sense in the foreground alone.
+fn no_foreground(run: &RunArgs) -> Result<(), Refused> {
+    if run.no_control {
+        return Err(usage("--no-control: nobody could stop what is started in the background"));
+    }
+    if run.show.output == OutputArg::Inherit {
+        return Err(usage("--output inherit: in the background there is nothing to inherit"));
+    }
+    Ok(())
 }
 
 fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refused> {
@@ -458,7 +498,8 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
             Err(error) => return Err(place.refuse(not_started(&error))),
         };
         let control = place.open(&cluster, &mut start)?;
-        let watch = Watch::new(&start, show, place.background, control);
+        let watch =
+            Watch::new(&start, show, place.background, control, &place.about, place.renewal);
         let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
         if let Some(claim) = place.claim {
             watch.take_leave(claim, &place.about, &verdict);
@@ -541,6 +582,9 @@ struct Watch {
     logs: Option<Writer>,
     starter: RefCell<Starter>,
     control: Option<Control>,
+    live: Option<Live>,
+    log_folder: Option<String>,
+    renewal: Renewal,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
     /// It was told that standard output loses lines.
@@ -553,6 +597,8 @@ impl Watch {
         show: Show,
         background: Option<Background>,
         control: Option<Control>,
+        about: &About,
+        renewal: Renewal,
     ) -> Watch {
         let mut report = if show.json {
             Report::Json(Json)
@@ -583,6 +629,9 @@ impl Watch {
             logs,
             starter: RefCell::new(starter),
             control,
+            live: about.live.clone(),
+            log_folder: about.logs.clone(),
+            renewal,
             passed_on: Cell::new(0),
             told_lost: Cell::new(false),
         };
@@ -616,7 +665,8 @@ impl Watch {
     ) -> Verdict {
         let output = self.pass_on(lines);
         let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
-        tokio::pin!(output, told);
+        let renewed = self.renew(cluster);
+        tokio::pin!(output, told, renewed);
         let mut output_ended = false;
         loop {
             tokio::select! {
@@ -624,6 +674,7 @@ impl Watch {
                 biased;
                 _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
+                () = &mut renewed => {}
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
             }
         }
@@ -696,6 +747,19 @@ impl Watch {
         }
     }
 
+    /// Reloads when files change or it is time to, for ever.
+    async fn renew(&self, cluster: &Cluster) {
+        let say = |text: &str| {
+            let text = words::harmless(text);
+            let line = match self.show.json {
+                true => json::warning(&text),
+                false => format!("polyfork: {text}\n"),
+            };
+            self.own(&line);
+        };
+        self.renewal.run(cluster, self.log_folder.as_deref().map(Path::new), say).await;
+    }
+
     /// Turns events into lines until the last one.
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
@@ -708,6 +772,9 @@ impl Watch {
                 _ => {}
             }
             observer(&event);
+            if let (Event::Reloaded(_), Some(live)) = (&event, &self.live) {
+                live.commit(&self.renewal);
+            }
             self.ledger.borrow_mut().event(&event);
             if let Some(control) = &self.control {
                 control.event(&event, &self.ledger.borrow());
@@ -721,7 +788,9 @@ impl Watch {
             match event {
                 Event::End(_) => return,
                 // What made it so is not needed until something happens.
-                Event::AllReady { .. } => polyfork::process::give_back_code(),
+                Event::AllReady { .. } | Event::Reloaded(_) => {
+                    polyfork::process::give_back_code();
+                }
                 _ => {}
             }
         }

@@ -12,6 +12,8 @@ use serde::Serialize;
 
 use super::usage::{self, Usage};
 use crate::clock;
+use crate::config::live::Live;
+use crate::config::wanted::Digest;
 use crate::ledger::Verdict;
 use crate::logs::writer::Losses;
 use crate::words;
@@ -57,6 +59,9 @@ pub(crate) struct About {
     pub(crate) mechanism: String,
     /// The folder of its logs, if it writes any.
     pub(crate) logs: Option<String>,
+    /// Its configuration, if it has one.
+    #[serde(skip)]
+    pub(crate) live: Option<Live>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -191,6 +196,11 @@ impl Book {
             code: *code,
             signal: signal.map(words::signal),
         });
+    }
+
+    /// What it was started with.
+    pub(crate) fn configuration(&self) -> Digest {
+        self.about.live.as_ref().map(Live::digest).unwrap_or_default()
     }
 
     /// Notes that it was asked to stop.

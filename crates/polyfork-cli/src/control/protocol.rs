@@ -28,6 +28,8 @@ pub(crate) enum Verb {
     Status,
     /// One line of a list.
     Brief,
+    /// What it was started with, for comparison.
+    Config,
     /// Every event from now on.
     Events,
     /// Another number of workers.
@@ -152,6 +154,7 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
     let verb = match raw.verb.as_str() {
         "status" => Verb::Status,
         "brief" => Verb::Brief,
+        "config" => Verb::Config,
         "events" => Verb::Events,
         "scale" => Verb::Scale(scale(&raw)?),
         "restart" => Verb::Restart,

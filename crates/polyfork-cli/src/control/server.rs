@@ -471,6 +471,7 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
             Ok(Answer::Line(protocol::done(&control.book().status(&living))))
         }
         Verb::Brief => Ok(Answer::Line(protocol::done(&control.book().brief()))),
+        Verb::Config => Ok(Answer::Line(protocol::done(&control.book().configuration()))),
         Verb::Events => control.listen().map(Answer::Stream),
         Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
         Verb::Restart => control.restart(wait).await.map(Answer::Line),
