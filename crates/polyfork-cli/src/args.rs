@@ -14,6 +14,7 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Probe, Ready, RestartPolicy};
 
+use crate::config::args::{ApplyArgs, CheckArgs, ConfigArgs, InitArgs, RenewArgs};
 use crate::control::name;
 use crate::control::protocol::Scale;
 use crate::exit;
@@ -38,6 +39,7 @@ Examples:
   polyfork run --listen :8000 -- uvicorn --fd 3 app:app
                                             each worker inherits a socket for port 8000
   polyfork start server.js                  in the background; then ls, status, logs, stop
+  polyfork init; polyfork start             apps as polyfork.toml has them; so has ecosystem.config.js
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
@@ -79,14 +81,18 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Run a program on all cores behind one port, in the foreground
-    #[command(override_usage = "polyfork run [OPTIONS] PROGRAM [ARGS]...")]
+    #[command(
+        override_usage = "polyfork run [OPTIONS] PROGRAM [ARGS]...\n       polyfork run [OPTIONS] [APP]"
+    )]
     Run(Box<RunArgs>),
     /// Run a built-in HTTP server on all cores and show who answers
     Demo(DemoArgs),
     /// Measure cluster, threads, spawn and fork on this machine: which one to take for what
     Advise(AdviseArgs),
     /// Run a program as `run` does, in the background; return when it is ready
-    #[command(override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...")]
+    #[command(
+        override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...\n       polyfork start [OPTIONS] [FILE] [APP]..."
+    )]
     Start(Box<StartArgs>),
     /// The background's end of `start`
     #[command(hide = true, override_usage = "polyfork primary [OPTIONS] PROGRAM [ARGS]...")]
@@ -110,6 +116,12 @@ pub(crate) enum Verb {
     Logs(LogsArgs),
     /// Follow what happens, as JSON lines
     Events(EventsArgs),
+    /// Look a configuration over: polyfork.toml, or PM2's ecosystem.config.js
+    Check(CheckArgs),
+    /// Make what runs be what a configuration says: tell what that takes, then do it
+    Apply(ApplyArgs),
+    /// Write a polyfork.toml that explains itself
+    Init(InitArgs),
     /// Show metrics, as Prometheus reads them
     Metrics(MetricsArgs),
     /// Watch apps live: processor, memory, connections, queues; and act on them
@@ -255,6 +267,19 @@ pub(crate) struct LogArgs {
         help_heading = "Logs"
     )]
     pub(crate) log_format: LogFormatArg,
+}
+
+impl Default for LogArgs {
+    /// For verbs that write no logs.
+    fn default() -> LogArgs {
+        LogArgs {
+            log_dir: None,
+            log_size: 10 << 20,
+            log_age: Limit(None),
+            log_keep: 0,
+            log_format: LogFormatArg::Text,
+        }
+    }
 }
 
 /// `--log-format`.
@@ -470,12 +495,7 @@ pub(crate) struct RunArgs {
     ///
     /// PROGRAM is an executable, looked up in PATH if it has no slash, or a file that a runtime runs: a
     /// JavaScript or TypeScript module, a Python script, a script with #!, a directory with a package.json.
-    #[arg(
-        value_names = ["PROGRAM", "ARGS"],
-        required = true,
-        num_args = 1..,
-        trailing_var_arg = true
-    )]
+    #[arg(value_names = ["PROGRAM", "ARGS"], num_args = 1.., trailing_var_arg = true)]
     pub(crate) command: Vec<OsString>,
 
     /// How many workers: a number, or max for every CPU that may be used
@@ -722,6 +742,12 @@ pub(crate) struct RunArgs {
     /// Do not open a control socket: `ls`, `status`, `stop` and the like cannot reach it
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_CONTROL", hide_env_values = true)]
     pub(crate) no_control: bool,
+
+    #[command(flatten)]
+    pub(crate) renew: RenewArgs,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
 
     #[command(flatten)]
     pub(crate) show: ShowArgs,
@@ -989,12 +1015,9 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
             "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into()
         }
-        ErrorKind::MissingRequiredArgument if !runs_programs(help) => {
+        ErrorKind::MissingRequiredArgument => {
             let missing = one_line(&error.render().to_string());
             format!("{missing} (see {help})")
-        }
-        ErrorKind::MissingRequiredArgument => {
-            "no program given: `polyfork run PROGRAM`, as in `polyfork run server.js`".into()
         }
         ErrorKind::InvalidSubcommand => no_such_verb(&text(ContextKind::InvalidSubcommand)),
         ErrorKind::UnknownArgument if !text(ContextKind::InvalidArg).starts_with('-') => {
@@ -1035,6 +1058,11 @@ fn runs_programs(help: &str) -> bool {
 fn painted(error: &clap::Error) -> String {
     let screen = error.render();
     if Paint::stdout().has_colours() { screen.ansi().to_string() } else { screen.to_string() }
+}
+
+/// What is wrong with a command line, in one line.
+pub(crate) fn in_one_line(error: &clap::Error) -> String {
+    one_line(&error.render().to_string())
 }
 
 /// Clap's `error: what`, possible values and tips, without the usage that follows.
@@ -1146,7 +1174,6 @@ mod tests {
 
     #[test]
     fn a_missing_program_and_a_missing_verb_are_told() {
-        assert!(wrong(&["run"]).contains("polyfork run PROGRAM"));
         assert!(wrong(&["run", "--workers"]).contains("--workers"));
         assert!(wrong(&[]).contains("polyfork run PROGRAM"));
     }

@@ -108,6 +108,8 @@ fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
         policy: polyfork::cluster::Policy::from(args.policy).to_string(),
         mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
         logs: None,
+        metrics: None,
+        live: None,
     };
     Ok(Prepared { settings, start, show, place: Place::of(about) })
 }

@@ -63,7 +63,7 @@ pub(crate) const TABLE: [Row; 17] = [
         "stopped as asked, after workers finished or their grace period was over",
     ),
     row(Code::Unexpected, "unexpected", "a system error that has no code of its own"),
-    row(Code::Usage, "usage", "the command line is wrong"),
+    row(Code::Usage, "usage", "the command line, or a configuration file, is wrong"),
     row(Code::NoProgram, "no_program", "no such program, or it cannot be executed"),
     row(Code::NoRuntime, "no_runtime", "no runtime (node, deno, bun, python3 ...) for the program"),
     row(Code::AddressInUse, "address_in_use", "another program listens on the address"),

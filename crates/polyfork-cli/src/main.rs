@@ -1,8 +1,8 @@
 //! The `polyfork` command: every core behind one port, from any program.
 //!
 //! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
-//! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `control` is how
-//! they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
+//! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `config` is files
+//! that say what is to run, `control` is how they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
 //!
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
 #![forbid(unsafe_code)]
@@ -19,6 +19,7 @@ mod advise;
 mod args;
 mod background;
 mod clock;
+mod config;
 mod control;
 mod demo;
 mod doctor;
@@ -52,6 +53,8 @@ fn main() -> ExitCode {
             Verb::Man(args) => pages::man(&args),
             Verb::Completions(args) => pages::completions(&args),
             Verb::Names => pages::names(),
+            Verb::Check(args) => config::check::run(args),
+            Verb::Init(args) => config::init::run(args),
             verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {

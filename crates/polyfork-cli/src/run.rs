@@ -24,6 +24,9 @@ use tokio::sync::mpsc;
 use crate::args::{CgroupArg, LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
 use crate::background::{self, Starter};
 use crate::clock;
+use crate::config;
+use crate::config::live::Live;
+use crate::config::renew::Renewal;
 use crate::control::book::{About, Book};
 use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
 use crate::control::name::Name;
@@ -70,6 +73,8 @@ pub(crate) struct Place {
     claim: Option<Claim>,
     about: About,
     background: Option<Background>,
+    /// When it reloads by itself.
+    renewal: Renewal,
     measured: Measured,
 }
 
@@ -96,6 +101,10 @@ pub(crate) struct Show {
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
     let json = args.show.json;
+    let args = match config::for_run(args) {
+        Ok(args) => args,
+        Err(refused) => return refuse(&refused, json),
+    };
     match prepare_run(args).and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
         Ok(code) => code,
         Err(refused) => refuse(&refused, json),
@@ -125,7 +134,7 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
             return refuse(&Verdict { code: Code::Unexpected, text }, false);
         }
     };
-    match prepare_background(args) {
+    match config::for_primary(args).and_then(prepare_background) {
         Ok((mut prepared, logs)) => {
             prepared.start.warnings.iter().for_each(|text| starter.warning(text));
             prepared.place.background = Some(Background { starter, logs });
@@ -161,6 +170,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         enterable(directory)
             .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
     }
+    if args.command.is_empty() {
+        return Err(usage(config::NO_PROGRAM));
+    }
     let mut words = args.command.iter();
     let program = words.next().cloned().unwrap_or_default();
     let arguments: Vec<OsString> = words.cloned().collect();
@@ -192,7 +204,13 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .probe(probe(&args))
         .cgroup(cgroup(&args))
         .drain_preload(!args.no_drain_preload)
+        .stop_by(args.renew.stop_by)
+        .instance_var(&args.renew.instance_var)
+        .increment_var(args.renew.increment_var.clone())
         .limits(limits(&args));
+    if let Some(live) = args.config.live.clone() {
+        settings = settings.reload_from(move || read_again(&live));
+    }
     if let Some(dialect) = args.dialect.dialect() {
         settings = settings.dialect(dialect);
     }
@@ -221,11 +239,27 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
         logs: None,
         metrics: None,
+        live: args.config.live.clone(),
     };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
     let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
-    let place = Place { measured, ..Place::of(about) };
+    let place = Place { measured, renewal: Renewal::of(&args), ..Place::of(about) };
     Ok(Prepared { settings, start, show, place })
+}
+
+/// What an app's configuration says by now, for a reload.
+fn read_again(live: &Live) -> Result<(Settings, Detected), String> {
+    let prepared = live.read_again().and_then(prepare).map_err(|refused| refused.text)?;
+    Ok((prepared.settings, prepared.start.detected))
+}
+
+/// Finds out what would keep an app from being started, as far as that can be known without starting it.
+///
+/// # Errors
+/// What would.
+pub(crate) fn look_over(args: StartArgs) -> Result<(), Refused> {
+    no_foreground(&args.run)?;
+    prepare(args.run).map(drop)
 }
 
 /// Takes the app's name, so that commands find it. An app in the foreground is worth more than its control socket: without
@@ -310,12 +344,7 @@ pub(crate) fn claim_in_background(wanted: &str, explicit: bool) -> Result<Claim,
 
 fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let StartArgs { run, log } = args;
-    if run.no_control {
-        return Err(usage("--no-control: nobody could stop what is started in the background"));
-    }
-    if run.show.output == OutputArg::Inherit {
-        return Err(usage("--output inherit: in the background there is nothing to inherit"));
-    }
+    no_foreground(&run)?;
     let explicit = run.name.is_some();
     let name = name_of(&run);
     let given = Some(log.log_dir.as_deref());
@@ -330,6 +359,17 @@ fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let mut prepared = with_name(prepared, claim);
     let logs = logs(&log, settled.logs, &mut prepared.place.about)?;
     Ok((prepared, logs))
+}
+
+/// What makes sense in the foreground alone.
+fn no_foreground(run: &RunArgs) -> Result<(), Refused> {
+    if run.no_control {
+        return Err(usage("--no-control: nobody could stop what is started in the background"));
+    }
+    if run.show.output == OutputArg::Inherit {
+        return Err(usage("--output inherit: in the background there is nothing to inherit"));
+    }
+    Ok(())
 }
 
 /// `made`: the folder, if it had to be made before.
@@ -583,7 +623,8 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
                 return Err(place.refuse(Verdict { code: Code::Unexpected, text }));
             }
         };
-        let watch = Watch::new(&start, show, place.background, control, manager);
+        let told = (&place.about, place.renewal, manager);
+        let watch = Watch::new(&start, show, place.background, control, told);
         let verdict = watch.to_the_end(&cluster, lines, observer(&cluster)).await;
         if let Some(claim) = place.claim {
             watch.take_leave(claim, &place.about, &verdict);
@@ -694,6 +735,9 @@ struct Watch {
     starter: RefCell<Starter>,
     control: Option<Control>,
     manager: Manager,
+    live: Option<Live>,
+    log_folder: Option<String>,
+    renewal: Renewal,
     /// Lines of workers dealt with so far.
     passed_on: Cell<u64>,
     /// It was told that standard output loses lines.
@@ -706,7 +750,7 @@ impl Watch {
         show: Show,
         background: Option<Background>,
         control: Option<Control>,
-        manager: Manager,
+        (about, renewal, manager): (&About, Renewal, Manager),
     ) -> Watch {
         let mut report = if show.json {
             Report::Json(Json)
@@ -738,6 +782,9 @@ impl Watch {
             starter: RefCell::new(starter),
             control,
             manager,
+            live: about.live.clone(),
+            log_folder: about.logs.clone(),
+            renewal,
             passed_on: Cell::new(0),
             told_lost: Cell::new(false),
         };
@@ -771,7 +818,8 @@ impl Watch {
     ) -> Verdict {
         let output = self.pass_on(lines);
         let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
-        tokio::pin!(output, told);
+        let renewed = self.renew(cluster);
+        tokio::pin!(output, told, renewed);
         let mut output_ended = false;
         loop {
             tokio::select! {
@@ -779,6 +827,7 @@ impl Watch {
                 biased;
                 _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
+                () = &mut renewed => {}
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
                 () = self.manager.stay_alive(cluster) => {}
             }
@@ -852,6 +901,19 @@ impl Watch {
         }
     }
 
+    /// Reloads when files change or it is time to, for ever.
+    async fn renew(&self, cluster: &Cluster) {
+        let say = |text: &str| {
+            let text = words::harmless(text);
+            let line = match self.show.json {
+                true => json::warning(&text),
+                false => format!("polyfork: {text}\n"),
+            };
+            self.own(&line);
+        };
+        self.renewal.run(cluster, self.log_folder.as_deref().map(Path::new), say).await;
+    }
+
     /// Turns events into lines until the last one.
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
@@ -865,6 +927,9 @@ impl Watch {
             }
             observer(&event);
             self.manager.event(&event);
+            if let (Event::Reloaded(_), Some(live)) = (&event, &self.live) {
+                live.commit(&self.renewal);
+            }
             self.ledger.borrow_mut().event(&event);
             if let Some(control) = &self.control {
                 control.event(&event, &self.ledger.borrow());
@@ -878,7 +943,9 @@ impl Watch {
             match event {
                 Event::End(_) => return,
                 // What made it so is not needed until something happens.
-                Event::AllReady { .. } => polyfork::process::give_back_code(),
+                Event::AllReady { .. } | Event::Reloaded(_) => {
+                    polyfork::process::give_back_code();
+                }
                 _ => {}
             }
         }

@@ -39,7 +39,7 @@ pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
 pub use seats::{Seat, Seats};
 pub use supervisor::{
     Action, Exit, Input, Outcome, Plan, Reason, ReloadFault, ReloadPlan, Report, SlotState,
-    SlotView, Supervisor, WorkerState, WorkerView,
+    SlotView, Supervisor, SupervisorLimits, WorkerState, WorkerView,
 };
 pub use time::Time;
 pub use turn::Turn;

@@ -47,8 +47,8 @@ mod record;
 mod reload;
 
 pub use api::{
-    Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, WorkerState,
-    WorkerView,
+    Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, SupervisorLimits,
+    WorkerState, WorkerView,
 };
 use record::{Manner, Pending, Slot, Wait, Worker};
 use reload::Reload;
@@ -123,6 +123,12 @@ impl Supervisor {
             reload: None,
             queued_reload: None,
         }
+    }
+
+    /// Other limits from now on, for whatever begins from now on: a wait that is under way keeps its end.
+    pub fn set_limits(&mut self, limits: SupervisorLimits) {
+        let SupervisorLimits { ready_timeout, grace, restart } = limits;
+        self.plan = Plan { ready_timeout, grace, restart, ..self.plan.clone() };
     }
 
     /// Takes in what happened at `now` and appends what is to be done to `out`, to be carried out in that order.

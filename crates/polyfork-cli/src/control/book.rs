@@ -12,6 +12,8 @@ use serde::Serialize;
 
 use super::usage::{self, Usage};
 use crate::clock;
+use crate::config::live::Live;
+use crate::config::wanted::Digest;
 use crate::ledger::Verdict;
 use crate::logs::writer::Losses;
 use crate::metrics::counts::Counts;
@@ -61,6 +63,9 @@ pub(crate) struct About {
     pub(crate) logs: Option<String>,
     /// Where its metrics are served, if they are.
     pub(crate) metrics: Option<String>,
+    /// Its configuration, if it has one.
+    #[serde(skip)]
+    pub(crate) live: Option<Live>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -214,6 +219,11 @@ impl Book {
             code: *code,
             signal: signal.map(words::signal),
         });
+    }
+
+    /// What it was started with.
+    pub(crate) fn configuration(&self) -> Digest {
+        self.about.live.as_ref().map(Live::digest).unwrap_or_default()
     }
 
     /// Notes that it was asked to stop.

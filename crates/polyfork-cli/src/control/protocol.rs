@@ -33,6 +33,8 @@ pub(crate) enum Verb {
         /// As values instead of text.
         json: bool,
     },
+    /// What it was started with, for comparison.
+    Config,
     /// Every event from now on.
     Events,
     /// Another number of workers.
@@ -180,6 +182,7 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
             let slot = raw.slot.ok_or_else(|| Refusal::bad("restart_slot needs `slot`"))?;
             Verb::RestartSlot { slot }
         }
+        "config" => Verb::Config,
         "events" => Verb::Events,
         "scale" => Verb::Scale(scale(&raw)?),
         "restart" => Verb::Restart,

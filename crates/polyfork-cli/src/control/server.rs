@@ -556,6 +556,7 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
             }))
         }
         Verb::RestartSlot { slot } => control.restart_slot(slot, wait).await.map(Answer::Line),
+        Verb::Config => Ok(Answer::Line(protocol::done(&control.book().configuration()))),
         Verb::Events => control.listen().map(Answer::Stream),
         Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
         Verb::Restart => control.restart(wait).await.map(Answer::Line),

@@ -32,6 +32,17 @@ pub struct Plan {
     pub seed: u64,
 }
 
+/// What can be changed of a [`Plan`] while a cluster runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SupervisorLimits {
+    /// As [`Plan::ready_timeout`].
+    pub ready_timeout: Option<Duration>,
+    /// As [`Plan::grace`].
+    pub grace: Duration,
+    /// As [`Plan::restart`].
+    pub restart: RestartPolicy,
+}
+
 impl Default for Plan {
     /// One supervised worker, no limit until it is ready, 30 s of grace and 2 s more.
     fn default() -> Plan {

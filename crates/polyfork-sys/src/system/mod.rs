@@ -18,9 +18,11 @@ use crate::wait::{self, Target};
 pub(crate) mod cgroup;
 mod code;
 mod limits;
+mod local_time;
 
 pub use code::give_back_code;
 pub use limits::{LimitGroup, Limits, prefer_as_oom_victim, sweep};
+pub use local_time::{LocalTime, local_time};
 
 /// How many processors this process may really use.
 #[derive(Clone, Debug, PartialEq)]

@@ -63,7 +63,7 @@ pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
     Address, AddressError, CgroupLimits, DefaultWorkers, Dialect, Mechanism, Output, OutputLine,
-    Policy, Ready, Serialization, Settings, Stream, default_workers, usable_cpus,
+    Policy, Ready, Serialization, Settings, StopBy, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
 
@@ -349,6 +349,22 @@ impl Cluster {
     /// # Ok(()) }
     /// ```
     pub async fn reload(&self, options: ReloadOptions) -> Result<ReloadReport, ReloadError> {
+        let mut options = options;
+        if options.settings.is_none() {
+            match self.asked_source().await {
+                Ok(None) => {}
+                Ok(Some((settings, detected))) => {
+                    options.settings = Some(settings);
+                    options.from_source = true;
+                    return self.ask_to_reload(options, Some(Box::new(detected))).await;
+                }
+                Err(why) => {
+                    let (reply, answer) = oneshot::channel();
+                    self.command(Command::NotReloaded { why, reply }).await;
+                    return answer.await.unwrap_or(Err(ReloadError::Ended));
+                }
+            }
+        }
         let detected = match &options.settings {
             None => None,
             Some(settings) => {
@@ -361,6 +377,31 @@ impl Cluster {
                 Some(Box::new(detected))
             }
         };
+        self.ask_to_reload(options, detected).await
+    }
+
+    /// What [`Settings::reload_from`] says now.
+    async fn asked_source(&self) -> Result<Option<(Settings, Detected)>, ReloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Settings(reply)).await;
+        let old = answer.await.map_err(|_| ReloadError::Ended)?;
+        let Some(source) = old.reload_from.clone() else { return Ok(None) };
+        let asked = tokio::task::spawn_blocking(move || (source.0)()).await;
+        let asked = asked.map_err(|_| "the source of settings broke off".to_owned());
+        let (new, mut detected) = asked.and_then(|answer| answer).map_err(ReloadError::Settings)?;
+        detected.dialect = new.dialect.unwrap_or(detected.dialect);
+        primary::check_pipes(&new, detected.dialect)
+            .map_err(|error| ReloadError::Settings(error.to_string()))?;
+        // What workers write goes where it went, and the next reload asks the same source.
+        let settings = Settings { output: old.output, reload_from: old.reload_from, ..new };
+        Ok(Some((settings, detected)))
+    }
+
+    async fn ask_to_reload(
+        &self,
+        options: ReloadOptions,
+        detected: Option<Box<Detected>>,
+    ) -> Result<ReloadReport, ReloadError> {
         let (reply, answer) = oneshot::channel();
         self.command(Command::Reload { options: Box::new(options), detected, reply }).await;
         answer.await.unwrap_or(Err(ReloadError::Ended))

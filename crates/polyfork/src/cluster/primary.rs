@@ -34,8 +34,8 @@ use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
 use super::probe::Probing;
 use super::process::{self, Environment, Running, Stdio};
-use super::reload::{self, Launch, ReloadOptions, Reloading};
-use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
+use super::reload::{self, Launch, ReloadError, ReloadOptions, Reloading};
+use super::settings::{Address, Dialect, Mechanism, Ready, Settings, StopBy};
 use super::stuck::Watch;
 use super::{SendError, StartError, WorkerStatus, cgroup, probe, watchdog};
 
@@ -134,6 +134,11 @@ pub(crate) enum Command {
         detected: Option<Box<Detected>>,
         reply: oneshot::Sender<reload::Answer>,
     },
+    /// There were no settings to reload with.
+    NotReloaded {
+        why: ReloadError,
+        reply: oneshot::Sender<reload::Answer>,
+    },
     ReapStrangers,
 }
 
@@ -167,6 +172,8 @@ pub(crate) struct Worker {
     pub(crate) generation: u32,
     /// What makes it ready.
     pub(crate) ready_by: Ready,
+    /// How it is asked to leave.
+    stop_by: StopBy,
     /// Connections that it acknowledged.
     pub(crate) handed_over: u64,
     /// How much of everything it may have.
@@ -216,8 +223,9 @@ pub(crate) struct Worker {
 }
 
 /// What its settings ask of a worker, as they were when it was started.
-struct Asked {
+struct Terms {
     ready_by: Ready,
+    stop_by: StopBy,
     watchdog: Option<Duration>,
     allowance: Allowance,
     probing: Option<Probing>,
@@ -666,6 +674,7 @@ impl Primary {
             Command::Reload { options, detected, reply } => {
                 self.reload(*options, detected.map(|detected| *detected), reply);
             }
+            Command::NotReloaded { why, reply } => self.refuse(reply, why),
             Command::Settings(reply) => {
                 // The asker may have gone.
                 let _ = reply.send(self.settings.clone());
@@ -730,6 +739,7 @@ impl Primary {
         };
         let (ready_by, watchdog) = (settings.ready_by(), settings.watchdog);
         let probing = settings.probe.as_ref().map(Probing::new);
+        let stop_by = settings.stop_by;
         let allowance = Allowance::draw(settings, &mut self.chance);
         let request = process::Request {
             slot,
@@ -745,8 +755,8 @@ impl Primary {
         };
         match process::start(request) {
             Ok(running) => {
-                let asked = Asked { ready_by, watchdog, allowance, probing };
-                self.spawned(slot, worker, generation, asked, running);
+                let terms = Terms { ready_by, stop_by, watchdog, allowance, probing };
+                self.spawned(slot, worker, generation, terms, running);
             }
             Err(error) => {
                 let transient = error.is_transient();
@@ -769,10 +779,10 @@ impl Primary {
         slot: SlotId,
         worker: WorkerId,
         generation: u32,
-        asked: Asked,
+        terms: Terms,
         running: Running,
     ) {
-        let Asked { ready_by, watchdog, allowance, probing } = asked;
+        let Terms { ready_by, stop_by, watchdog, allowance, probing } = terms;
         let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
         let has_channel = running.link.exists();
         self.workers.insert(
@@ -782,6 +792,7 @@ impl Primary {
                 running,
                 generation,
                 ready_by,
+                stop_by,
                 handed_over: 0,
                 allowance,
                 started: Instant::now(),
@@ -966,15 +977,27 @@ impl Primary {
         if std::mem::replace(&mut w.leaving, true) {
             return;
         }
-        match self.detected.dialect {
+        let (has_channel, prefixed) = (!w.channel_ended, w.prefixed);
+        match (w.stop_by, self.detected.dialect) {
+            (StopBy::Signal(signal), _) => self.signal(worker, signal),
+            (StopBy::Message, Dialect::Node) if has_channel => self.say_shutdown(worker),
             // Bun closes its channel on `disconnect` and goes on serving: it is asked as any other program is.
-            Dialect::Node if !w.channel_ended && !w.prefixed => self.tell_node_stop(worker),
-            Dialect::Native if !w.channel_ended => self.tell_native_stop(worker, grace),
+            (_, Dialect::Node) if has_channel && !prefixed => self.tell_node_stop(worker),
+            (_, Dialect::Native) if has_channel => self.tell_native_stop(worker, grace),
             _ => self.signal(worker, libc::SIGTERM),
         }
         if self.stopping && self.workers.values().all(|w| w.leaving) {
             self.ports.close_all();
         }
+    }
+
+    /// PM2's way: the program is told, and does the rest.
+    fn say_shutdown(&mut self, worker: WorkerId) {
+        let message = Outgoing::new("shutdown", None, &self.spoken);
+        if self.push_message(worker, &message).is_err() {
+            self.signal(worker, libc::SIGTERM);
+        }
+        self.refresh_ports();
     }
 
     fn signal(&mut self, worker: WorkerId, signal: i32) {

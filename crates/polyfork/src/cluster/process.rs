@@ -259,7 +259,11 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     for (key, value) in environment.of_worker(extra_env, &for_preload(&request)) {
         command.env(key, value);
     }
-    command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
+    let number = slot.0.saturating_sub(1);
+    command.env(&settings.instance_var, number.to_string());
+    if let Some((name, value)) = incremented(settings, number) {
+        command.env(name, value);
+    }
     if let Some(directory) = &settings.cwd {
         command.current_dir(directory);
     }
@@ -318,6 +322,14 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     tokio::spawn(watch(worker, Arc::clone(&pidfd), request.io.clone()));
     let pid = child.pid();
     Ok(Running { pid, pidfd, link, cookie, group, pipes: further, _notify: notify })
+}
+
+/// The variable that is another one for each worker.
+fn incremented(settings: &Settings, number: u32) -> Option<(&str, String)> {
+    let name = settings.increment_var.as_deref()?;
+    let (_, base) = settings.env.iter().rev().find(|(key, _)| key == name)?;
+    let base: u64 = base.to_str()?.trim().parse().ok()?;
+    Some((name, base.checked_add(u64::from(number))?.to_string()))
 }
 
 /// Our end of a worker's channel.

@@ -9,12 +9,14 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::RestartPolicy;
 use polyfork_wire::limits::Limits;
 use tokio::sync::mpsc;
 
+use super::detect::Detected;
 use super::probe::Probe;
 use crate::shared_memory::SharedArrayBuffer;
 
@@ -95,6 +97,32 @@ pub struct CgroupLimits {
     pub cpus: Option<f64>,
     /// Without the right to make groups: go on without limits, with a notice, instead of failing at the start.
     pub optional: bool,
+}
+
+/// How a worker is asked to finish and leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum StopBy {
+    /// What fits the dialect: `disconnect` for node, its own word for native, SIGTERM for sockets.
+    #[default]
+    Auto,
+    /// The message `shutdown` (PM2: `shutdown_with_message`). The program closes its servers and leaves by itself. Where
+    /// there is no channel, as [`StopBy::Auto`].
+    Message,
+    /// A signal, e.g. `libc::SIGINT`.
+    Signal(i32),
+}
+
+/// What a reload asks for settings, see [`Settings::reload_from`].
+#[derive(Clone)]
+pub(crate) struct ReloadSource(pub(crate) Arc<Source>);
+
+type Source = dyn Fn() -> Result<(Settings, Detected), String> + Send + Sync;
+
+impl fmt::Debug for ReloadSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReloadSource")
+    }
 }
 
 /// An address to listen on.
@@ -190,7 +218,14 @@ pub struct Settings {
     pub(crate) pipes: BTreeSet<u32>,
     pub(crate) memory: BTreeMap<String, SharedArrayBuffer>,
     pub(crate) watchdog: Option<Duration>,
+    pub(crate) stop_by: StopBy,
+    pub(crate) instance_var: String,
+    pub(crate) increment_var: Option<String>,
+    pub(crate) reload_from: Option<ReloadSource>,
 }
+
+/// Which variable tells a worker its number, unless asked otherwise; PM2's name for it.
+const INSTANCE_VAR: &str = "NODE_APP_INSTANCE";
 
 impl Settings {
     /// A cluster of `program`, a path or a name that is looked up in `PATH`.
@@ -228,6 +263,10 @@ impl Settings {
             pipes: BTreeSet::new(),
             memory: BTreeMap::new(),
             watchdog: None,
+            stop_by: StopBy::default(),
+            instance_var: INSTANCE_VAR.to_owned(),
+            increment_var: None,
+            reload_from: None,
         }
     }
 
@@ -447,6 +486,41 @@ impl Settings {
     #[must_use]
     pub fn watchdog(mut self, limit: Option<Duration>) -> Self {
         self.watchdog = limit;
+        self
+    }
+
+    /// How workers are asked to finish and leave. Default: what fits the dialect.
+    #[must_use]
+    pub fn stop_by(mut self, how: StopBy) -> Self {
+        self.stop_by = how;
+        self
+    }
+
+    /// The variable that tells each worker its number, from 0 (PM2: `instance_var`). Default `NODE_APP_INSTANCE`.
+    #[must_use]
+    pub fn instance_var(mut self, name: impl Into<String>) -> Self {
+        self.instance_var = name.into();
+        self
+    }
+
+    /// A variable of [`Settings::env`] that holds a whole number, and to which each worker's number is added (PM2:
+    /// `increment_var`): with `PORT=3000` the worker of slot 3 gets 3002. Anything else is left as it is.
+    #[must_use]
+    pub fn increment_var(mut self, name: Option<String>) -> Self {
+        self.increment_var = name;
+        self
+    }
+
+    /// Where a reload that was given no settings takes them from: a configuration that is read again, for one. Called on
+    /// a thread of its own. What it gives replaces program, arguments, environment, limits, grace period, restart policy and,
+    /// if it differs from what it was, the number of workers; policy, mechanism and addresses stay as they are.
+    /// An error ends the reload before it began ([`ReloadError::Settings`](super::ReloadError::Settings)).
+    #[must_use]
+    pub fn reload_from(
+        mut self,
+        source: impl Fn() -> Result<(Settings, Detected), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.reload_from = Some(ReloadSource(Arc::new(source)));
         self
     }
 
