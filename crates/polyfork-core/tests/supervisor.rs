@@ -8,7 +8,7 @@ use std::time::Duration;
 use polyfork_core::supervisor::{DRAIN_LIMIT, MAX_LEAVING, MAX_SLOTS, START_GRACE};
 use polyfork_core::{
     Action, Exit, Input, Outcome, Plan, Reason, Report, RestartPolicy, SlotId, SlotState,
-    Supervisor, Time, WorkerId, WorkerState,
+    Supervisor, SupervisorLimits, Time, WorkerId, WorkerState,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -356,6 +356,24 @@ fn disconnected_worker_is_drained_told_and_replaced() {
     assert_eq!(out, [Action::TellStop { worker: w(2), grace }]);
     assert!(cluster.feed(Input::Drained { worker: w(2) }).is_empty(), "told once");
     assert_eq!(reason(&cluster.exit(2, Exit::Code(0))), Reason::Asked);
+}
+
+#[test]
+fn other_limits_hold_for_what_begins_after_them() {
+    let mut cluster = Cluster::ready(plan(2));
+    let tell = |cluster: &mut Cluster, n| {
+        cluster.feed(Input::Disconnect { worker: w(n) });
+        cluster.feed(Input::Drained { worker: w(n) })
+    };
+    let before = Plan::default().grace;
+    assert_eq!(tell(&mut cluster, 1), [Action::TellStop { worker: w(1), grace: before }]);
+    let restart = RestartPolicy::default();
+    cluster.supervisor.set_limits(SupervisorLimits { ready_timeout: None, grace: SECOND, restart });
+    assert_eq!(tell(&mut cluster, 2), [Action::TellStop { worker: w(2), grace: SECOND }]);
+    // The first one keeps the time it was promised.
+    let out = cluster.pass(SECOND);
+    assert!(out.contains(&Action::Terminate { worker: w(2) }), "{out:?}");
+    assert!(!out.contains(&Action::Terminate { worker: w(1) }), "{out:?}");
 }
 
 #[test]

@@ -160,7 +160,8 @@ pub(crate) fn read(path: &Path, value: &Value, profile: Option<&str>) -> (Vec<Wa
         };
         let mut reader =
             Reader { path, app, name: format!("apps[{number}]"), profile, faults: Vec::new() };
-        let wanted = reader.wanted();
+        let mut wanted = reader.wanted();
+        reader.user(&mut wanted, keys.iter().any(|key| key.name == "user"));
         for (key, values) in &wanted.options {
             let known = keys.iter().find(|known| known.name == *key);
             if let Some(Err(why)) = known.map(|known| known.check(&command, values)) {
@@ -238,7 +239,6 @@ impl Reader<'_> {
         self.workers(&mut wanted);
         self.life(&mut wanted);
         self.renewal(&mut wanted);
-        self.user();
         self.tell_of_others();
         wanted
     }
@@ -441,7 +441,8 @@ impl Reader<'_> {
         }
     }
 
-    fn user(&mut self) {
+    /// Another user is one that can be had, or a mistake. `can` is whether there is an option for it.
+    fn user(&mut self, wanted: &mut Wanted, can: bool) {
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
         let user = std::env::var("USER").unwrap_or_default();
         let is_other = |asked: Option<String>, own: u32| {
@@ -449,7 +450,11 @@ impl Reader<'_> {
         };
         let other = is_other(self.text(&["uid", "user"]), uid.as_raw())
             .or_else(|| is_other(self.text(&["gid"]), gid.as_raw()));
-        if let Some(other) = other {
+        if let (true, Some(_)) = (can, &other) {
+            let named = self.text(&["uid", "user"]).unwrap_or_else(|| uid.as_raw().to_string());
+            let group = self.text(&["gid"]).map_or(String::new(), |group| format!(":{group}"));
+            wanted.options.insert("user".into(), vec![format!("{named}{group}")]);
+        } else if let Some(other) = other {
             self.wrong(format!(
                 "it is to run as {other:?}: start it as that user; no user is changed by this file"
             ));
@@ -672,8 +677,9 @@ mod tests {
 
     #[test]
     fn another_user_is_never_ignored_and_other_keys_are_named() {
-        let (_, told) = one(json!({"script": "a.js", "uid": "nobody-at-all"}));
-        assert!(told[0].contains("nobody-at-all"), "{told:?}");
+        let (app, told) = one(json!({"script": "a.js", "uid": "nobody-at-all"}));
+        let refused = told.iter().any(|line| line.contains("nobody-at-all"));
+        assert!(refused || app.options["user"] == ["nobody-at-all"], "{told:?}");
         let (_, told) =
             one(json!({"script": "a.js", "pmx": false, "vizion": null, "exec_mod": "fork"}));
         assert_eq!(told.len(), 2, "{told:?}");
