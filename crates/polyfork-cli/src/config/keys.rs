@@ -57,7 +57,7 @@ const FOREIGN: [(&str, &str); 22] = [
 ];
 
 /// Keys whose change takes a new primary. All others take effect at a reload.
-pub(crate) const FIXED: [&str; 11] = [
+pub(crate) const FIXED: [&str; 16] = [
     "policy",
     "mechanism",
     "dialect",
@@ -69,6 +69,11 @@ pub(crate) const FIXED: [&str; 11] = [
     "log_age",
     "log_keep",
     "log_format",
+    "user",
+    "umask",
+    "metrics",
+    "metrics_on_network",
+    "no_app_metrics",
 ];
 
 /// What a key takes.

@@ -122,6 +122,9 @@ fn init_writes_what_check_takes_and_overwrites_nothing() {
         if key == "listen" {
             text.push_str("dialect = \"sockets\"\n");
         }
+        if key == "metrics_on_network" {
+            text.push_str("metrics = \"127.0.0.1:9100\"\n");
+        }
         desk.place.file("one.toml", &text);
         let done = desk.does(&["check", "one.toml"]);
         // What makes no sense in the background is no mistake of the file's.
