@@ -12,8 +12,9 @@ use std::time::{Duration, SystemTime};
 use clap::builder::Resettable;
 use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
-use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Ready, RestartPolicy};
+use polyfork::cluster::{Address, Dialect, Mechanism, Policy, Probe, Ready, RestartPolicy};
 
+use crate::config::args::{ApplyArgs, CheckArgs, ConfigArgs, InitArgs, RenewArgs};
 use crate::control::name;
 use crate::control::protocol::Scale;
 use crate::exit;
@@ -38,10 +39,11 @@ Examples:
   polyfork run --listen :8000 -- uvicorn --fd 3 app:app
                                             each worker inherits a socket for port 8000
   polyfork start server.js                  in the background; then ls, status, logs, stop
+  polyfork init; polyfork start             apps as polyfork.toml has them; so has ecosystem.config.js
 
 `polyfork run --help` tells all options, signals and exit codes.";
 
-const RUN_EXAMPLES: &str = "\
+pub(crate) const RUN_EXAMPLES: &str = "\
 Examples:
   polyfork run server.js                     as many workers as CPUs may be used
   polyfork run -w max --grace 1m server.js   every CPU; up to a minute to finish when stopping
@@ -80,14 +82,18 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Run a program on all cores behind one port, in the foreground
-    #[command(override_usage = "polyfork run [OPTIONS] PROGRAM [ARGS]...")]
+    #[command(
+        override_usage = "polyfork run [OPTIONS] PROGRAM [ARGS]...\n       polyfork run [OPTIONS] [APP]"
+    )]
     Run(Box<RunArgs>),
     /// Run a built-in HTTP server on all cores and show who answers
     Demo(DemoArgs),
     /// Measure cluster, threads, spawn and fork on this machine: which one to take for what
     Advise(AdviseArgs),
     /// Run a program as `run` does, in the background; return when it is ready
-    #[command(override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...")]
+    #[command(
+        override_usage = "polyfork start [OPTIONS] PROGRAM [ARGS]...\n       polyfork start [OPTIONS] [FILE] [APP]..."
+    )]
     Start(Box<StartArgs>),
     /// The background's end of `start`
     #[command(hide = true, override_usage = "polyfork primary [OPTIONS] PROGRAM [ARGS]...")]
@@ -116,6 +122,93 @@ pub(crate) enum Verb {
     Logs(LogsArgs),
     /// Follow what happens, as JSON lines
     Events(EventsArgs),
+    /// Look a configuration over: polyfork.toml, or PM2's ecosystem.config.js
+    Check(CheckArgs),
+    /// Make what runs be what a configuration says: tell what that takes, then do it
+    Apply(ApplyArgs),
+    /// Write a polyfork.toml that explains itself
+    Init(InitArgs),
+    /// Show metrics, as Prometheus reads them
+    Metrics(MetricsArgs),
+    /// Watch apps live: processor, memory, connections, queues; and act on them
+    Top(TopArgs),
+    /// Look at this machine: what works here, what does not, and what to do about it
+    Doctor(FormArgs),
+    /// Write a unit file for systemd, or show it
+    Service(ServiceArgs),
+    /// Write manual pages
+    Man(ManArgs),
+    /// Write what a shell needs to complete verbs, options and names of apps
+    Completions(CompletionsArgs),
+    /// Names of apps, for completions
+    #[command(hide = true)]
+    Names,
+}
+
+/// `polyfork service`.
+#[derive(Debug, Args)]
+pub(crate) struct ServiceArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub(crate) verb: ServiceVerb,
+}
+
+/// What to do with a unit file.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceVerb {
+    /// Show the unit file
+    #[command(
+        override_usage = "polyfork service print [OPTIONS] NAME\n       polyfork service print [OPTIONS] -- [RUN OPTIONS] PROGRAM [ARGS]..."
+    )]
+    Print(UnitArgs),
+    /// Write the unit file to where systemd looks for it
+    #[command(
+        override_usage = "polyfork service install [OPTIONS] NAME\n       polyfork service install [OPTIONS] -- [RUN OPTIONS] PROGRAM [ARGS]..."
+    )]
+    Install(UnitArgs),
+}
+
+/// `polyfork service print`, `polyfork service install`.
+#[derive(Debug, Args)]
+pub(crate) struct UnitArgs {
+    /// The name of an app that runs, to have what it was started with; or, with --, the options of `run` and a program
+    #[arg(value_names = ["NAME"], required = true, num_args = 1.., trailing_var_arg = true)]
+    pub(crate) command: Vec<OsString>,
+
+    /// For the service manager of this user instead of that of the system
+    #[arg(long)]
+    pub(crate) user_unit: bool,
+
+    /// An address that systemd listens on and passes on: a .socket unit besides; repeatable
+    #[arg(long, value_name = "ADDRESS", value_parser = values::address)]
+    pub(crate) socket: Vec<Address>,
+
+    /// The program of the unit must give a sign of life this often; none for no watchdog
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = limit, allow_hyphen_values = true)]
+    pub(crate) watchdog_sec: Limit,
+
+    /// Folder to write to, instead of where systemd looks
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) form: FormArgs,
+}
+
+/// `polyfork man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// Write a page for each verb into this folder, instead of the one of `polyfork` to standard output
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+}
+
+/// `polyfork completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// For which shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
 }
 
 /// `polyfork advise`.
@@ -180,6 +273,19 @@ pub(crate) struct LogArgs {
         help_heading = "Logs"
     )]
     pub(crate) log_format: LogFormatArg,
+}
+
+impl Default for LogArgs {
+    /// For verbs that write no logs.
+    fn default() -> LogArgs {
+        LogArgs {
+            log_dir: None,
+            log_size: 10 << 20,
+            log_age: Limit(None),
+            log_keep: 0,
+            log_format: LogFormatArg::Text,
+        }
+    }
 }
 
 /// `--log-format`.
@@ -304,7 +410,7 @@ pub(crate) struct StopArgs {
     #[arg(long, conflicts_with = "names")]
     pub(crate) all: bool,
 
-    /// How long workers may finish, if that is less than at the start
+    /// How long workers may finish, instead of what `start` or `run` said; if it stops already, from now on
     #[arg(long, value_name = "DURATION", value_parser = values::duration, allow_hyphen_values = true)]
     pub(crate) grace: Option<Duration>,
 
@@ -380,6 +486,38 @@ pub(crate) struct EventsArgs {
     pub(crate) json: bool,
 }
 
+/// `polyfork metrics`.
+#[derive(Debug, Args)]
+pub(crate) struct MetricsArgs {
+    /// Its name
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+
+    /// Families and samples as JSON, see docs/metrics.md
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `polyfork top`.
+#[derive(Debug, Args)]
+pub(crate) struct TopArgs {
+    /// Names or patterns (*, ?); all if none is given
+    #[arg(value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+
+    /// Between two looks
+    #[arg(long, value_name = "DURATION", value_parser = values::interval, allow_hyphen_values = true)]
+    pub(crate) interval: Option<Duration>,
+
+    /// Tables as text, once, or again and again with --interval; this is so, too, where there is no terminal
+    #[arg(long)]
+    pub(crate) plain: bool,
+
+    /// The figures as JSON, one object a line for each look
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// `polyfork run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
@@ -387,12 +525,7 @@ pub(crate) struct RunArgs {
     ///
     /// PROGRAM is an executable, looked up in PATH if it has no slash, or a file that a runtime runs: a
     /// JavaScript or TypeScript module, a Python script, a script with #!, a directory with a package.json.
-    #[arg(
-        value_names = ["PROGRAM", "ARGS"],
-        required = true,
-        num_args = 1..,
-        trailing_var_arg = true
-    )]
+    #[arg(value_names = ["PROGRAM", "ARGS"], num_args = 1.., trailing_var_arg = true)]
     pub(crate) command: Vec<OsString>,
 
     /// How many workers: a number, or max for every CPU that may be used
@@ -428,6 +561,22 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "KEY=VALUE", value_parser = clap::builder::OsStringValueParser::new(),
           help_heading = "Workers")]
     pub(crate) env: Vec<OsString>,
+
+    /// Give workers only these variables of this environment, separated by commas; a name may end in *; repeatable
+    ///
+    /// What --env sets and what tells a worker its place comes besides. Most programs need PATH and HOME.
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_delimiter = ',',
+        env = "POLYFORK_ENV_ALLOW",
+        hide_env_values = true,
+        help_heading = "Workers"
+    )]
+    pub(crate) env_allow: Option<Vec<OsString>>,
+
+    #[command(flatten)]
+    pub(crate) identity: IdentityArgs,
 
     /// Working directory of workers; a relative PROGRAM is looked up there
     #[arg(
@@ -492,7 +641,7 @@ pub(crate) struct RunArgs {
     /// When a worker counts as ready and gets connections
     ///
     /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
-    /// notify: when it writes READY=1 to NOTIFY_SOCKET. delay=1s: when it has lived that long.
+    /// notify: when it writes READY=1 to NOTIFY_SOCKET. probe: when it has answered --probe. delay=1s: when it has lived that long.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready: Ready,
@@ -502,12 +651,36 @@ pub(crate) struct RunArgs {
           env = "POLYFORK_READY_TIMEOUT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready_timeout: Limit,
 
-    /// Replace a worker of the sockets dialect that goes this long without WATCHDOG=1
+    /// Replace a worker that gives no sign of life for this long, as one whose event loop is blocked
     ///
-    /// It is told as WATCHDOG_USEC, as systemd does. none: no watchdog.
+    /// Node workers and those built on the polyfork crate give them by themselves, four in this time; others are told
+    /// it as WATCHDOG_USEC and send WATCHDOG=1, as under systemd. See docs/health.md. none: no watchdog.
     #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
           env = "POLYFORK_WATCHDOG", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) watchdog: Limit,
+
+    /// Ask each worker now and then over a connection of its own, and replace one that does not answer
+    ///
+    /// http://HOST:PORT/path or /path: it is to answer 2xx or 3xx. tcp: it is to take connections. The port chooses among
+    /// several addresses. With --ready auto a worker is ready once it has answered. See docs/health.md.
+    #[arg(long, value_name = "PROBE", value_parser = probe, env = "POLYFORK_PROBE",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe: Option<Probe>,
+
+    /// How long from one probe to the next
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration, env = "POLYFORK_PROBE_INTERVAL",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_interval: Duration,
+
+    /// How long a worker may take to answer a probe
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = values::duration, env = "POLYFORK_PROBE_TIMEOUT",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_timeout: Duration,
+
+    /// Replace a worker after so many failed probes in a row
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..), env = "POLYFORK_PROBE_FAILURES",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) probe_failures: u32,
 
     /// How long a worker may finish what it serves when it is asked to stop
     ///
@@ -536,6 +709,32 @@ pub(crate) struct RunArgs {
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) max_connections: Option<u64>,
 
+    /// Replace a Node worker that was asked so many HTTP requests (up to a tenth more)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000), env = "POLYFORK_MAX_REQUESTS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) max_requests: Option<u64>,
+
+    /// The most memory the kernel lets each worker have, by a control group of its own; one that needs more is killed
+    #[arg(long, value_name = "SIZE", value_parser = values::size, env = "POLYFORK_CGROUP_MEMORY",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_memory: Option<usize>,
+
+    /// How many CPUs' worth of time the kernel lets each worker have, by a control group of its own: 0.5, 2
+    #[arg(long, value_name = "CPUS", value_parser = cpus, env = "POLYFORK_CGROUP_CPU",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
+    pub(crate) cgroup_cpu: Option<f64>,
+
+    /// What happens without the right to make control groups
+    #[arg(
+        long,
+        value_enum,
+        default_value = "require",
+        env = "POLYFORK_CGROUP",
+        hide_env_values = true,
+        help_heading = "Limits"
+    )]
+    pub(crate) cgroup: CgroupArg,
+
     /// Do not add the small preload that ends kept-alive connections of Node workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
           hide_env_values = true, help_heading = "Life of a worker")]
@@ -552,12 +751,53 @@ pub(crate) struct RunArgs {
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Limits")]
     pub(crate) max_depth: u32,
 
+    /// Serve metrics for Prometheus: HOST:PORT of this machine, or unix:PATH
+    ///
+    /// Only a loopback address, as in 127.0.0.1:9100, unless --metrics-on-network is given; port 0 is told by `status`. A Unix
+    /// socket is for its user alone. `polyfork metrics NAME` shows the same without it. See docs/metrics.md.
+    #[arg(long, value_name = "ADDRESS", value_parser = values::metrics_address, env = "POLYFORK_METRICS",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) metrics: Option<Address>,
+
+    /// Let --metrics be an address that other machines can reach; everybody who does can read it
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_METRICS_ON_NETWORK",
+          hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) metrics_on_network: bool,
+
+    /// Do not ask programs for metrics of their own (Node programs get a message of prom-client for that)
+    #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_APP_METRICS",
+          hide_env_values = true, help_heading = "Metrics")]
+    pub(crate) no_app_metrics: bool,
+
     /// Do not open a control socket: `ls`, `status`, `stop` and the like cannot reach it
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_CONTROL", hide_env_values = true)]
     pub(crate) no_control: bool,
 
     #[command(flatten)]
+    pub(crate) renew: RenewArgs,
+
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+
+    #[command(flatten)]
     pub(crate) show: ShowArgs,
+}
+
+/// Who runs it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct IdentityArgs {
+    /// Become this user before anything is run: the primary and all workers; for root only
+    ///
+    /// NAME, NAME:GROUP or UID:GID. Groups are those of the account. Ports below 1024 can be bound all the same. What
+    /// workers start cannot become root again. See docs/security.md.
+    #[arg(long, value_name = "NAME[:GROUP]", value_parser = clap::builder::OsStringValueParser::new(),
+          env = "POLYFORK_USER", hide_env_values = true, help_heading = "Workers")]
+    pub(crate) user: Option<OsString>,
+
+    /// Permission bits that new files do not get, octal, as in 027
+    #[arg(long, value_name = "MASK", value_parser = values::umask, env = "POLYFORK_UMASK", hide_env_values = true,
+          help_heading = "Workers")]
+    pub(crate) umask: Option<u32>,
 }
 
 /// What is shown, and how.
@@ -655,8 +895,17 @@ pub(crate) enum DialectArg {
     Sockets,
 }
 
-/// `--output`.
+/// `--cgroup`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CgroupArg {
+    /// nothing is started
+    Require,
+    /// workers run without these limits; told
+    Auto,
+}
+
+/// `--output`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 pub(crate) enum OutputArg {
     /// each line with its slot in front
     Prefix,
@@ -711,11 +960,21 @@ fn ready(text: &str) -> Result<Ready, String> {
         "listening" => Ok(Ready::Listening),
         "message" => Ok(Ready::Message),
         "notify" => Ok(Ready::Notify),
+        "probe" => Ok(Ready::Probe),
         other => match other.strip_prefix("delay=") {
             Some(delay) => values::duration(delay).map(Ready::Delay),
-            None => Err("give auto, listening, message, notify or delay=1s".into()),
+            None => Err("give auto, listening, message, notify, probe or delay=1s".into()),
         },
     }
+}
+
+fn probe(text: &str) -> Result<Probe, String> {
+    text.trim().parse::<Probe>().map_err(|error| error.to_string())
+}
+
+fn cpus(text: &str) -> Result<f64, String> {
+    let number = text.trim().parse::<f64>().ok().filter(|cpus| cpus.is_finite() && *cpus > 0.0);
+    number.ok_or_else(|| "give a number above 0, as in 0.5 or 2".to_owned())
 }
 
 fn restart_policy(text: &str) -> Result<RestartPolicy, String> {
@@ -730,6 +989,12 @@ pub(crate) enum NotRun {
     Wrong(String),
 }
 
+/// The whole description, as help, manual pages and completions show it.
+pub(crate) fn whole() -> clap::Command {
+    let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
+    Cli::command().mut_subcommand("run", |run| run.after_help(codes))
+}
+
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
     let args: Vec<OsString> = args.into_iter().collect();
@@ -738,8 +1003,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Not
         Some(verb) => format!("polyfork {verb} --help"),
         None => "polyfork --help".to_owned(),
     };
-    let codes = format!("{RUN_EXAMPLES}\n\n{}", exit::help());
-    let command = Cli::command().mut_subcommand("run", |run| run.after_help(codes));
+    let command = whole();
     let matches = command.try_get_matches_from(&args).map_err(|error| {
         variable_of(&error, &args)
             .map_or_else(|| not_run(&error, &help), |name| NotRun::Wrong(blamed(&error, &name)))
@@ -781,12 +1045,9 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
             "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into()
         }
-        ErrorKind::MissingRequiredArgument if !runs_programs(help) => {
+        ErrorKind::MissingRequiredArgument => {
             let missing = one_line(&error.render().to_string());
             format!("{missing} (see {help})")
-        }
-        ErrorKind::MissingRequiredArgument => {
-            "no program given: `polyfork run PROGRAM`, as in `polyfork run server.js`".into()
         }
         ErrorKind::InvalidSubcommand => no_such_verb(&text(ContextKind::InvalidSubcommand)),
         ErrorKind::UnknownArgument if !text(ContextKind::InvalidArg).starts_with('-') => {
@@ -827,6 +1088,11 @@ fn runs_programs(help: &str) -> bool {
 fn painted(error: &clap::Error) -> String {
     let screen = error.render();
     if Paint::stdout().has_colours() { screen.ansi().to_string() } else { screen.to_string() }
+}
+
+/// What is wrong with a command line, in one line.
+pub(crate) fn in_one_line(error: &clap::Error) -> String {
+    one_line(&error.render().to_string())
 }
 
 /// Clap's `error: what`, possible values and tips, without the usage that follows.
@@ -938,7 +1204,6 @@ mod tests {
 
     #[test]
     fn a_missing_program_and_a_missing_verb_are_told() {
-        assert!(wrong(&["run"]).contains("polyfork run PROGRAM"));
         assert!(wrong(&["run", "--workers"]).contains("--workers"));
         assert!(wrong(&[]).contains("polyfork run PROGRAM"));
     }

@@ -9,7 +9,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 
 use polyfork::cluster::Event;
 use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, Unpacking};
@@ -17,6 +16,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 
 use crate::control::book::Book;
 use crate::ledger::{Ledger, Verdict};
+use crate::logs::folder::Folder;
 use crate::report::json;
 
 /// The way to who started us, as long as there is something to tell.
@@ -110,14 +110,11 @@ impl Starter {
 }
 
 /// Writes what a panic of the primary says to a file, since its standard error is nobody's.
-pub(crate) fn write_panics_to(file: PathBuf) {
+pub(crate) fn write_panics_to(folder: Folder) {
     std::panic::set_hook(Box::new(move |panic| {
         use std::io::Write;
-        use std::os::unix::fs::OpenOptionsExt;
-        const NOFOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
-        let mut options = std::fs::OpenOptions::new();
-        options.append(true).create(true).mode(0o600).custom_flags(NOFOLLOW);
-        if let Ok(mut file) = options.open(&file) {
+        // By the open folder: its path may be closed to the user that this process has become.
+        if let Ok(mut file) = folder.append("primary.log") {
             // Nobody is left to be told.
             let _ = writeln!(file, "{} polyfork: {panic}", crate::clock::now());
         }

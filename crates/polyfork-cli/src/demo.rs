@@ -18,9 +18,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use crate::args::{DemoArgs, OutputArg};
+use crate::control::book::About;
 use crate::exit::Code;
 use crate::ledger::Verdict;
-use crate::report::Start;
+use crate::report::{Start, json};
 use crate::run::{self, HowMany, Place, Prepared, Show};
 use crate::words;
 
@@ -69,7 +70,8 @@ pub(crate) fn run(args: DemoArgs) -> Code {
         return server::work(listen);
     }
     let json = args.json;
-    match prepare(args).and_then(|prepared| run::supervise(prepared, Counter::start)) {
+    let prepared = prepare(args).and_then(|prepared| run::with_control(prepared, false));
+    match prepared.and_then(|prepared| run::supervise(prepared, Counter::start)) {
         Ok(code) => code,
         Err(refused) => run::refuse(&refused, json),
     }
@@ -98,7 +100,18 @@ fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
         page: true,
     };
     let show = Show { json: args.json, output: OutputArg::Prefix };
-    Ok(Prepared { settings, start, show, place: Place::default() })
+    let about = About {
+        name: "demo".into(),
+        program: "polyfork demo".into(),
+        runtime: json::runtime_word(start.detected.runtime).to_owned(),
+        dialect: start.detected.dialect.to_string(),
+        policy: polyfork::cluster::Policy::from(args.policy).to_string(),
+        mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
+        logs: None,
+        metrics: None,
+        live: None,
+    };
+    Ok(Prepared { settings, start, show, place: Place::of(about) })
 }
 
 /// The primary's side: puts the counts together.

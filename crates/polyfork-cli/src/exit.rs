@@ -63,7 +63,7 @@ pub(crate) const TABLE: [Row; 17] = [
         "stopped as asked, after workers finished or their grace period was over",
     ),
     row(Code::Unexpected, "unexpected", "a system error that has no code of its own"),
-    row(Code::Usage, "usage", "the command line is wrong"),
+    row(Code::Usage, "usage", "the command line, or a configuration file, is wrong"),
     row(Code::NoProgram, "no_program", "no such program, or it cannot be executed"),
     row(Code::NoRuntime, "no_runtime", "no runtime (node, deno, bun, python3 ...) for the program"),
     row(Code::AddressInUse, "address_in_use", "another program listens on the address"),
@@ -139,6 +139,21 @@ mod tests {
         let document = include_str!("../../../docs/exit-codes.md");
         for row in &TABLE {
             let line = format!("| {} | `{}` | {} |", row.code, row.word, row.meaning);
+            assert!(document.contains(&line), "docs/exit-codes.md lacks: {line}");
+        }
+    }
+
+    #[test]
+    fn the_document_has_the_signals_of_the_help() {
+        let document = include_str!("../../../docs/exit-codes.md");
+        let help = crate::args::RUN_EXAMPLES;
+        let (_, signals) = help.split_once("Signals:\n").expect("signals in the help");
+        let lines = signals.lines().take_while(|line| line.starts_with("  "));
+        let rows: Vec<(&str, &str)> =
+            lines.filter_map(|line| line.trim().split_once("  ")).collect();
+        assert!(rows.len() >= 5, "{rows:?}");
+        for (name, meaning) in rows {
+            let line = format!("| {} | {} |", name.trim(), meaning.trim());
             assert!(document.contains(&line), "docs/exit-codes.md lacks: {line}");
         }
     }

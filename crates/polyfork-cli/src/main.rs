@@ -1,8 +1,8 @@
 //! The `polyfork` command: every core behind one port, from any program.
 //!
 //! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
-//! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `control` is how
-//! they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
+//! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `config` is files
+//! that say what is to run, `control` is how they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
 //!
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
 #![forbid(unsafe_code)]
@@ -19,14 +19,21 @@ mod advise;
 mod args;
 mod background;
 mod clock;
+mod config;
 mod control;
 mod demo;
+mod doctor;
 mod exit;
+mod identity;
 mod ledger;
 mod logs;
+mod manager;
+mod metrics;
 mod operate;
+mod pages;
 mod report;
 mod run;
+mod service;
 mod sink;
 mod style;
 mod upgrade;
@@ -43,6 +50,13 @@ fn main() -> ExitCode {
             Verb::Advise(args) => advise::run(args),
             Verb::Primary(args) => run::run_in_background(*args),
             Verb::UpgradeCheck(args) => upgrade::trial::check(args),
+            Verb::Doctor(args) => doctor::run(args.json),
+            Verb::Service(args) => service::run(args),
+            Verb::Man(args) => pages::man(&args),
+            Verb::Completions(args) => pages::completions(&args),
+            Verb::Names => pages::names(),
+            Verb::Check(args) => config::check::run(args),
+            Verb::Init(args) => config::init::run(args),
             verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {

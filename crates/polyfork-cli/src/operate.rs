@@ -14,6 +14,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use crate::args::Verb;
+use crate::config;
 use crate::control::client::{Connection, NoAnswer};
 use crate::control::folder::App;
 use crate::control::protocol::Raw;
@@ -22,19 +23,21 @@ use crate::ledger::Verdict;
 use crate::style::{Ink, Paint};
 use crate::words;
 
-mod change;
+pub(crate) mod change;
 mod events;
 mod list;
 mod logs;
-mod start;
+mod metrics;
+pub(crate) mod start;
 mod status;
 mod table;
-mod targets;
+pub(crate) mod targets;
+mod top;
 
 /// The version of JSON answers.
 pub(crate) const VERSION: u32 = 1;
 /// For an answer that needs no work.
-const ANSWER_TIME: Duration = Duration::from_secs(2);
+pub(crate) const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// Does what a verb says.
 pub(crate) fn run(verb: Verb) -> Code {
@@ -59,11 +62,11 @@ pub(crate) fn run(verb: Verb) -> Code {
             Verb::Kill(args) => change::kill(args).await,
             Verb::Logs(args) => logs::run(args).await,
             Verb::Events(args) => events::run(args).await,
-            Verb::Run(_)
-            | Verb::Demo(_)
-            | Verb::Advise(_)
-            | Verb::Primary(_)
-            | Verb::UpgradeCheck(_) => Code::Unexpected,
+            Verb::Metrics(args) => metrics::run(args).await,
+            Verb::Top(args) => top::run(args).await,
+            Verb::Apply(args) => config::apply::run(args).await,
+            // Those of `main`.
+            _ => Code::Unexpected,
         }
     });
     runtime.shutdown_background();
@@ -71,7 +74,7 @@ pub(crate) fn run(verb: Verb) -> Code {
 }
 
 /// Tells why nothing was done: on standard error, and as JSON where that is wanted.
-fn fail(verdict: &Verdict, json: bool) -> Code {
+pub(crate) fn fail(verdict: &Verdict, json: bool) -> Code {
     if json {
         write_json(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
     }
@@ -80,7 +83,7 @@ fn fail(verdict: &Verdict, json: bool) -> Code {
 }
 
 /// A line on standard error.
-fn complain(text: &str) {
+pub(crate) fn complain(text: &str) {
     let paint = Paint::stderr();
     // What follows the first line was written by somebody else, and says so by standing further in.
     for (number, line) in text.lines().enumerate() {
@@ -94,7 +97,7 @@ fn complain(text: &str) {
 }
 
 /// A line on standard error that is no complaint.
-fn remark(text: &str) {
+pub(crate) fn remark(text: &str) {
     crate::say(io::stderr(), &format!("polyfork: {}\n", words::harmless(text)));
 }
 
@@ -105,21 +108,21 @@ struct Failed<'a> {
 }
 
 #[derive(Serialize)]
-struct ErrorShape<'a> {
+pub(crate) struct ErrorShape<'a> {
     code: &'static str,
     exit_code: u8,
     text: &'a str,
 }
 
 impl<'a> ErrorShape<'a> {
-    fn of(verdict: &'a Verdict) -> ErrorShape<'a> {
+    pub(crate) fn of(verdict: &'a Verdict) -> ErrorShape<'a> {
         let Verdict { code, text } = verdict;
         ErrorShape { code: code.row().word, exit_code: *code as u8, text }
     }
 }
 
 /// Writes one JSON value and a newline to standard output.
-fn write_json<T: Serialize>(value: &T) {
+pub(crate) fn write_json<T: Serialize>(value: &T) {
     let mut line = serde_json::to_vec_pretty(value).unwrap_or_default();
     line.push(b'\n');
     write_out(&line);
@@ -132,19 +135,23 @@ fn write_out(bytes: &[u8]) -> bool {
 }
 
 /// Asks one app one thing.
-async fn ask(app: &App, request: Raw, limit: Option<Duration>) -> Result<Value, NoAnswer> {
+pub(crate) async fn ask(
+    app: &App,
+    request: Raw,
+    limit: Option<Duration>,
+) -> Result<Value, NoAnswer> {
     let deadline = Instant::now() + ANSWER_TIME;
     let mut connection = Connection::open(app, deadline).await?;
     connection.ask(request, limit.map(|limit| Instant::now() + limit)).await
 }
 
 /// What a request without further fields looks like.
-fn plain(verb: &str) -> Raw {
+pub(crate) fn plain(verb: &str) -> Raw {
     Raw { verb: verb.to_owned(), ..Raw::default() }
 }
 
 /// Why an app did not do it, for people.
-fn told(app: &App, error: &NoAnswer) -> Verdict {
+pub(crate) fn told(app: &App, error: &NoAnswer) -> Verdict {
     let name = &app.name;
     let (code, text) = match error {
         NoAnswer::Gone if app.is_alive() => {

@@ -16,24 +16,32 @@ use std::time::{Duration, Instant};
 
 use polyfork::cluster::upgrade::{ResumeError, Unpacking};
 use polyfork::cluster::{
-    Address, Cluster, DetectError, Detected, Dialect, Event, Limits, Output, OutputLine, Settings,
-    StartError, default_workers, detect_with, usable_cpus,
+    Address, CgroupLimits, Cluster, DetectError, Detected, Dialect, Event, Limits, Output,
+    OutputLine, Probe, Settings, StartError, default_workers, detect_with, usable_cpus,
 };
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use crate::args::{LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
+use crate::args::{CgroupArg, LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
 use crate::background::{self, Starter};
 use crate::clock;
+use crate::config;
+use crate::config::live::Live;
+use crate::config::renew::Renewal;
 use crate::control::book::{About, Book};
 use crate::control::folder::{Card, Claim, Ended, NotClaimed, Runtime};
 use crate::control::name::Name;
 use crate::control::server::{Control, Rested, Wish};
 use crate::exit::Code;
+use crate::identity::{self, Wants};
 use crate::ledger::{Ledger, Verdict};
 use crate::logs::folder as log_folder;
 use crate::logs::line::{Format, Source};
 use crate::logs::writer::{Rotation, Writer};
+use crate::manager::{self, Manager};
+use crate::metrics::Meter;
+use crate::metrics::server::{self as metrics_server, Door, Serving};
 use crate::report::human::{self, Human};
 use crate::report::json::{self, Json};
 use crate::report::{Report, Start};
@@ -82,6 +90,16 @@ pub(crate) struct Place {
     claim: Option<Claim>,
     about: About,
     background: Option<Background>,
+    /// When it reloads by itself.
+    renewal: Renewal,
+    measured: Measured,
+}
+
+/// What of it is measured, and where that is served.
+#[derive(Debug, Default)]
+struct Measured {
+    address: Option<Address>,
+    programs: bool,
 }
 
 /// What an app in the background has instead of a terminal.
@@ -91,7 +109,7 @@ struct Background {
 }
 
 /// What is shown of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Show {
     pub(crate) json: bool,
     pub(crate) output: OutputArg,
@@ -100,27 +118,38 @@ pub(crate) struct Show {
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
     if let Some(left) = upgrade::left() {
-        return go_on(left, Show { json: args.show.json, output: args.show.output }, None);
+        return go_on(left);
     }
     let json = args.show.json;
-    let explicit = args.name.is_some();
-    let controlled = !args.no_control;
-    let prepared = prepare(args).and_then(|prepared| match controlled {
-        true => with_control(prepared, explicit),
-        false => Ok(prepared),
-    });
-    let prepared = prepared.map(Prepared::replaceable);
+    let args = match config::for_run(args) {
+        Ok(args) => args,
+        Err(refused) => return refuse(&refused, json),
+    };
+    let prepared = prepare_run(args).map(Prepared::replaceable);
     match prepared.and_then(|prepared| supervise(prepared, |_| |_: &Event| ())) {
         Ok(code) => code,
         Err(refused) => refuse(&refused, json),
     }
 }
 
+fn prepare_run(args: RunArgs) -> Result<Prepared, Refused> {
+    let explicit = args.name.is_some();
+    let controlled = !args.no_control;
+    let name = name_of(&args);
+    let wants = Wants { name: &name, explicit, controlled, logs: None };
+    let settled = identity::settle(&args, &wants)?;
+    let prepared = prepare(args)?;
+    match settled.and_then(|settled| settled.claim) {
+        _ if !controlled => Ok(prepared),
+        Some(claim) => Ok(with_claim(prepared, claim)),
+        None => with_control(prepared, explicit),
+    }
+}
+
 /// Runs a program in the background, as `polyfork start` began it.
 pub(crate) fn run_in_background(args: StartArgs) -> Code {
     if let Some(left) = upgrade::left() {
-        let show = Show { json: false, output: args.run.show.output };
-        return go_on(left, show, Some(&args.log));
+        return go_on(left);
     }
     let mut starter = match Starter::take() {
         Ok(starter) => starter,
@@ -129,7 +158,7 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
             return refuse(&Verdict { code: Code::Unexpected, text }, false);
         }
     };
-    match prepare_background(args) {
+    match config::for_primary(args).and_then(prepare_background) {
         Ok((mut prepared, logs)) => {
             prepared.start.warnings.iter().for_each(|text| starter.warning(text));
             prepared.place.background = Some(Background { starter, logs });
@@ -166,6 +195,9 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         enterable(directory)
             .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
     }
+    if args.command.is_empty() {
+        return Err(usage(config::NO_PROGRAM));
+    }
     let mut words = args.command.iter();
     let program = words.next().cloned().unwrap_or_default();
     let arguments: Vec<OsString> = words.cloned().collect();
@@ -193,17 +225,34 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .max_memory(args.max_memory.map(|bytes| bytes as u64))
         .max_lifetime(args.max_lifetime.0)
         .max_connections(args.max_connections)
+        .max_requests(args.max_requests)
+        .probe(probe(&args))
+        .cgroup(cgroup(&args))
         .drain_preload(!args.no_drain_preload)
+        .stop_by(args.renew.stop_by)
+        .instance_var(&args.renew.instance_var)
+        .increment_var(args.renew.increment_var.clone())
         .limits(limits(&args));
+    if let Some(live) = args.config.live.clone() {
+        settings = settings.reload_from(move || read_again(&live));
+    }
     if let Some(dialect) = args.dialect.dialect() {
         settings = settings.dialect(dialect);
     }
     settings = pairs.into_iter().fold(settings, |settings, (key, value)| settings.env(key, value));
+    if let Some(names) = &args.env_allow {
+        settings = settings.env_allow(names);
+    }
     settings = listen(&args)?.into_iter().fold(settings, Settings::listen);
+    let given = manager::sockets();
+    if detected.dialect == Dialect::Sockets {
+        settings = given.iter().copied().map(Address::Inherited).fold(settings, Settings::listen);
+    }
+    settings = settings.activated(given);
     if let Some(directory) = &args.cwd {
         settings = settings.cwd(directory);
     }
-    let name = args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()));
+    let name = name_of(&args);
     settings = settings.name(&name);
     let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
     let about = About {
@@ -214,35 +263,66 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         policy: polyfork::cluster::Policy::from(args.policy).to_string(),
         mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
         logs: None,
+        metrics: None,
+        live: args.config.live.clone(),
     };
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    let place = Place { about, ..Place::default() };
+    let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
+    let place = Place { measured, renewal: Renewal::of(&args), ..Place::of(about) };
     Ok(Prepared { settings, start, show, place })
+}
+
+/// What an app's configuration says by now, for a reload.
+fn read_again(live: &Live) -> Result<(Settings, Detected), String> {
+    let prepared = live.read_again().and_then(prepare).map_err(|refused| refused.text)?;
+    Ok((prepared.settings, prepared.start.detected))
+}
+
+/// Finds out what would keep an app from being started, as far as that can be known without starting it.
+///
+/// # Errors
+/// What would.
+pub(crate) fn look_over(args: StartArgs) -> Result<(), Refused> {
+    no_foreground(&args.run)?;
+    prepare(args.run).map(drop)
 }
 
 /// Takes the app's name, so that commands find it. An app in the foreground is worth more than its control socket: without
 /// a folder for it, it goes on without; and a name that nobody chose gets a number if it is taken.
-fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused> {
+pub(crate) fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused> {
+    let claim = claim_a_name(&prepared.start.name, explicit)?;
+    Ok(with_claim(prepared, claim))
+}
+
+fn with_claim(mut prepared: Prepared, claim: Result<Claim, String>) -> Prepared {
+    match claim {
+        Ok(claim) => with_name(prepared, claim),
+        Err(why) => {
+            prepared.start.warnings.push(why);
+            prepared
+        }
+    }
+}
+
+/// Claims a name for an app in the foreground, or says why it has to go without.
+pub(crate) fn claim_a_name(wanted: &str, explicit: bool) -> Result<Result<Claim, String>, Refused> {
     let name = match explicit {
-        true => named(&prepared.start.name)?,
-        false => Name::like(&prepared.start.name),
+        true => named(wanted)?,
+        false => Name::like(wanted),
     };
-    let without = |mut prepared: Prepared, refused: &Verdict| {
-        let text =
-            format!("{}; no command can reach this one (--no-control says so)", refused.text);
-        prepared.start.warnings.push(text);
-        Ok(prepared)
+    let without = |refused: &Verdict| {
+        Ok(Err(format!("{}; no command can reach this one (--no-control says so)", refused.text)))
     };
     let mut runtime = match Runtime::make() {
         Ok(runtime) => runtime,
-        Err(refused) => return without(prepared, &refused),
+        Err(refused) => return without(&refused),
     };
     let mut number = 1;
     let mut wanted = name.clone();
     loop {
         match runtime.claim(&wanted) {
-            Ok(claim) => return Ok(with_name(prepared, claim)),
-            Err((_, NotClaimed::Unusable(refused))) => return without(prepared, &refused),
+            Ok(claim) => return Ok(Ok(claim)),
+            Err((_, NotClaimed::Unusable(refused))) => return without(&refused),
             Err((_, NotClaimed::Taken)) if explicit => return Err(taken(&wanted)),
             Err((back, NotClaimed::Taken)) => {
                 runtime = back;
@@ -253,11 +333,11 @@ fn with_control(prepared: Prepared, explicit: bool) -> Result<Prepared, Refused>
     }
 }
 
-fn named(name: &str) -> Result<Name, Refused> {
+pub(crate) fn named(name: &str) -> Result<Name, Refused> {
     Name::read(name).map_err(|error| usage(format!("--name {}: {error}", words::harmless(name))))
 }
 
-fn taken(name: &Name) -> Refused {
+pub(crate) fn taken(name: &Name) -> Refused {
     let text = format!(
         "an app named {name} runs already: `polyfork status {name}` shows it, `polyfork stop {name}` ends it, \
          --name gives this one another name"
@@ -275,34 +355,65 @@ fn with_name(mut prepared: Prepared, claim: Claim) -> Prepared {
     prepared
 }
 
+/// Claims a name for an app in the background, which has to be had.
+pub(crate) fn claim_in_background(wanted: &str, explicit: bool) -> Result<Claim, Refused> {
+    let name = match explicit {
+        true => named(wanted)?,
+        false => Name::like(wanted),
+    };
+    Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
+        NotClaimed::Taken => taken(&name),
+        NotClaimed::Unusable(refused) => refused,
+    })
+}
+
 fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let StartArgs { run, log } = args;
+    no_foreground(&run)?;
+    let explicit = run.name.is_some();
+    let name = name_of(&run);
+    let given = Some(log.log_dir.as_deref());
+    let wants = Wants { name: &name, explicit, controlled: true, logs: given };
+    let settled = identity::settle(&run, &wants)?.unwrap_or_default();
+    let prepared =
+        prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
+    let claim = match settled.claim {
+        Some(Ok(claim)) => claim,
+        _ => claim_in_background(&prepared.start.name, explicit)?,
+    };
+    let mut prepared = with_name(prepared, claim);
+    let logs = logs(&log, settled.logs, &mut prepared.place.about)?;
+    Ok((prepared, logs))
+}
+
+/// What makes sense in the foreground alone.
+fn no_foreground(run: &RunArgs) -> Result<(), Refused> {
     if run.no_control {
         return Err(usage("--no-control: nobody could stop what is started in the background"));
     }
     if run.show.output == OutputArg::Inherit {
         return Err(usage("--output inherit: in the background there is nothing to inherit"));
     }
-    let explicit = run.name.is_some();
-    let prepared =
-        prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
-    let name = match explicit {
-        true => named(&prepared.start.name)?,
-        false => Name::like(&prepared.start.name),
-    };
-    let claim = Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
-        NotClaimed::Taken => taken(&name),
-        NotClaimed::Unusable(refused) => refused,
-    })?;
-    let mut prepared = with_name(prepared, claim);
-    let logs = logs(&log, &name, &mut prepared.place.about)?;
-    Ok((prepared, logs))
+    Ok(())
 }
 
-fn logs(args: &LogArgs, name: &Name, about: &mut About) -> Result<Writer, Refused> {
-    let folder = log_folder::Folder::make(&log_folder::root(args.log_dir.as_deref())?, name)?;
+/// `made`: the folder, if it had to be made before.
+fn logs(
+    args: &LogArgs,
+    made: Option<log_folder::Folder>,
+    about: &mut About,
+) -> Result<Writer, Refused> {
+    let folder = match made {
+        Some(folder) => folder,
+        None => {
+            let root = log_folder::root(args.log_dir.as_deref())?;
+            log_folder::Folder::make(&root, &named(&about.name)?)?
+        }
+    };
     about.logs = Some(folder.path.to_string_lossy().into_owned());
-    background::write_panics_to(folder.path.join("primary.log"));
+    if let Ok(folder) = folder.again() {
+        background::write_panics_to(folder);
+    }
     let (format, rotation) = how_to_log(args);
     Writer::start(folder, format, rotation).map_err(|error| Verdict {
         code: Code::Unexpected,
@@ -321,6 +432,45 @@ fn how_to_log(args: &LogArgs) -> (Format, Rotation) {
         keep: usize::from(args.log_keep),
     };
     (format, rotation)
+}
+
+/// What it is called: as was asked for, or after its program.
+pub(crate) fn name_of(args: &RunArgs) -> String {
+    let program = args.command.first().cloned().unwrap_or_default();
+    args.name.clone().unwrap_or_else(|| display_name(&program, args.cwd.as_deref()))
+}
+
+fn probe(args: &RunArgs) -> Option<Probe> {
+    let probe = args.probe.clone()?;
+    let probe = probe.interval(args.probe_interval).timeout(args.probe_timeout);
+    Some(probe.failures(args.probe_failures))
+}
+
+fn cgroup(args: &RunArgs) -> Option<CgroupLimits> {
+    let memory = args.cgroup_memory.map(|bytes| bytes as u64);
+    let optional = args.cgroup == CgroupArg::Auto;
+    let any = memory.is_some() || args.cgroup_cpu.is_some();
+    any.then_some(CgroupLimits { memory, cpus: args.cgroup_cpu, optional })
+}
+
+/// Where metrics are served: not where other machines can read them, unless that is asked for.
+fn metrics(args: &RunArgs) -> Result<Option<Address>, Refused> {
+    let Some(address) = &args.metrics else {
+        return match args.metrics_on_network {
+            true => Err(usage("--metrics-on-network: say where, with --metrics ADDRESS")),
+            false => Ok(None),
+        };
+    };
+    match address {
+        Address::Tcp(at) if !args.metrics_on_network && !metrics_server::is_loopback(*at) => {
+            Err(usage(format!(
+                "--metrics {address}: other machines could read it; give a loopback address, as in \
+                 127.0.0.1:{}, or allow it with --metrics-on-network",
+                at.port()
+            )))
+        }
+        address => Ok(Some(address.clone())),
+    }
 }
 
 fn limits(args: &RunArgs) -> Limits {
@@ -439,7 +589,7 @@ fn warnings(detected: &Detected, args: &RunArgs) -> Vec<String> {
     let sockets = detected.dialect == Dialect::Sockets;
     let mut warnings: Vec<String> = detected.warning.clone().into_iter().collect();
     let named = std::env::var_os("POLYFORK_LISTEN").is_some_and(|value| !value.is_empty());
-    if sockets && args.listen.is_empty() && !named {
+    if sockets && args.listen.is_empty() && !named && manager::sockets().is_empty() {
         warnings.push(
             "no --listen: workers of the sockets dialect inherit nothing and must share the port by themselves"
                 .into(),
@@ -480,6 +630,7 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
     })?;
     let code = runtime.block_on(async {
         let Prepared { settings, mut start, show, mut place } = prepared;
+        let door = place.open_metrics()?;
         let (settings, lines) = with_output(settings, show.output);
         let started = Cluster::start_detected(settings, start.detected.clone());
         let cluster = match started {
@@ -487,7 +638,24 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
             Err(error) => return Err(place.refuse(not_started(&error))),
         };
         let control = place.open(&cluster, &mut start)?;
-        let mut watch = Watch::new(start.workers, show, place, control, Ledger::default());
+        // Whoever runs `start` is no manager of what stays behind.
+        let (manager, warning) = match place.background {
+            Some(_) => (Manager::default(), None),
+            None => Manager::take(),
+        };
+        start.warnings.extend(warning);
+        let serving = door
+            .zip(control.as_ref())
+            .map(|(door, (control, _))| metrics_server::serve(door, control));
+        let serving = match serving.transpose() {
+            Ok(serving) => serving,
+            Err(error) => {
+                let text = words::plain(&format!("cannot serve metrics: {error}"));
+                return Err(place.refuse(Verdict { code: Code::Unexpected, text }));
+            }
+        };
+        let around = Around { control, serving, manager };
+        let mut watch = Watch::new(start.workers, show, place, around, Ledger::default());
         let first = watch.report.get_mut().start(&start);
         first.iter().for_each(|line| watch.own(line));
         drop((first, start));
@@ -517,7 +685,7 @@ fn what_becomes_of(output: OutputArg) -> (Output, Option<mpsc::Receiver<OutputLi
 }
 
 /// Goes on with an app that another image of this process has left.
-fn go_on(left: Left, show: Show, log: Option<&LogArgs>) -> Code {
+fn go_on(left: Left) -> Code {
     let adopted = left.open().and_then(|state| {
         let unpacking = Unpacking::adopt(&state.descriptors)?;
         Ok((state, unpacking))
@@ -528,12 +696,12 @@ fn go_on(left: Left, show: Show, log: Option<&LogArgs>) -> Code {
     };
     // What is executed by its descriptor is called after its number.
     let _ = rustix::thread::set_name(c"polyfork");
-    if let Some(background) = &state.background {
-        background::write_panics_to(background.logs_path.join("primary.log"));
+    if state.keeps_rights {
+        upgrade::rights_are_ours_alone();
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = runtime.map_err(ResumeError::from).and_then(|runtime| {
-        let code = runtime.block_on(go_on_with(state, unpacking, show, log, left.back));
+        let code = runtime.block_on(go_on_with(state, unpacking, left.back));
         runtime.shutdown_background();
         code
     });
@@ -547,36 +715,56 @@ fn go_on(left: Left, show: Show, log: Option<&LogArgs>) -> Code {
 async fn go_on_with(
     state: AppState,
     mut unpacking: Unpacking,
-    show: Show,
-    log: Option<&LogArgs>,
     back: Option<String>,
 ) -> Result<Code, ResumeError> {
     let unpacking = &mut unpacking;
+    let show = state.show;
     let (output, lines) = what_becomes_of(show.output);
-    let cluster = Cluster::resume(&state.cluster, unpacking, output)?;
+    let live = state.live.map(Live::back);
+    let source = live.clone();
+    let anew = |settings: Settings| match source {
+        Some(live) => settings.output(output).reload_from(move || read_again(&live)),
+        None => settings.output(output),
+    };
+    let cluster = Cluster::resume(&state.cluster, unpacking, anew)?;
     let claim = state.claim.map(|claim| Claim::unpack(claim, unpacking)).transpose()?;
-    let background = match (state.background, log) {
-        (Some(background), Some(log)) => {
-            let BackgroundState { starter, logs, logs_path, lost } = background;
+    let background = match state.background {
+        Some(background) => {
+            let BackgroundState { starter, logs, logs_path, format, rotation, lost } = background;
             let starter = Starter::unpack(starter, unpacking)?;
             let folder = log_folder::Folder::of(unpacking.take(logs)?, logs_path);
-            let (format, rotation) = how_to_log(log);
+            background::write_panics_to(folder.again()?);
             let logs = Writer::go_on(folder, format, rotation, lost)?;
             Some(Background { starter, logs })
         }
-        _ => None,
+        None => None,
     };
     let losses = background.as_ref().map(|background| Arc::clone(&background.logs.losses));
     let (mut control, mut asker) = (None, None);
-    if let (Some(state), Some(claim)) = (state.control, &claim) {
-        let file = claim.state_file()?;
-        let (there, wishes, waits) = Control::unpack(state, unpacking, file, &cluster, losses)?;
+    if let Some(state) = state.control {
+        let file = claim.as_ref().map(Claim::state_file).transpose()?;
+        let known = (losses, live.clone());
+        let (there, wishes, waits) = Control::unpack(state, unpacking, file, &cluster, known)?;
         (control, asker) = (Some((there, wishes)), waits);
     }
+    let serving = match (state.metrics, &control) {
+        (Some(door), Some((control, _))) => {
+            Some(metrics_server::serve(Door::unpack(door, unpacking)?, control)?)
+        }
+        _ => None,
+    };
+    let around = Around { control, serving, manager: Manager::back(state.manager) };
     // The binary that asked for this one is what runs, when that one gave everything back.
     let own = if back.is_some() { upgrade::own_binary() } else { state.binary };
-    let place = Place { binary: Some(own), claim, about: state.about, background };
-    let mut watch = Watch::new(state.workers, show, place, control, state.ledger);
+    let place = Place {
+        binary: Some(own),
+        claim,
+        about: About { live, ..state.about },
+        background,
+        renewal: Renewal::at(state.times),
+        measured: Measured::default(),
+    };
+    let mut watch = Watch::new(state.workers, show, place, around, state.ledger);
     watch.told_lost = Cell::new(state.told_lost);
     watch.after = RefCell::new(Some(After {
         from: state.polyfork,
@@ -591,6 +779,11 @@ async fn go_on_with(
 }
 
 impl Place {
+    /// An app that is not reached by a name yet.
+    pub(crate) fn of(about: About) -> Place {
+        Place { about, ..Place::default() }
+    }
+
     /// Tells whoever waits in the foreground.
     fn refuse(&mut self, refused: Refused) -> Refused {
         // The name is free when they are told.
@@ -601,19 +794,41 @@ impl Place {
         refused
     }
 
+    /// Opens the place where metrics are served, before anything is started.
+    fn open_metrics(&mut self) -> Result<Option<metrics_server::Door>, Refused> {
+        let Some(address) = &self.measured.address else { return Ok(None) };
+        match metrics_server::open(address) {
+            Ok(door) => {
+                self.about.metrics = Some(door.place.clone());
+                Ok(Some(door))
+            }
+            Err(error) => {
+                let text = format!("--metrics: {}", words::bind_failed(address, &error));
+                Err(self.refuse(Verdict { code: words::bind_code(&error), text }))
+            }
+        }
+    }
+
     /// Opens the control socket. In the background it has to be had; in the foreground it is gone without.
     fn open(
         &mut self,
         cluster: &Cluster,
         start: &mut Start,
     ) -> Result<Option<Controlled>, Refused> {
-        let Some(claim) = &self.claim else { return Ok(None) };
+        let meter = Meter::new(self.measured.programs);
+        let Some(claim) = &self.claim else {
+            // Nobody can reach it; it may be measured all the same.
+            let book = || Book::new(self.about.clone(), start.workers, None);
+            let measured = self.measured.address.is_some();
+            return Ok(measured.then(|| Control::quiet(cluster, book(), meter)));
+        };
         let card = card(&self.about, None);
         let opened =
             claim.write_card(&card).and_then(|()| Ok((claim.listen()?, claim.state_file()?)));
         let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
         let book = Book::new(self.about.clone(), start.workers, losses);
-        match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book)) {
+        match opened.and_then(|(socket, state)| Control::start(socket, state, cluster, book, meter))
+        {
             Ok(controlled) => Ok(Some(controlled)),
             Err(error) => {
                 let text =
@@ -644,6 +859,13 @@ fn card(about: &About, ended: Option<Ended>) -> Card {
 /// The control socket, and the wishes for another binary that come by it.
 type Controlled = (Control, mpsc::Receiver<Wish>);
 
+/// What surrounds a cluster: who asks, who measures, who manages.
+struct Around {
+    control: Option<Controlled>,
+    serving: Option<Serving>,
+    manager: Manager,
+}
+
 /// What is to be told once this image runs in the place of another.
 struct After {
     /// The release before.
@@ -670,6 +892,9 @@ struct Watch {
     control: Option<Control>,
     wishes: RefCell<Option<mpsc::Receiver<Wish>>>,
     claim: RefCell<Option<Claim>>,
+    serving: Option<Serving>,
+    manager: Manager,
+    renewal: Renewal,
     about: About,
     workers: u32,
     binary: Option<PathBuf>,
@@ -684,14 +909,9 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(
-        workers: u32,
-        show: Show,
-        place: Place,
-        control: Option<Controlled>,
-        ledger: Ledger,
-    ) -> Watch {
-        let Place { binary, claim, about, background } = place;
+    fn new(workers: u32, show: Show, place: Place, around: Around, ledger: Ledger) -> Watch {
+        let Place { binary, claim, about, background, renewal, measured: _ } = place;
+        let Around { control, serving, manager } = around;
         let report = if show.json {
             Report::Json(Json)
         } else {
@@ -723,6 +943,9 @@ impl Watch {
             control,
             wishes: RefCell::new(wishes),
             claim: RefCell::new(claim),
+            serving,
+            manager,
+            renewal,
             about,
             workers,
             binary,
@@ -775,8 +998,8 @@ impl Watch {
     ) -> Verdict {
         let output = self.pass_on(lines);
         let told = async { tokio::join!(self.tell(cluster, observer), cluster.obey_signals()) };
-        let replacing = self.replacing(cluster);
-        tokio::pin!(output, told, replacing);
+        let (replacing, renewed) = (self.replacing(cluster), self.renew(cluster));
+        tokio::pin!(output, told, replacing, renewed);
         let mut output_ended = false;
         loop {
             tokio::select! {
@@ -785,7 +1008,9 @@ impl Watch {
                 _ = &mut told => break,
                 () = &mut output, if !output_ended => output_ended = true,
                 () = &mut replacing => {}
+                () = &mut renewed => {}
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
+                () = self.manager.stay_alive(cluster) => {}
             }
         }
         if !output_ended {
@@ -857,6 +1082,19 @@ impl Watch {
         }
     }
 
+    /// Reloads when files change or it is time to, for ever.
+    async fn renew(&self, cluster: &Cluster) {
+        let say = |text: &str| {
+            let text = words::harmless(text);
+            let line = match self.show.json {
+                true => json::warning(&text),
+                false => format!("polyfork: {text}\n"),
+            };
+            self.own(&line);
+        };
+        self.renewal.run(cluster, self.about.logs.as_deref().map(Path::new), say).await;
+    }
+
     /// Turns events into lines until the last one.
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
@@ -870,6 +1108,10 @@ impl Watch {
                 _ => {}
             }
             observer(&event);
+            self.manager.event(&event);
+            if let (Event::Reloaded(_), Some(live)) = (&event, &self.about.live) {
+                live.commit(&self.renewal);
+            }
             self.ledger.borrow_mut().event(&event);
             if let Some(control) = &self.control {
                 control.event(&event, &self.ledger.borrow());
@@ -883,7 +1125,9 @@ impl Watch {
             match event {
                 Event::End(_) => return,
                 // What made it so is not needed until something happens.
-                Event::AllReady { .. } => polyfork::process::give_back_code(),
+                Event::AllReady { .. } | Event::Reloaded(_) => {
+                    polyfork::process::give_back_code();
+                }
                 _ => {}
             }
             self.telling.set(false);

@@ -23,6 +23,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use polyfork::cluster::upgrade::{self, Descriptors, ResumeError};
+use polyfork::identity;
 use rustix::fs::{Mode, OFlags};
 
 use crate::exit::Code;
@@ -57,7 +58,33 @@ pub(crate) fn exec(binary: &OwnedFd, sealed: &[u8], list: &Descriptors) -> io::E
     let variable = (upgrade::STATE_VARIABLE.into(), value.into());
     let argv: Vec<OsString> = std::env::args_os().collect();
     use std::os::fd::AsFd;
-    upgrade::exec(binary.as_fd(), &argv, &[variable], list, &[state, own])
+    let exec = || upgrade::exec(binary.as_fd(), &argv, &[variable], list, &[state, own]);
+    with_rights(exec).unwrap_or_else(|error| error)
+}
+
+/// Whether exec would take rights from this process: it is not root, and what it kept when it became who it is (`--user`) is
+/// not "ambient".
+pub(crate) fn would_lose_rights() -> bool {
+    let set = |name| u64::from_str_radix(&trial::own_rights(name)?, 16).ok();
+    let lost = set("CapEff:").zip(set("CapAmb:")).is_some_and(|(has, keeps)| has & !keeps != 0);
+    lost && !rustix::process::geteuid().is_root()
+}
+
+/// Executes something that is to have the rights of this process.
+fn with_rights<T>(exec: impl FnOnce() -> T) -> io::Result<T> {
+    if !would_lose_rights() {
+        return Ok(exec());
+    }
+    identity::keep_over_exec(true)?;
+    let done = exec();
+    identity::keep_over_exec(false)?;
+    Ok(done)
+}
+
+/// What the image before this one had to make inheritable for exec is not for workers.
+pub(crate) fn rights_are_ours_alone() {
+    // Giving something up is permitted to everybody.
+    let _ = identity::keep_over_exec(false);
 }
 
 /// What the image before this one left.

@@ -132,6 +132,27 @@ pub(crate) fn address(text: &str) -> Result<Address, String> {
     text.parse().map_err(|error: AddressError| error.to_string())
 }
 
+/// Reads where metrics are served.
+pub(crate) fn metrics_address(text: &str) -> Result<Address, String> {
+    const EXPECTED: &str = "give HOST:PORT, as in 127.0.0.1:9100, or unix:PATH";
+    match address(text)? {
+        Address::Unix(path) if path.as_os_str().as_bytes().first() == Some(&0) => {
+            Err(format!("an abstract name can be connected to by every user; {EXPECTED}"))
+        }
+        found @ (Address::Tcp(_) | Address::Unix(_)) => Ok(found),
+        _ => Err(EXPECTED.to_owned()),
+    }
+}
+
+/// Reads how long to wait between two looks.
+pub(crate) fn interval(text: &str) -> Result<Duration, String> {
+    const SHORTEST: Duration = Duration::from_millis(100);
+    match duration(text)? {
+        short if short < SHORTEST => Err("give 100ms or more".to_owned()),
+        interval => Ok(interval),
+    }
+}
+
 /// Reads `500ms`, `30s`, `1.5s`, `2m`, `1h`, `7d`, `1m30s`, and `0`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
@@ -149,6 +170,14 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         rest = after;
     }
     if text.is_empty() { Err(expected()) } else { Ok(total) }
+}
+
+/// Reads permission bits, octal.
+pub(crate) fn umask(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text.trim(), 8) {
+        Ok(mask) if mask <= 0o777 && !text.trim_start().starts_with('+') => Ok(mask),
+        _ => Err("give octal digits from 000 to 777, as in 027".to_owned()),
+    }
 }
 
 /// Reads a duration, or `none` for no limit.

@@ -50,6 +50,22 @@ pub(crate) fn signal(number: i32) -> String {
     name.map_or_else(|| format!("signal {number}"), |name| (*name).to_owned())
 }
 
+/// Every word of [`reason`].
+pub(crate) const REASONS: [&str; 12] = [
+    "exited",
+    "signal",
+    "unknown",
+    "not_started",
+    "out_of_memory",
+    "never_ready",
+    "protocol_fault",
+    "watchdog",
+    "asked",
+    "voluntary",
+    "grace_expired",
+    "disconnected",
+];
+
 /// The word for a reason in JSON.
 pub(crate) fn reason(reason: Reason) -> &'static str {
     match reason {
@@ -61,6 +77,7 @@ pub(crate) fn reason(reason: Reason) -> &'static str {
         Reason::NeverReady => "never_ready",
         Reason::ProtocolFault => "protocol_fault",
         Reason::Watchdog => "watchdog",
+        Reason::ProbeFailed => "probe_failed",
         Reason::Asked => "asked",
         Reason::Voluntary => "voluntary",
         Reason::GraceExpired => "grace_expired",
@@ -120,6 +137,7 @@ pub(crate) fn bind_code(error: &io::Error) -> Code {
         io::ErrorKind::AddrInUse => Code::AddressInUse,
         io::ErrorKind::PermissionDenied
         | io::ErrorKind::AddrNotAvailable
+        | io::ErrorKind::InvalidInput
         | io::ErrorKind::NotFound
         | io::ErrorKind::NotADirectory
         | io::ErrorKind::ReadOnlyFilesystem

@@ -8,6 +8,7 @@
 //! | [`supervisor`] | which worker runs in which slot, when it is admitted, stopped, restarted, given up |
 //! | [`restart`] | how long a restart waits, and when a slot has been restarted too often |
 //! | [`turn`] | whose turn it is |
+//! | [`watchdog`] | who has been silent for too long |
 //! | [`seats`] | which worker has which place in a reuse-port group |
 //! | [`handoff`] | which worker gets which accepted connection, and who still owes an acknowledgement |
 //! | [`listeners`] | who holds which listening socket, and when it may be closed |
@@ -29,6 +30,7 @@ pub mod supervisor;
 pub mod sync;
 pub mod time;
 pub mod turn;
+pub mod watchdog;
 
 pub use handoff::{Accepted, Assignment, Counters, Handoff, HandoffConfig, HandoffFault};
 pub use id::{SlotId, WorkerId};
@@ -37,7 +39,8 @@ pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
 pub use seats::{Seat, Seats};
 pub use supervisor::{
     Action, Exit, Inconsistent, Input, NotNow, Outcome, Plan, Reason, ReloadFault, ReloadPlan,
-    Report, SlotState, SlotView, Snapshot, Supervisor, WorkerState, WorkerView,
+    Report, SlotState, SlotView, Snapshot, Supervisor, SupervisorLimits, WorkerState, WorkerView,
 };
 pub use time::Time;
 pub use turn::Turn;
+pub use watchdog::{Patience, Silence, Watchdog};

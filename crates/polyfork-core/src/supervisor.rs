@@ -48,8 +48,8 @@ mod record;
 mod reload;
 
 pub use api::{
-    Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, WorkerState,
-    WorkerView,
+    Action, Exit, Input, Outcome, Plan, Reason, Report, SlotState, SlotView, SupervisorLimits,
+    WorkerState, WorkerView,
 };
 pub use carry::{Inconsistent, NotNow, Snapshot};
 use record::{Manner, Pending, Slot, Wait, Worker};
@@ -128,6 +128,12 @@ impl Supervisor {
             reload: None,
             queued_reload: None,
         }
+    }
+
+    /// Other limits from now on, for whatever begins from now on: a wait that is under way keeps its end.
+    pub fn set_limits(&mut self, limits: SupervisorLimits) {
+        let SupervisorLimits { ready_timeout, grace, restart } = limits;
+        self.plan = Plan { ready_timeout, grace, restart, ..self.plan.clone() };
     }
 
     /// Takes in what happened at `now` and appends what is to be done to `out`, to be carried out in that order.
@@ -213,9 +219,12 @@ impl Supervisor {
                 self.exited(worker, exit, out_of_memory, out);
             }
             Input::Unfit { worker, reason } => self.unfit(worker, reason, out),
+            Input::Replace { worker, reason } => self.replace_gently(worker, reason, out),
+            Input::Extend { worker, by } => self.extend(worker, by),
             Input::Drained { worker } => self.drained(worker, out),
             Input::Disconnect { worker } => self.disconnect(worker, out),
             Input::Kill { worker, signal } => self.signal(worker, signal, out),
+            Input::Grace { grace } => self.set_grace(grace),
             Input::Stop if self.phase == Phase::Stopping => self.stop_now(out),
             Input::Stop => self.stop(out),
             Input::StopNow => self.stop_now(out),
@@ -582,6 +591,17 @@ impl Supervisor {
         self.replace(id, reason, out);
     }
 
+    /// More time for what has a limit. A worker that was sent SIGTERM has had its time.
+    fn extend(&mut self, id: WorkerId, by: Duration) {
+        let until = self.now.after(by);
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        if matches!(worker.view.state, WorkerState::Starting | WorkerState::Stopping)
+            && worker.deadline.is_some_and(|deadline| until.is_none_or(|until| until > deadline))
+        {
+            worker.deadline = until;
+        }
+    }
+
     fn terminate(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
         let deadline = self.now.after(self.plan.kill_after);
         let Some(worker) = self.workers.get_mut(&id) else { return };
@@ -670,6 +690,17 @@ impl Supervisor {
         self.cancel_starts();
         for id in self.worker_ids() {
             self.ask_to_stop(id, Reason::Asked, Manner::Tell, true, out);
+        }
+    }
+
+    /// Who was sent SIGTERM already keeps the limit of that.
+    fn set_grace(&mut self, grace: Duration) {
+        self.plan.grace = grace;
+        let deadline = self.now.after(grace);
+        for worker in self.workers.values_mut() {
+            if worker.view.state == WorkerState::Stopping && worker.enforced {
+                worker.deadline = deadline;
+            }
         }
     }
 

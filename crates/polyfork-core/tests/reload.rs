@@ -328,3 +328,50 @@ fn a_slot_without_a_ready_worker_is_not_renewed() {
     assert_eq!(cluster.feed(Input::Renew { slot: SlotId(1) }), []);
     assert_eq!(cluster.feed(Input::Renew { slot: SlotId(9) }), []);
 }
+
+#[test]
+fn an_unfit_worker_that_serves_has_its_successor_first() {
+    let mut cluster = Cluster::ready(2);
+    let reason = Reason::Watchdog;
+    let out = cluster.feed(Input::Replace { worker: w(2), reason });
+    let spawn =
+        Action::Spawn { slot: SlotId(2), worker: w(3), generation: 1, candidate: true, attempt: 1 };
+    assert_eq!(out, [spawn]);
+    assert_eq!(cluster.live(), [1, 2]);
+    cluster.come_up(3);
+    assert_eq!(cluster.live(), [1, 3]);
+    let out = cluster.exit(2, 0);
+    let told = |action: &Action| matches!(action, Action::Gone { reason: Reason::Watchdog, .. });
+    assert!(out.iter().any(told), "{out:?}");
+}
+
+#[test]
+fn an_unfit_worker_does_not_stay_when_its_successor_does_not_come_up() {
+    let mut cluster = Cluster::ready(1);
+    cluster.feed(Input::Replace { worker: w(1), reason: Reason::Watchdog });
+    let out = cluster.exit(2, 1);
+    assert!(out.contains(&Action::Terminate { worker: w(1) }), "{out:?}");
+    assert_eq!(cluster.live(), [0u64; 0]);
+}
+
+#[test]
+fn an_unfit_worker_ends_at_once_where_no_successor_can_come_first() {
+    let mut cluster = Cluster::ready(2);
+    cluster.feed(Input::Replace { worker: w(1), reason: Reason::Watchdog });
+    // One renewal at a time.
+    let out = cluster.feed(Input::Replace { worker: w(2), reason: Reason::Watchdog });
+    assert!(out.contains(&Action::Terminate { worker: w(2) }), "{out:?}");
+}
+
+#[test]
+fn more_time_is_given_to_what_has_a_limit_and_never_less() {
+    let limit = Some(10 * SECOND);
+    let mut cluster = Cluster::of(Plan { workers: 0, ready_timeout: limit, ..Plan::default() });
+    cluster.feed(Input::Scale { workers: 1 });
+    cluster.feed(Input::Spawned { worker: w(1) });
+    cluster.feed(Input::Extend { worker: w(1), by: SECOND });
+    assert_eq!(cluster.pass(9 * SECOND), []);
+    cluster.feed(Input::Extend { worker: w(1), by: 5 * SECOND });
+    assert_eq!(cluster.pass(4 * SECOND), []);
+    assert!(cluster.pass(SECOND).contains(&Action::Terminate { worker: w(1) }));
+}

@@ -8,7 +8,7 @@ use std::time::Duration;
 use polyfork_core::supervisor::{DRAIN_LIMIT, MAX_LEAVING, MAX_SLOTS, START_GRACE};
 use polyfork_core::{
     Action, Exit, Input, NotNow, Outcome, Plan, Reason, ReloadPlan, Report, RestartPolicy, SlotId,
-    SlotState, Supervisor, Time, WorkerId, WorkerState,
+    SlotState, Supervisor, SupervisorLimits, Time, WorkerId, WorkerState,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -359,6 +359,24 @@ fn disconnected_worker_is_drained_told_and_replaced() {
 }
 
 #[test]
+fn other_limits_hold_for_what_begins_after_them() {
+    let mut cluster = Cluster::ready(plan(2));
+    let tell = |cluster: &mut Cluster, n| {
+        cluster.feed(Input::Disconnect { worker: w(n) });
+        cluster.feed(Input::Drained { worker: w(n) })
+    };
+    let before = Plan::default().grace;
+    assert_eq!(tell(&mut cluster, 1), [Action::TellStop { worker: w(1), grace: before }]);
+    let restart = RestartPolicy::default();
+    cluster.supervisor.set_limits(SupervisorLimits { ready_timeout: None, grace: SECOND, restart });
+    assert_eq!(tell(&mut cluster, 2), [Action::TellStop { worker: w(2), grace: SECOND }]);
+    // The first one keeps the time it was promised.
+    let out = cluster.pass(SECOND);
+    assert!(out.contains(&Action::Terminate { worker: w(2) }), "{out:?}");
+    assert!(!out.contains(&Action::Terminate { worker: w(1) }), "{out:?}");
+}
+
+#[test]
 fn worker_that_outstays_its_grace_is_terminated_then_killed() {
     let mut cluster = Cluster::ready(plan(1));
     cluster.feed(Input::Disconnect { worker: w(1) });
@@ -637,6 +655,41 @@ fn stop_wins_over_every_later_wish() {
     }
     cluster.exit(1, Exit::Code(1));
     assert!(cluster.supervisor.is_finished());
+}
+
+#[test]
+fn another_grace_counts_from_now_for_those_that_stop_and_for_those_to_come() {
+    for grace in [SECOND, YEAR] {
+        let mut cluster = Cluster::ready(plan(1));
+        cluster.feed(Input::Stop);
+        cluster.feed(Input::Drained { worker: w(1) });
+        cluster.pass(SECOND);
+        assert_eq!(cluster.feed(Input::Grace { grace }), []);
+        assert_eq!(cluster.supervisor.deadline(), Some(cluster.now + grace));
+        assert_eq!(
+            cluster.wait(),
+            [
+                Action::Report(Report::GraceExpired { worker: w(1) }),
+                Action::Terminate { worker: w(1) }
+            ]
+        );
+        let mut cluster = Cluster::ready(plan(1));
+        cluster.feed(Input::Grace { grace });
+        cluster.feed(Input::Stop);
+        let told = cluster.feed(Input::Drained { worker: w(1) });
+        assert_eq!(told, [Action::TellStop { worker: w(1), grace }]);
+    }
+}
+
+#[test]
+fn another_grace_does_not_save_who_was_sent_sigterm() {
+    let mut cluster = Cluster::ready(plan(1));
+    cluster.feed(Input::Stop);
+    cluster.feed(Input::Drained { worker: w(1) });
+    cluster.wait();
+    let before = cluster.supervisor.deadline();
+    cluster.feed(Input::Grace { grace: YEAR });
+    assert_eq!(cluster.supervisor.deadline(), before);
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //! | [`memory`], [`futex`] | memory that several processes see, and waiting in it |
 //! | [`steal`] | take back what a stuck process has not read from its channel |
 //! | [`reuseport`] | one port, a listening socket per slot, and the program that picks among them |
+//! | [`identity`] | accounts, and giving up what only root may |
 //! | [`replace`] | another program in the place of this one, with its descriptors |
 //! | [`system`] | what the machine lets us use, who died beside our children |
 //! | [`note`] | the mark by which an executable says that it speaks the native dialect |
@@ -23,6 +24,7 @@ compile_error!("polyfork needs 64-bit Linux: pidfds, close_range and reuse-port 
 pub mod channel;
 mod errno;
 pub mod futex;
+pub mod identity;
 pub mod memory;
 pub mod note;
 pub mod replace;

@@ -587,3 +587,26 @@ fn helper_is_not_privileged() {
     a_second_group_gets_address_in_use();
     of_many_that_start_at_once_exactly_one_gets_the_port();
 }
+
+#[test]
+fn a_connection_of_ours_reaches_the_slot_it_is_aimed_at_and_takes_no_turn() {
+    let Some(mut group) = exact(&[1, 2, 3]) else { return };
+    // Nobody is live yet: this is how a worker is looked at before it gets connections.
+    let before = group.reach(3).unwrap();
+    assert_eq!(depths(&group), BTreeMap::from([(1, 0), (2, 0), (3, 1)]));
+    group.set_live(&[1, 2]).unwrap();
+    let clients = connect(group.address(), 4);
+    let aimed: Vec<_> = (0..3).map(|_| group.reach(3).unwrap()).collect();
+    let more = connect(group.address(), 4);
+    assert_eq!(depths(&group), BTreeMap::from([(1, 4), (2, 4), (3, 4)]));
+    assert_eq!((group.turns(), group.given(3)), (Some(8), Some(0)));
+    drop((before, clients, aimed, more));
+    let error = group.reach(9).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_classic_group_cannot_be_aimed_at() {
+    let group = group(&[1, 2], Want::Classic);
+    assert_eq!(group.reach(1).unwrap_err().kind(), io::ErrorKind::Unsupported);
+}

@@ -32,6 +32,10 @@ pub const POLYFORK_SLOT: &str = "POLYFORK_SLOT";
 pub const POLYFORK_MEMORY: &str = "POLYFORK_MEMORY";
 /// Where a primary that takes the place of another finds its state: `PID:DESCRIPTOR`, good for that process alone.
 pub const POLYFORK_STATE: &str = "POLYFORK_STATE";
+/// How often a worker is to say that it is alive, in milliseconds. Absent: never.
+pub const POLYFORK_BEAT_MS: &str = "POLYFORK_BEAT_MS";
+/// After how many requests a Node worker is to say so. Absent: they are not counted.
+pub const POLYFORK_REQUESTS: &str = "POLYFORK_REQUESTS";
 /// How many sockets are passed, from descriptor 3 on.
 pub const LISTEN_FDS: &str = "LISTEN_FDS";
 /// The process for which the sockets are meant.

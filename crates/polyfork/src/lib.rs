@@ -14,6 +14,7 @@
 pub mod channel;
 pub mod child_process;
 pub mod cluster;
+pub mod identity;
 pub mod process;
 pub mod shared_memory;
 pub mod worker_threads;

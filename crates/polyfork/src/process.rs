@@ -39,8 +39,24 @@ pub fn give_back_code() {
     polyfork_sys::system::give_back_code();
 }
 
+/// What a clock on the wall shows at `time` where this process is (`TZ`, else `/etc/localtime`): localtime_r(3).
+///
+/// # Errors
+/// When the time is beyond what the C library can tell.
+///
+/// ```
+/// let now = polyfork::process::local_time(std::time::SystemTime::now())?;
+/// assert!((1..=12).contains(&now.month) && now.minute < 60);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub fn local_time(time: std::time::SystemTime) -> io::Result<LocalTime> {
+    polyfork_sys::system::local_time(time)
+}
+
+pub use polyfork_sys::system::LocalTime;
+
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 11] = [
+pub(crate) const NOT_INHERITED: [&str; 13] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
@@ -52,6 +68,8 @@ pub(crate) const NOT_INHERITED: [&str; 11] = [
     names::POLYFORK_WORKER_ID,
     names::POLYFORK_SLOT,
     names::POLYFORK_MEMORY,
+    names::POLYFORK_BEAT_MS,
+    names::POLYFORK_REQUESTS,
 ];
 
 /// Why this process has no channel.

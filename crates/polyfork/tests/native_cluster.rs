@@ -15,8 +15,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use polyfork::cluster::{
-    Address, Cluster, Dialect, Event, Events, MainResult, Mechanism, Outcome, Output, Settings,
-    Worker, WorkerError, is_worker,
+    Address, Cluster, Dialect, Event, Events, MainResult, Measured, Mechanism, Outcome, Output,
+    Settings, Worker, WorkerError, is_worker,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,10 @@ fn worker_main() {
 async fn serve() -> MainResult {
     let worker = Worker::from_env()?;
     let mut listener = worker.listen("127.0.0.1:0").await?;
+    if std::env::var_os("MEASURES").is_some() {
+        let id = worker.id().unwrap_or(0);
+        worker.on_metrics(move || format!("jobs_total{{worker=\"{id}\"}} 1\n"));
+    }
     if std::env::var_os("FIRST_HAS_FEW_FILES").is_some() && worker.id() == Some(1) {
         let limit = Rlimit { current: Some(FEW_FILES), maximum: Some(FEW_FILES) };
         setrlimit(Resource::Nofile, limit)?;
@@ -289,6 +293,27 @@ async fn messages_travel_between_a_primary_and_its_workers() {
     from.sort_unstable();
     assert_eq!(from, ids);
     serving.stop().await;
+}
+
+#[tokio::test]
+async fn workers_that_measure_are_asked_and_answer() {
+    let serving = Serving::start(settings(2).env("MEASURES", "1")).await;
+    let told = soon(serving.cluster.measures(SOON)).await;
+    let texts: Vec<String> = told
+        .into_iter()
+        .map(|measures| match measures.measured {
+            Measured::Text(text) => text,
+            other => panic!("worker {}: {other:?}", measures.who.worker),
+        })
+        .collect();
+    assert_eq!(texts, ["jobs_total{worker=\"1\"} 1\n", "jobs_total{worker=\"2\"} 1\n"]);
+    let figures = serving.cluster.figures().await;
+    assert_eq!(figures.slots.keys().collect::<Vec<_>>(), [&1, &2]);
+    serving.stop().await;
+    // One that does not is not asked: it might not know the question.
+    let quiet = Serving::start(settings(1)).await;
+    assert!(soon(quiet.cluster.measures(SOON)).await.is_empty());
+    quiet.stop().await;
 }
 
 #[tokio::test]

@@ -58,6 +58,8 @@ mod life;
 mod listening;
 #[path = "node/others.rs"]
 mod others;
+#[path = "node/probes.rs"]
+mod probes;
 #[path = "node/reload.rs"]
 mod reload;
 #[path = "node/remote.rs"]
@@ -66,3 +68,5 @@ mod remote;
 mod support;
 #[path = "node/unprivileged.rs"]
 mod unprivileged;
+#[path = "node/watchdog.rs"]
+mod watchdog;

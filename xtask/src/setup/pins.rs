@@ -29,6 +29,7 @@ pub(super) const NPM: &[NpmPin] = &[
     NpmPin { name: "pm2", package: "pm2", version: "7.0.4", entry: "pm2/bin/pm2" },
     NpmPin { name: "piscina", package: "piscina", version: "5.3.2", entry: "piscina" },
     NpmPin { name: "express", package: "express", version: "5.3.0", entry: "express" },
+    NpmPin { name: "prom-client", package: "prom-client", version: "15.1.3", entry: "prom-client" },
 ];
 
 /// The npm package `node` carries the official binary of each release.

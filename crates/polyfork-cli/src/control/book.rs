@@ -14,8 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use super::usage::{self, Usage};
 use crate::clock;
+use crate::config::live::Live;
+use crate::config::wanted::Digest;
 use crate::ledger::Verdict;
 use crate::logs::writer::Losses;
+use crate::metrics::counts::Counts;
 use crate::words;
 
 /// The version of what `status` and `ls` give.
@@ -33,6 +36,7 @@ pub(crate) struct Book {
     /// How many workers are wanted.
     wanted: u32,
     restarts: u64,
+    counts: Counts,
     stopping: bool,
     #[serde(skip)]
     ended: Option<Verdict>,
@@ -64,6 +68,11 @@ pub(crate) struct About {
     pub(crate) mechanism: String,
     /// The folder of its logs, if it writes any.
     pub(crate) logs: Option<String>,
+    /// Where its metrics are served, if they are.
+    pub(crate) metrics: Option<String>,
+    /// Its configuration, if it has one.
+    #[serde(skip)]
+    pub(crate) live: Option<Live>,
 }
 
 #[derive(Debug, Default, Clone, Serialize, Deserialize)]
@@ -116,6 +125,21 @@ pub(crate) enum Progress {
     Gone,
 }
 
+/// A slot, for whoever measures it.
+#[derive(Debug)]
+pub(crate) struct SlotView {
+    /// Its number.
+    pub(crate) slot: u32,
+    /// It has a worker that gets connections.
+    pub(crate) ready: bool,
+    /// It was given up.
+    pub(crate) failed: bool,
+    /// How often a worker ended and was replaced afterwards.
+    pub(crate) restarts: u64,
+    /// Workers that are not gone, and their processes.
+    pub(crate) living: Vec<(u64, u32)>,
+}
+
 impl Slot {
     fn is_ready(&self) -> bool {
         !self.ready.is_empty()
@@ -133,6 +157,7 @@ impl Book {
             listeners: BTreeMap::new(),
             wanted: workers,
             restarts: 0,
+            counts: Counts::default(),
             stopping: false,
             ended: None,
             losses,
@@ -141,14 +166,16 @@ impl Book {
         }
     }
 
-    /// The book of the image before this one, with lines of logs counted on.
+    /// The book of the image before this one, with lines of logs counted on, and with its configuration.
     #[must_use]
-    pub(crate) fn with_losses(self, losses: Option<Arc<Losses>>) -> Book {
+    pub(crate) fn with(mut self, losses: Option<Arc<Losses>>, live: Option<Live>) -> Book {
+        self.about.live = live;
         Book { losses, ..self }
     }
 
     /// Notes an event.
     pub(crate) fn event(&mut self, event: &Event) {
+        self.counts.event(event);
         match event {
             Event::Fork(who) => {
                 let slot = self.slots.entry(who.slot).or_default();
@@ -182,6 +209,8 @@ impl Book {
                 self.listeners.insert(address.clone(), way(by));
             }
             Event::Closed { address } => drop(self.listeners.remove(address)),
+            // Also when a signal asked for it.
+            Event::Stopping => self.stopping = true,
             _ => {}
         }
     }
@@ -204,6 +233,11 @@ impl Book {
             code: *code,
             signal: signal.map(words::signal),
         });
+    }
+
+    /// What it was started with.
+    pub(crate) fn configuration(&self) -> Digest {
+        self.about.live.as_ref().map(Live::digest).unwrap_or_default()
     }
 
     /// Notes that it was asked to stop.
@@ -302,7 +336,7 @@ impl Book {
     }
 
     /// Policy and mechanism: as they came out where something listens, as asked for where nothing does.
-    fn way(&self) -> (&str, &str) {
+    pub(crate) fn way(&self) -> (&str, &str) {
         match self.listeners.values().next() {
             Some(way) => (&way.policy, &way.mechanism),
             None => (&self.about.policy, &self.about.mechanism),
@@ -311,6 +345,43 @@ impl Book {
 
     fn pids(&self) -> impl Iterator<Item = u32> {
         self.slots.values().flat_map(|slot| slot.living.values().copied())
+    }
+
+    /// What does not change.
+    pub(crate) fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// What was counted of events.
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// When it was started, since 1970.
+    pub(crate) fn started_at(&self) -> std::time::Duration {
+        self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default()
+    }
+
+    /// Lines of logs that could not be written, if it writes any.
+    pub(crate) fn log_lines_lost(&self) -> Option<u64> {
+        self.losses.as_ref().map(|losses| losses.lines())
+    }
+
+    /// The slots, for whoever measures them.
+    pub(crate) fn slot_views(&self) -> Vec<SlotView> {
+        let view = |(number, slot): (&u32, &Slot)| SlotView {
+            slot: *number,
+            ready: slot.is_ready(),
+            failed: slot.failed,
+            restarts: slot.restarts,
+            living: slot.living.iter().map(|(worker, pid)| (*worker, *pid)).collect(),
+        };
+        self.slots.iter().map(view).collect()
+    }
+
+    /// Ids of workers that are not gone.
+    pub(crate) fn living_workers(&self) -> BTreeSet<u64> {
+        self.slots.values().flat_map(|slot| slot.living.keys().copied()).collect()
     }
 
     /// A line of a list.
@@ -376,7 +447,8 @@ impl Book {
             runtime: &self.about.runtime,
             dialect: &self.about.dialect,
             logs: self.about.logs.as_deref(),
-            log_lines_lost: self.losses.as_ref().map(|losses| losses.lines()),
+            log_lines_lost: self.log_lines_lost(),
+            metrics: self.about.metrics.as_deref(),
             busy: self.busy,
             listening: self.listeners.iter().map(listener).collect(),
             primary: PrimaryShape { cpu_ms: own.cpu_ms, resident_bytes: own.resident_bytes },
@@ -400,6 +472,8 @@ impl Book {
             resident_bytes: usage.map(|usage| usage.resident_bytes),
             accepted: worker.connections,
             queue: worker.queue,
+            lag_ms: worker.event_loop_lag.map(|lag| lag.as_secs_f64() * 1000.0),
+            blocked_ms: worker.blocked.map(ms),
         }
     }
 }
@@ -418,6 +492,8 @@ fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
         resident_bytes: None,
         accepted: None,
         queue: None,
+        lag_ms: None,
+        blocked_ms: None,
     }
 }
 
@@ -481,6 +557,7 @@ pub(crate) struct Status<'a> {
     dialect: &'a str,
     logs: Option<&'a str>,
     log_lines_lost: Option<u64>,
+    metrics: Option<&'a str>,
     busy: Option<&'static str>,
     listening: Vec<ListenerShape>,
     primary: PrimaryShape,
@@ -517,6 +594,8 @@ struct WorkerShape<'a> {
     resident_bytes: Option<u64>,
     accepted: Option<u64>,
     queue: Option<u64>,
+    lag_ms: Option<f64>,
+    blocked_ms: Option<u64>,
 }
 
 impl Usage {

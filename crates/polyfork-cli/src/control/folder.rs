@@ -176,10 +176,20 @@ impl Runtime {
             if !matches!(kind, sys::FileType::Directory | sys::FileType::Unknown) {
                 continue;
             }
-            names.extend(entry.file_name().to_str().ok().and_then(|name| Name::read(name).ok()));
+            let name = entry.file_name().to_str().ok().and_then(|name| Name::read(name).ok());
+            names.extend(name.filter(|name| self.is_of_an_app(name)));
         }
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// An empty folder is what a primary leaves that may not remove it, because it has become another user.
+    fn is_of_an_app(&self, name: &Name) -> bool {
+        let has = |file: &str| {
+            let path = format!("{name}/{file}");
+            sys::statat(&self.folder, path, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        };
+        has(LOCK) || has(CARD)
     }
 
     /// The folder of an app; `None` when there is none of that name.
@@ -252,6 +262,17 @@ impl Claim {
     /// The name.
     pub(crate) fn name(&self) -> &Name {
         &self.name
+    }
+
+    /// Makes the folder another user's, before this process becomes that user. The lock stays root's: who has it open
+    /// needs no more. The empty folder is left behind in the end, since only root may remove it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn give_to(&self, uid: u32, gid: u32) -> io::Result<()> {
+        use rustix::fs::{Gid, Uid};
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        Ok(sys::fchown(&self.folder, Some(uid), Some(gid))?)
     }
 
     /// Opens the control socket. Nobody else can reach it at any moment, whatever the umask: its folder is closed to

@@ -30,12 +30,24 @@ pub(crate) enum Verb {
     Status,
     /// One line of a list.
     Brief,
+    /// Metrics, of the programs too.
+    Metrics {
+        /// As values instead of text.
+        json: bool,
+    },
+    /// What it was started with, for comparison.
+    Config,
     /// Every event from now on.
     Events,
     /// Another number of workers.
     Scale(Scale),
     /// Every worker anew, slot by slot.
     Restart,
+    /// One slot's worker anew.
+    RestartSlot {
+        /// Which.
+        slot: u32,
+    },
     /// A new generation of workers, if it comes up.
     Reload {
         /// How many workers at a time; zero for all at once.
@@ -45,7 +57,7 @@ pub(crate) enum Verb {
     },
     /// Finish and leave.
     Stop {
-        /// Instead of the time it was started with, if shorter.
+        /// Instead of the time it was started with; if it stops already, from now on.
         grace: Option<Duration>,
     },
     /// End at once.
@@ -108,6 +120,12 @@ pub(crate) struct Raw {
     /// `upgrade`: how long the new binary may take to show that it can take over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) limit_ms: Option<u64>,
+    /// `restart_slot`: which.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) slot: Option<u32>,
+    /// `metrics`: as values instead of text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) json: Option<bool>,
     /// Whether to answer only when it is done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) wait: Option<bool>,
@@ -131,6 +149,13 @@ impl Refusal {
     /// The request itself is wrong.
     pub(crate) fn bad(text: impl Into<String>) -> Refusal {
         Refusal { word: "bad_request", code: Code::Refused, text: text.into() }
+    }
+
+    /// Somebody else than the user of the app, or root, has sent it.
+    pub(crate) fn stranger() -> Refusal {
+        let text =
+            "only the user of the app, and root, may ask: this request was sent by somebody else";
+        Refusal { word: "refused", code: Code::Refused, text: text.to_owned() }
     }
 
     /// It makes sense and cannot be done.
@@ -167,6 +192,12 @@ pub(crate) fn read(line: &[u8]) -> Result<Request, Refusal> {
     let verb = match raw.verb.as_str() {
         "status" => Verb::Status,
         "brief" => Verb::Brief,
+        "metrics" => Verb::Metrics { json: raw.json.unwrap_or(false) },
+        "restart_slot" => {
+            let slot = raw.slot.ok_or_else(|| Refusal::bad("restart_slot needs `slot`"))?;
+            Verb::RestartSlot { slot }
+        }
+        "config" => Verb::Config,
         "events" => Verb::Events,
         "scale" => Verb::Scale(scale(&raw)?),
         "restart" => Verb::Restart,

@@ -5,16 +5,18 @@
 //! sending gives way, the oldest first: a thousand clients that send a byte a second keep nobody else out. Everything runs on
 //! the primary's one thread, and nothing exists for a client that is not there.
 //!
-//! Who may ask: the same user, and root. The credentials are those of whoever *connected*: a program that passes its
-//! open socket on passes on what it may do, as with every descriptor.
+//! Who may ask: the same user, and root, by the credentials of whoever connected and again by those of whoever *sent* each
+//! piece of a request: a connection that a privileged program left open for another is of no use to that other.
 //!
 //! The surprising rule: work that was begun for a client goes on when the client leaves. A restart that stopped half-way
 //! because a terminal was closed would be worse than one that is finished unseen.
 //!
-//! References: unix(7) `SO_PEERCRED`.
+//! References: unix(7) `SO_PEERCRED`, `SO_PASSCRED`; kernel `unix_stream_read_generic` (what two senders wrote is never read
+//! in one piece).
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::PathBuf;
@@ -24,8 +26,9 @@ use std::time::Duration;
 
 use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, StateError, Unpacking};
 use polyfork::cluster::{Cluster, Event, ReloadError, ReloadOptions, ReloadReport};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc, watch};
@@ -36,8 +39,10 @@ use super::book::{Book, Progress};
 use super::folder::StateFile;
 use super::protocol::{self, LONGEST_REQUEST, Refusal, Request, Scale, Verb};
 use crate::background::Starter;
+use crate::config::live::Live;
 use crate::ledger::{Ledger, Verdict};
 use crate::logs::writer::Losses;
+use crate::metrics::{self, Meter, text};
 use crate::report::json;
 use crate::values::MOST_WORKERS;
 
@@ -57,15 +62,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 /// Events kept for a client that is behind.
 const STREAM_BUFFER: usize = 256;
-/// After the SIGTERM that follows a grace period.
-const KILL_AFTER: Duration = Duration::from_secs(2);
 
 /// The control plane of a running primary.
 #[derive(Clone)]
 pub(crate) struct Control(Arc<Shared>);
 
 struct Shared {
-    socket: UnixListener,
+    /// None for an app that no command can reach.
+    socket: Option<UnixListener>,
     accepting: Mutex<Option<AbortHandle>>,
     /// Whether clients are to rest: 0 none, 1 those that ask nothing, 2 those that listen as well.
     rest: watch::Sender<u8>,
@@ -74,9 +78,11 @@ struct Shared {
     wishes: mpsc::Sender<Wish>,
     cluster: Cluster,
     book: Mutex<Book>,
+    meter: Meter,
     /// Counts what happened; whoever waits for the book to change waits here.
     changed: watch::Sender<u64>,
-    state: StateFile,
+    /// None for an app that no command can reach.
+    state: Option<StateFile>,
     /// The state on file is not the present one.
     state_is_old: AtomicBool,
     /// There as long as somebody listens.
@@ -137,11 +143,19 @@ impl Rested {
 /// The control plane, as it is carried to the next image of this process.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ControlState {
-    socket: Carried,
+    /// None for an app that no command can reach.
+    socket: Option<Carried>,
     book: Vec<u8>,
+    refused: u64,
+    meter: Vec<u8>,
     clients: Vec<ClientState>,
     asker: Option<ClientState>,
 }
+
+/// Of a request, read at once.
+const PIECE: usize = 512;
+/// The most descriptors that the kernel passes with one message (`SCM_MAX_FD`).
+const MOST_RIGHTS: usize = 253;
 
 /// Still sending its request.
 const SENDING: u8 = 0;
@@ -170,17 +184,45 @@ impl Control {
         state: StateFile,
         cluster: &Cluster,
         book: Book,
+        meter: Meter,
     ) -> io::Result<(Control, mpsc::Receiver<Wish>)> {
+        // Connections have it from the socket they come by, so from their first byte on.
+        rustix::net::sockopt::set_socket_passcred(&socket, true)?;
+        let socket = UnixListener::from_std(socket)?;
+        let (control, wished) = Control::new(Some((socket, state)), cluster, book, meter);
+        control.write_state();
+        control.accept();
+        tokio::spawn(keep_state(control.clone()));
+        Ok((control, wished))
+    }
+
+    /// For an app that no command can reach, and that is measured all the same.
+    pub(crate) fn quiet(
+        cluster: &Cluster,
+        book: Book,
+        meter: Meter,
+    ) -> (Control, mpsc::Receiver<Wish>) {
+        Control::new(None, cluster, book, meter)
+    }
+
+    fn new(
+        reached: Option<(UnixListener, StateFile)>,
+        cluster: &Cluster,
+        book: Book,
+        meter: Meter,
+    ) -> (Control, mpsc::Receiver<Wish>) {
         // One at a time: the book says that somebody is busy.
         let (wishes, wished) = mpsc::channel(1);
+        let (socket, state) = reached.unzip();
         let control = Control(Arc::new(Shared {
-            socket: UnixListener::from_std(socket)?,
+            socket,
             accepting: Mutex::default(),
             rest: watch::Sender::new(0),
             rested: Mutex::default(),
             wishes,
             cluster: cluster.clone(),
             book: Mutex::new(book),
+            meter,
             changed: watch::Sender::new(0),
             state,
             state_is_old: AtomicBool::new(true),
@@ -189,13 +231,13 @@ impl Control {
             refused: AtomicU64::new(0),
             next_client: AtomicU64::new(0),
         }));
-        control.write_state();
-        control.accept();
-        tokio::spawn(keep_state(control.clone()));
-        Ok((control, wished))
+        (control, wished)
     }
 
     fn accept(&self) {
+        if self.0.socket.is_none() {
+            return;
+        }
         let accepting = tokio::spawn(accept(self.clone())).abort_handle();
         *lock(&self.0.accepting) = Some(accepting);
     }
@@ -257,7 +299,10 @@ impl Control {
         let clients = clients.collect::<io::Result<_>>()?;
         let asker = asker.map(|asker| asker.pack(packing)).transpose()?;
         let book = postcard::to_stdvec(&*self.book()).map_err(io::Error::other)?;
-        Ok(ControlState { socket: packing.name(self.0.socket.as_fd())?, book, clients, asker })
+        let meter = self.0.meter.pack()?;
+        let socket = self.0.socket.as_ref().map(|socket| packing.name(socket.as_fd()));
+        let (socket, refused) = (socket.transpose()?, self.refused());
+        Ok(ControlState { socket, book, refused, meter, clients, asker })
     }
 
     /// The book in what was written down.
@@ -269,6 +314,15 @@ impl Control {
             .map_err(|error| StateError::Inside(format!("the book of the app: {error}")).into())
     }
 
+    /// What is remembered of measurements, in what was written down.
+    ///
+    /// # Errors
+    /// When it makes no sense.
+    pub(crate) fn meter_of(state: &ControlState) -> Result<Meter, ResumeError> {
+        Meter::unpack(&state.meter)
+            .map_err(|error| StateError::Inside(format!("what was measured: {error}")).into())
+    }
+
     /// Answers on, for the image before this one. Also gives who asked for this, if somebody did.
     ///
     /// # Errors
@@ -276,17 +330,24 @@ impl Control {
     pub(crate) fn unpack(
         state: ControlState,
         unpacking: &mut Unpacking,
-        file: StateFile,
+        file: Option<StateFile>,
         cluster: &Cluster,
-        losses: Option<Arc<Losses>>,
+        (losses, live): (Option<Arc<Losses>>, Option<Live>),
     ) -> Result<(Control, mpsc::Receiver<Wish>, Option<Rested>), ResumeError> {
-        let book = Control::book_of(&state)?.with_losses(losses);
-        let ControlState { socket, book: _, clients, asker } = state;
-        let socket = StdListener::from(unpacking.take(socket)?);
+        let book = Control::book_of(&state)?.with(losses, live);
+        let meter = Control::meter_of(&state)?;
+        let ControlState { socket, book: _, refused, meter: _, clients, asker } = state;
+        let socket = socket.map(|socket| unpacking.take(socket)).transpose()?;
         let clients = clients.into_iter().map(|client| Rested::unpack(client, unpacking));
         let clients: Vec<Rested> = clients.collect::<Result<_, _>>()?;
         let asker = asker.map(|asker| Rested::unpack(asker, unpacking)).transpose()?;
-        let (control, wished) = Control::start(socket, file, cluster, book)?;
+        let (control, wished) = match socket.zip(file) {
+            Some((socket, file)) => {
+                Control::start(StdListener::from(socket), file, cluster, book, meter)?
+            }
+            None => Control::quiet(cluster, book, meter),
+        };
+        control.0.refused.store(refused, Ordering::Relaxed);
         for client in clients {
             admit(&control, client);
         }
@@ -317,6 +378,21 @@ impl Control {
     /// Notes that it is over.
     pub(crate) fn end_upgrade(&self) {
         self.note(|book| book.busy = None);
+    }
+
+    /// What is remembered of measurements.
+    pub(crate) fn meter(&self) -> &Meter {
+        &self.0.meter
+    }
+
+    /// The cluster.
+    pub(crate) fn cluster(&self) -> &Cluster {
+        &self.0.cluster
+    }
+
+    /// How many connections were sent away: strangers, garbage, too slow.
+    pub(crate) fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
     }
 
     /// Notes an event, and passes it on to whoever listens.
@@ -362,8 +438,10 @@ impl Control {
 
     /// Writes down what a list shows, if that has changed.
     fn write_state(&self) {
-        if self.0.state_is_old.swap(false, Ordering::Relaxed) {
-            self.0.state.write(&self.book().state_line());
+        if let Some(state) = &self.0.state
+            && self.0.state_is_old.swap(false, Ordering::Relaxed)
+        {
+            state.write(&self.book().state_line());
         }
     }
 
@@ -390,7 +468,8 @@ impl Control {
         self.0.changed.send_modify(|count| *count += 1);
     }
 
-    fn book(&self) -> MutexGuard<'_, Book> {
+    /// What is known of the app. Not to be held for long.
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
         lock(&self.0.book)
     }
 
@@ -419,8 +498,9 @@ async fn keep_state(control: Control) {
 
 /// Takes clients in, for ever.
 async fn accept(control: Control) {
+    let Some(socket) = &control.0.socket else { return };
     loop {
-        match control.0.socket.accept().await {
+        match socket.accept().await {
             Ok((stream, _)) if is_permitted(&stream) => {
                 admit(&control, Rested { stream, buffer: Vec::new(), listens: false });
             }
@@ -432,8 +512,11 @@ async fn accept(control: Control) {
 
 /// The same user, or root.
 fn is_permitted(stream: &UnixStream) -> bool {
-    let me = rustix::process::geteuid().as_raw();
-    stream.peer_cred().is_ok_and(|peer| peer.uid() == me || peer.uid() == 0)
+    stream.peer_cred().is_ok_and(|peer| is_friend(peer.uid()))
+}
+
+fn is_friend(uid: u32) -> bool {
+    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 fn count_refused(control: &Control) {
@@ -469,7 +552,7 @@ fn admit(control: &Control, client: Rested) {
 async fn serve(control: Control, client: Rested, phase: Arc<AtomicU8>) {
     let Rested { stream, buffer, listens } = client;
     let (reader, mut writer) = stream.into_split();
-    let mut requests = Requests { reader, buffer };
+    let mut requests = Requests { reader, buffer, stranger: false };
     let mut rest = control.0.rest.subscribe();
     if listens {
         if let Ok(lines) = control.listen() {
@@ -541,7 +624,10 @@ async fn serve(control: Control, client: Rested, phase: Arc<AtomicU8>) {
 
 /// Keeps a client for whoever goes on with it.
 fn park(control: &Control, requests: Requests, writer: OwnedWriteHalf, listens: bool) {
-    let Requests { reader, buffer } = requests;
+    let Requests { reader, buffer, stranger } = requests;
+    if stranger {
+        return count_refused(control);
+    }
     // Both are halves of one.
     if let Ok(stream) = reader.reunite(writer) {
         lock(&control.0.rested).push(Rested { stream, buffer, listens });
@@ -569,7 +655,7 @@ async fn wish(
             (None, Some((requests, writer)))
         }
         true => {
-            let Requests { reader, buffer } = requests;
+            let Requests { reader, buffer, stranger: _ } = requests;
             let stream = reader.reunite(writer).ok();
             (stream.map(|stream| Rested { stream, buffer, listens: false }), None)
         }
@@ -618,6 +704,8 @@ struct Requests {
     reader: OwnedReadHalf,
     /// Read and not asked for yet; never more than one request and a piece.
     buffer: Vec<u8>,
+    /// A piece came from somebody who may not ask. Nothing is read any more.
+    stranger: bool,
 }
 
 impl Requests {
@@ -635,6 +723,9 @@ impl Requests {
                 return Err(Refusal::bad(text));
             }
             if !self.read().await {
+                if self.stranger {
+                    return Err(Refusal::stranger());
+                }
                 return match self.buffer.is_empty() {
                     true => Ok(None),
                     false => Err(Refusal::bad("a request ends with a newline")),
@@ -658,11 +749,40 @@ impl Requests {
         std::future::pending().await
     }
 
-    /// False at the end.
+    /// False at the end. Cancel safe: nothing is lost between two calls.
     async fn read(&mut self) -> bool {
-        self.buffer.reserve(512);
-        matches!(self.reader.read_buf(&mut self.buffer).await, Ok(read) if read > 0)
+        if self.stranger {
+            return false;
+        }
+        let stream: &UnixStream = self.reader.as_ref();
+        let mut piece = [0; PIECE];
+        let read = stream.async_io(Interest::READABLE, || receive(stream, &mut piece)).await;
+        match read {
+            Ok(Some(read)) => self.buffer.extend_from_slice(&piece[..read]),
+            Ok(None) => self.stranger = true,
+            Err(_reset) => return false,
+        }
+        matches!(read, Ok(Some(read)) if read > 0)
     }
+}
+
+/// One piece of a request: its length, 0 at the end; `None` when its sender may not ask. Descriptors that come along are
+/// closed.
+fn receive(stream: &UnixStream, piece: &mut [u8]) -> io::Result<Option<usize>> {
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1), ScmRights(MOST_RIGHTS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let got = recvmsg(stream, &mut [io::IoSliceMut::new(piece)], &mut control, flags)?;
+    let mut sender = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmCredentials(credentials) = message {
+            sender = Some(credentials.uid.as_raw());
+        }
+    }
+    // The end has no sender.
+    let permitted = got.bytes == 0 || sender.is_some_and(is_friend);
+    Ok(permitted.then_some(got.bytes))
 }
 
 #[derive(Serialize)]
@@ -738,6 +858,15 @@ async fn answer_to(control: &Control, request: Request) -> Result<Answer, Refusa
             Ok(Answer::Line(protocol::done(&control.book().status(&living))))
         }
         Verb::Brief => Ok(Answer::Line(protocol::done(&control.book().brief()))),
+        Verb::Metrics { json } => {
+            let exposition = metrics::gather(control).await;
+            Ok(Answer::Line(match json {
+                true => protocol::done(&exposition.json()),
+                false => protocol::done(&exposition.text(text::Format::Text)),
+            }))
+        }
+        Verb::RestartSlot { slot } => control.restart_slot(slot, wait).await.map(Answer::Line),
+        Verb::Config => Ok(Answer::Line(protocol::done(&control.book().configuration()))),
         Verb::Events => control.listen().map(Answer::Stream),
         Verb::Scale(scale) => control.scale(scale, wait).await.map(Answer::Line),
         Verb::Restart => control.restart(wait).await.map(Answer::Line),
@@ -863,11 +992,23 @@ impl Control {
 
     /// Slot by slot. A new worker that ends before it is ready ends the whole: the slots after it keep what they have.
     async fn restart(&self, wait: bool) -> Result<Vec<u8>, Refusal> {
+        let slots = self.book().slots();
+        self.restart_these(slots, wait).await
+    }
+
+    async fn restart_slot(&self, slot: u32, wait: bool) -> Result<Vec<u8>, Refusal> {
+        if !self.book().slots().contains(&slot) {
+            return Err(Refusal::refused(format!("it has no slot {slot}")));
+        }
+        self.restart_these(vec![slot], wait).await
+    }
+
+    async fn restart_these(&self, slots: Vec<u32>, wait: bool) -> Result<Vec<u8>, Refusal> {
         self.refuse_when_stopping()?;
         self.begin("restart")?;
         let control = self.clone();
         let rolling = tokio::spawn(async move {
-            let outcome = control.roll().await;
+            let outcome = control.roll(slots).await;
             control.note(|book| book.busy = None);
             outcome
         });
@@ -878,9 +1019,8 @@ impl Control {
         Ok(protocol::done(&Restarted { slots: workers.len(), workers }))
     }
 
-    async fn roll(&self) -> Result<Vec<u64>, Refusal> {
+    async fn roll(&self, slots: Vec<u32>) -> Result<Vec<u64>, Refusal> {
         let mut fresh = Vec::new();
-        let slots = self.book().slots();
         for slot in slots {
             let old = self.book().worker_of(slot);
             self.refuse_when_stopping()?;
@@ -904,9 +1044,9 @@ impl Control {
 
     async fn stop(&self, grace: Option<Duration>, wait: bool) -> Vec<u8> {
         self.note(Book::stops);
-        self.0.cluster.stop().await;
-        if let Some(grace) = grace {
-            tokio::spawn(hurry(self.clone(), grace));
+        match grace {
+            Some(grace) => self.0.cluster.stop_within(grace).await,
+            None => self.0.cluster.stop().await,
         }
         self.end(wait).await
     }
@@ -934,16 +1074,3 @@ fn busy(with: &str) -> Refusal {
         text: format!("a {with} is under way; wait for its end"),
     }
 }
-
-/// Ends workers that are still there after a shorter time than they were promised at the start.
-async fn hurry(control: Control, grace: Duration) {
-    tokio::time::sleep(grace).await;
-    for worker in control.0.cluster.status().await {
-        control.0.cluster.worker(worker.worker).kill(TERM).await;
-    }
-    tokio::time::sleep(KILL_AFTER).await;
-    control.0.cluster.stop_now().await;
-}
-
-/// The same number on every Unix.
-const TERM: i32 = 15;

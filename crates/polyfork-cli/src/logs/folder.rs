@@ -106,27 +106,56 @@ impl Folder {
     /// # Errors
     /// When it cannot be made or written to, or others could write to it.
     pub(crate) fn make(root: &Path, name: &Name) -> Result<Folder, Verdict> {
-        let path = root.join(name.as_str());
-        make_all(&path).map_err(|error| refused(&path, error))?;
-        let folder = sys::open(&path, FOLDER_FLAGS, Mode::empty())
-            .map_err(|error| refused(&path, in_the_way(error)))?;
-        let found = sys::fstat(&folder).map_err(|error| refused(&path, error))?;
-        if found.st_uid != rustix::process::geteuid().as_raw() {
-            return Err(refused(&path, "it belongs to another user"));
-        }
-        if found.st_mode & 0o022 != 0 {
-            return Err(refused(&path, "other users may write to it: `chmod go-w` it"));
-        }
-        let folder = Folder { folder, path };
+        let folder = Folder::make_for(root, name, None)?;
         // Told now, rather than when nobody looks.
         let opened = folder.append(&LogName::current(0).file());
         opened.map_err(|error| refused(&folder.path, error))?;
         Ok(folder)
     }
 
+    /// As [`make`](Self::make), for a user (and group) that this process is about to become.
+    ///
+    /// # Errors
+    /// As there; and when it belongs to neither.
+    pub(crate) fn make_for(
+        root: &Path,
+        name: &Name,
+        user: Option<(u32, u32)>,
+    ) -> Result<Folder, Verdict> {
+        let path = root.join(name.as_str());
+        make_all(&path).map_err(|error| refused(&path, error))?;
+        let folder = sys::open(&path, FOLDER_FLAGS, Mode::empty())
+            .map_err(|error| refused(&path, in_the_way(error)))?;
+        let found = sys::fstat(&folder).map_err(|error| refused(&path, error))?;
+        let me = rustix::process::geteuid().as_raw();
+        if found.st_uid != me && Some(found.st_uid) != user.map(|(uid, _)| uid) {
+            return Err(refused(&path, "it belongs to another user"));
+        }
+        if found.st_mode & 0o022 != 0 {
+            return Err(refused(&path, "other users may write to it: `chmod go-w` it"));
+        }
+        let folder = Folder { folder, path };
+        if let Some((uid, gid)) = user.filter(|_| found.st_uid == me) {
+            folder.give_to(uid, gid).map_err(|error| refused(&folder.path, error))?;
+        }
+        Ok(folder)
+    }
+
     /// The folder that another image of this process has opened.
     pub(crate) fn of(folder: OwnedFd, path: PathBuf) -> Folder {
         Folder { folder, path }
+    }
+
+    /// Makes the folder, which is ours, and the logs in it another user's. Nobody else could put a link in it so far.
+    fn give_to(&self, uid: u32, gid: u32) -> io::Result<()> {
+        let owner = (Some(sys::Uid::from_raw(uid)), Some(sys::Gid::from_raw(gid)));
+        let mut files = Vec::new();
+        self.each(|file| files.extend(LogName::read(file)))?;
+        for file in files {
+            let flags = AtFlags::SYMLINK_NOFOLLOW;
+            sys::chownat(&self.folder, file.file(), owner.0, owner.1, flags)?;
+        }
+        Ok(sys::fchown(&self.folder, owner.0, owner.1)?)
     }
 
     /// Opens what is there; `None` when nothing is.
@@ -167,7 +196,7 @@ impl Folder {
     }
 
     /// Opens a file to be appended to.
-    pub(super) fn append(&self, file: &str) -> io::Result<File> {
+    pub(crate) fn append(&self, file: &str) -> io::Result<File> {
         let flags = OFlags::WRONLY
             | OFlags::APPEND
             | OFlags::CREATE
@@ -213,7 +242,7 @@ impl Folder {
     }
 
     /// The same folder once more.
-    pub(super) fn again(&self) -> io::Result<Folder> {
+    pub(crate) fn again(&self) -> io::Result<Folder> {
         Ok(Folder { folder: self.folder.try_clone()?, path: self.path.clone() })
     }
 }

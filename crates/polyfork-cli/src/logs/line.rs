@@ -44,7 +44,7 @@ pub(crate) struct Entry {
 }
 
 /// How lines are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Format {
     /// See above.
     Text,

@@ -15,11 +15,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -45,11 +45,13 @@ const STACK_BYTES: usize = 128 << 10;
 const COMPRESSOR_STACK: usize = 2 << 20;
 /// At the end, a disk that takes nothing for this long is taken for stuck.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Between two looks at whether it has stopped.
+const COMPRESSOR_PAUSE: Duration = Duration::from_millis(2);
 /// A compressed file that is not whole yet.
 const PART: &str = ".part";
 
 /// What becomes of full files.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct Rotation {
     /// Bytes of a full file.
     pub(crate) size: u64,
@@ -77,6 +79,7 @@ pub(crate) struct Writer {
     shared: Arc<Shared>,
     pub(crate) losses: Arc<Losses>,
     folder: Folder,
+    how: (Format, Rotation),
 }
 
 /// Lines that could not be written.
@@ -150,7 +153,7 @@ impl Writer {
         let open = |(slot, (lost, why))| (slot, Slot { file: None, lost, why });
         let again = folder.again()?;
         let files = Files {
-            compressing: Arc::default(),
+            compressor: Arc::default(),
             losses: Arc::clone(&losses),
             open: lost.slots.into_iter().map(open).collect(),
             folder,
@@ -163,12 +166,17 @@ impl Writer {
         let held = upgrade::hold_signals()?;
         thread.spawn(move || write_all(&theirs, files))?;
         drop(held);
-        Ok(Writer { shared, losses, folder: again })
+        Ok(Writer { shared, losses, folder: again, how: (format, rotation) })
     }
 
     /// Where it writes to.
     pub(crate) fn folder(&self) -> &Folder {
         &self.folder
+    }
+
+    /// How lines are written, and what becomes of full files.
+    pub(crate) fn how(&self) -> (Format, Rotation) {
+        self.how
     }
 
     /// Whether everything is written, or counted as lost.
@@ -284,6 +292,8 @@ impl Shared {
 
 /// The thread.
 fn write_all(shared: &Shared, mut files: Files) {
+    // A primary that was killed may have left some.
+    remove_parts(&files.folder);
     while let Some(records) = shared.take() {
         files.write(&records);
         shared.done(files.lost());
@@ -300,8 +310,31 @@ struct Files {
     format: Format,
     rotation: Rotation,
     open: BTreeMap<u32, Slot>,
-    compressing: Arc<AtomicBool>,
+    compressor: Arc<Compressor>,
     losses: Arc<Losses>,
+}
+
+/// The thread that compresses, as it is seen from outside.
+#[derive(Default)]
+struct Compressor {
+    running: AtomicBool,
+    /// It is to stop: what it has not finished is compressed by the next primary.
+    stop: AtomicBool,
+}
+
+impl Compressor {
+    fn is_to_stop(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Stops it, and waits until it has cleared away what it had begun.
+    fn end(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let limit = Instant::now() + PATIENCE;
+        while self.running.load(Ordering::Acquire) && Instant::now() < limit {
+            std::thread::sleep(COMPRESSOR_PAUSE);
+        }
+    }
 }
 
 /// One slot's file.
@@ -446,24 +479,25 @@ impl Files {
 
     /// Starts the thread that compresses, unless it runs.
     fn compress(&self) {
-        if self.compressing.swap(true, Ordering::AcqRel) {
+        if self.compressor.running.swap(true, Ordering::AcqRel) {
             return;
         }
-        let running = Arc::clone(&self.compressing);
+        let compressor = Arc::clone(&self.compressor);
         let started = self.folder.again().and_then(|folder| {
             let thread = std::thread::Builder::new().name("gzip".into());
             thread.stack_size(COMPRESSOR_STACK).spawn(move || {
-                compress_all(&folder);
-                running.store(false, Ordering::Release);
+                compress_all(&folder, &compressor);
+                compressor.running.store(false, Ordering::Release);
             })
         });
         if started.is_err() {
-            self.compressing.store(false, Ordering::Release);
+            self.compressor.running.store(false, Ordering::Release);
         }
     }
 
-    /// What is missing is told at least now.
+    /// What is missing is told at least now, and nothing half-compressed stays.
     fn end(&mut self) {
+        self.compressor.end();
         let open = std::mem::take(&mut self.open);
         for (number, slot) in open {
             if slot.lost > 0
@@ -520,8 +554,23 @@ impl Open {
 }
 
 /// Compresses every full file, one after the other.
-fn compress_all(folder: &Folder) {
-    // What an earlier primary did not finish is of no use.
+fn compress_all(folder: &Folder, compressor: &Compressor) {
+    remove_parts(folder);
+    let mut failed = 0;
+    while !compressor.is_to_stop() {
+        let files = folder.files().unwrap_or_default();
+        let mut next =
+            files.into_iter().filter(|name| name.age != Age::Current && !name.compressed);
+        let Some(name) = next.nth(failed) else { return };
+        // The disk is full, or it was removed meanwhile: it stays as it is.
+        if compress_one(folder, &name, compressor).is_err() {
+            failed += 1;
+        }
+    }
+}
+
+/// What an earlier primary did not finish is of no use.
+fn remove_parts(folder: &Folder) {
     let mut parts = Vec::new();
     let _ = folder.each(|name| {
         if name.ends_with(PART) {
@@ -531,24 +580,14 @@ fn compress_all(folder: &Folder) {
     for part in parts {
         let _ = folder.remove(&part);
     }
-    let mut failed = 0;
-    loop {
-        let files = folder.files().unwrap_or_default();
-        let mut next =
-            files.into_iter().filter(|name| name.age != Age::Current && !name.compressed);
-        let Some(name) = next.nth(failed) else { return };
-        // The disk is full, or it was removed meanwhile: it stays as it is.
-        if compress_one(folder, &name).is_err() {
-            failed += 1;
-        }
-    }
 }
 
-fn compress_one(folder: &Folder, name: &LogName) -> io::Result<()> {
+fn compress_one(folder: &Folder, name: &LogName, compressor: &Compressor) -> io::Result<()> {
     let plain = name.file();
     let whole = LogName { compressed: true, ..name.clone() }.file();
     let part = format!("{whole}{PART}");
-    let outcome = write_compressed(folder, name, &part).and_then(|()| folder.rename(&part, &whole));
+    let outcome = write_compressed(folder, name, &part, compressor)
+        .and_then(|()| folder.rename(&part, &whole));
     if outcome.is_err() {
         let _ = folder.remove(&part);
         return outcome;
@@ -560,11 +599,30 @@ fn compress_one(folder: &Folder, name: &LogName) -> io::Result<()> {
     }
 }
 
-fn write_compressed(folder: &Folder, name: &LogName, part: &str) -> io::Result<()> {
+fn write_compressed(
+    folder: &Folder,
+    name: &LogName,
+    part: &str,
+    compressor: &Compressor,
+) -> io::Result<()> {
     let mut from = BufReader::with_capacity(32 << 10, folder.open(name)?);
     let to = folder.create(part)?;
     let mut encoder = GzEncoder::new(to, Compression::new(4));
-    io::copy(&mut from, &mut encoder)?;
+    loop {
+        if compressor.is_to_stop() {
+            return Err(io::Error::other("the app ends"));
+        }
+        let read = match from.fill_buf() {
+            Ok([]) => break,
+            Ok(bytes) => {
+                encoder.write_all(bytes)?;
+                bytes.len()
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        from.consume(read);
+    }
     let file = encoder.finish()?;
     // The plain file goes when this one is there for good.
     match rustix::fs::fdatasync(&file) {

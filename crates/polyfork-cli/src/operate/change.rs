@@ -266,6 +266,14 @@ async fn one_app(app: &App, request: Raw, wait: bool, ends: bool) -> Result<Valu
     }
 }
 
+/// Ends an app, and returns when its name is free.
+///
+/// # Errors
+/// Why it did not end.
+pub(crate) async fn end(app: &App, request: Raw) -> Result<Value, Verdict> {
+    one_app(app, request, true, true).await
+}
+
 /// Its name can be taken again when this returns.
 async fn wait_until_gone(app: &App) {
     let gone = async {

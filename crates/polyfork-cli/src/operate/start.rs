@@ -1,6 +1,7 @@
 //! `polyfork start`: runs this executable again in a session of its own, and waits until it is ready or says why not.
 //!
-//! Ctrl-C ends what is being started. Once it is ready it needs us no more.
+//! Ctrl-C ends what is being started. Once it is ready it needs us no more. Of a configuration every app is started that
+//! is meant, at the same time; the exit code is that of the first that went wrong.
 
 use std::ffi::OsString;
 use std::io;
@@ -10,9 +11,11 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
 use crate::args::StartArgs;
+use crate::config;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::words;
@@ -32,42 +35,123 @@ struct NotStarted<'a> {
     last_lines: &'a [String],
 }
 
+/// Why it did not start, with what its last worker wrote.
+#[derive(Debug)]
+pub(crate) struct NotReady {
+    verdict: Verdict,
+    last_lines: Vec<String>,
+}
+
+impl From<Verdict> for NotReady {
+    fn from(verdict: Verdict) -> NotReady {
+        NotReady { verdict, last_lines: Vec::new() }
+    }
+}
+
+impl NotReady {
+    /// All of it as one complaint.
+    pub(crate) fn whole(self) -> Verdict {
+        let Verdict { code, mut text } = self.verdict;
+        if !self.last_lines.is_empty() {
+            text.push_str("; the last lines that its last worker wrote to standard error:");
+        }
+        for line in &self.last_lines {
+            text.push_str(&format!("\n    {line}"));
+        }
+        Verdict { code, text }
+    }
+
+    fn complain(&self) {
+        complain(&self.verdict.text);
+        if !self.last_lines.is_empty() {
+            remark("the last lines that its last worker wrote to standard error:");
+            let lines = self.last_lines.iter();
+            let lines = lines.map(|line| format!("    {}\n", words::harmless(line)));
+            crate::say(io::stderr(), &lines.collect::<String>());
+        }
+    }
+
+    fn shape(&self) -> NotStarted<'_> {
+        let error = ErrorShape::of(&self.verdict);
+        NotStarted { version: VERSION, error, last_lines: &self.last_lines }
+    }
+}
+
 /// Runs the verb.
 pub(crate) async fn run(args: StartArgs) -> Code {
     let json = args.run.show.json;
-    let mut child = match spawn() {
-        Ok(child) => child,
-        Err(text) => {
-            return fail(&Verdict { code: Code::Unexpected, text: words::plain(&text) }, json);
-        }
-    };
-    let mut told = Told::default();
-    match wait(&mut child, &mut told).await {
-        Ok(app) => {
-            started(&app, json);
+    match config::for_start(&args) {
+        Ok(None) => program(json).await,
+        Ok(Some(apps)) => several(apps, json).await,
+        Err(verdict) => fail(&verdict, json),
+    }
+}
+
+/// Starts the program of this command line.
+async fn program(json: bool) -> Code {
+    match one(std::env::args_os().skip(2).collect()).await {
+        Ok(app) if json => {
+            write_json(&app);
             Code::Stopped
         }
-        Err(verdict) => {
-            complain(&verdict.text);
-            if !told.last_lines.is_empty() {
-                remark("the last lines that its last worker wrote to standard error:");
-                let lines =
-                    told.last_lines.iter().map(|line| format!("    {}\n", words::harmless(line)));
-                crate::say(io::stderr(), &lines.collect::<String>());
-            }
+        Ok(app) => {
+            tell(&app);
+            Code::Stopped
+        }
+        Err(failed) => {
+            failed.complain();
             if json {
-                let error = ErrorShape::of(&verdict);
-                write_json(&NotStarted { version: VERSION, error, last_lines: &told.last_lines });
+                write_json(&failed.shape());
             }
-            verdict.code
+            failed.verdict.code
         }
     }
 }
 
-fn spawn() -> Result<Child, String> {
+/// Starts apps of a configuration at the same time.
+async fn several(apps: Vec<Vec<OsString>>, json: bool) -> Code {
+    let mut starting = JoinSet::new();
+    for (number, words) in apps.into_iter().enumerate() {
+        starting.spawn(async move { (number, one(words).await) });
+    }
+    let mut outcomes = Vec::new();
+    while let Some(outcome) = starting.join_next().await {
+        let Ok((number, outcome)) = outcome else { continue };
+        match &outcome {
+            Ok(app) if !json => tell(app),
+            Ok(_) => {}
+            Err(failed) => failed.complain(),
+        }
+        outcomes.push((number, outcome));
+    }
+    outcomes.sort_by_key(|(number, _)| *number);
+    if json {
+        let shape = |(_, outcome): &(usize, Result<Value, NotReady>)| match outcome {
+            Ok(app) => app.clone(),
+            Err(failed) => serde_json::to_value(failed.shape()).unwrap_or_default(),
+        };
+        write_json(&outcomes.iter().map(shape).collect::<Vec<Value>>());
+    }
+    let failed = outcomes.iter().filter_map(|(_, outcome)| outcome.as_ref().err()).next();
+    failed.map_or(Code::Stopped, |failed| failed.verdict.code)
+}
+
+/// Starts one app, by the words that its primary gets; what it is once it is ready.
+///
+/// # Errors
+/// Why it is not.
+pub(crate) async fn one(words: Vec<OsString>) -> Result<Value, NotReady> {
+    let mut child = spawn(words)
+        .map_err(|text| Verdict { code: Code::Unexpected, text: words::plain(&text) })?;
+    let mut told = Told::default();
+    wait(&mut child, &mut told)
+        .await
+        .map_err(|verdict| NotReady { verdict, last_lines: told.last_lines })
+}
+
+fn spawn(words: Vec<OsString>) -> Result<Child, String> {
     let program = std::env::current_exe()
         .map_err(|error| format!("cannot find this program's own file: {error}"))?;
-    let words: Vec<OsString> = std::env::args_os().skip(2).collect();
     let mut command = Command::new(program);
     command.arg0("polyfork").arg("primary").args(words);
     command.detached(true).stdin(Stdio::Ignore).stdout(Stdio::Pipe).stderr(Stdio::Ignore);
@@ -133,10 +217,8 @@ fn take(event: &Value, told: &mut Told) -> Option<Result<Value, Verdict>> {
     }
 }
 
-fn started(app: &Value, json: bool) {
-    if json {
-        return write_json(app);
-    }
+/// Tells people that an app is ready.
+pub(crate) fn tell(app: &Value) {
     let number = |field: &str| app[field].as_u64().unwrap_or(0);
     let name = app["name"].as_str().unwrap_or_default();
     let listeners: Vec<&str> =

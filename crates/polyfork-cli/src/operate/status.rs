@@ -92,10 +92,18 @@ fn draw(status: &Value) -> String {
         status["workers"].as_array().into_iter().flatten().map(row).collect();
     let head = [
         "slot", "worker", "pid", "state", "gen", "restarts", "up", "cpu", "memory", "accepted",
-        "queue", "last end",
+        "queue", "lag", "last end",
     ];
     drawn.push_str(&table::draw(paint, &head, &rows));
     drawn
+}
+
+/// How late the event loop is; of one that is blocked, since when it has been silent.
+fn lag(worker: &Value) -> Option<String> {
+    match worker["blocked_ms"].as_u64() {
+        Some(silent) => Some(format!("blocked {}", time(silent))),
+        None => Some(format!("{:.1} ms", worker["lag_ms"].as_f64()?)),
+    }
 }
 
 fn row(worker: &Value) -> Vec<Cell> {
@@ -116,6 +124,7 @@ fn row(worker: &Value) -> Vec<Cell> {
         Cell::maybe(number("resident_bytes").map(values::bytes)),
         Cell::maybe(number("accepted")),
         Cell::maybe(number("queue")),
+        Cell::maybe(lag(worker)),
         Cell::maybe(last),
     ]
 }

@@ -124,6 +124,14 @@ impl Human {
             Event::Status { who, text } => {
                 vec![self.own(None, &format!("slot {}: {}", who.slot, words::harmless(text)))]
             }
+            Event::Blocked { who, silent } => {
+                let text = format!("no sign of life for {}: blocked or stopped", spoken(*silent));
+                vec![self.own(Some(Ink::Warn), &about(Some(who), &text))]
+            }
+            Event::Unblocked { who, silent } => {
+                let text = format!("goes on after {}", spoken(*silent));
+                vec![self.own(Some(Ink::Good), &about(Some(who), &text))]
+            }
             Event::Notice(notice) => {
                 let text = words::harmless(&words::plain(&notice.text));
                 vec![self.own(Some(Ink::Warn), &about(notice.who.as_ref(), &text))]

@@ -160,7 +160,14 @@ impl Json {
                     .with("text", &error.to_string())
                     .with("last_lines", &lines)
             }
+            Event::Stopping => Line::new("stopping"),
             Event::Status { who, text } => Line::about("status", who).with("text", text),
+            Event::Blocked { who, silent } => {
+                Line::about("blocked", who).with("silent_ms", &silent.as_millis())
+            }
+            Event::Unblocked { who, silent } => {
+                Line::about("unblocked", who).with("silent_ms", &silent.as_millis())
+            }
             Event::Notice(notice) => maybe_about("notice", notice.who.as_ref())
                 .with("code", notice.code)
                 .with("text", &words::plain(&notice.text)),

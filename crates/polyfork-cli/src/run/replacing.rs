@@ -18,9 +18,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{After, Watch};
+use crate::config::live::Live;
 use crate::control::protocol::{self, Refusal};
 use crate::control::server::{Control, Rested, Wish};
 use crate::exit::Code;
+use crate::metrics::server::Serving;
 use crate::upgrade::state::{AppState, BackgroundState};
 use crate::upgrade::trial::Trial;
 use crate::upgrade::{self, LAST_SIGNALS, REST_LIMIT, TRIAL_LIMIT, TRIES};
@@ -84,6 +86,7 @@ impl Rest {
 /// What rests goes on when this is dropped: the cluster first.
 struct AtRest<'a> {
     control: Option<&'a Control>,
+    serving: Option<&'a Serving>,
     cluster: Option<Rest>,
 }
 
@@ -92,6 +95,9 @@ impl Drop for AtRest<'_> {
         self.cluster = None;
         if let Some(control) = self.control {
             control.go_on();
+        }
+        if let Some(serving) = self.serving {
+            serving.go_on();
         }
     }
 }
@@ -187,9 +193,13 @@ impl Watch {
         next: &Next<'_>,
         trial: &mut Trial,
     ) -> Result<Infallible, Not> {
-        let mut at_rest = AtRest { control: self.control.as_ref(), cluster: None };
+        let (control, serving) = (self.control.as_ref(), self.serving.as_ref());
+        let mut at_rest = AtRest { control, serving, cluster: None };
         if let Some(control) = &self.control {
             control.rest(REST_LIMIT).await?;
+        }
+        if let Some(serving) = &self.serving {
+            serving.rest(REST_LIMIT).await;
         }
         let rest = at_rest.cluster.insert(Rest::of(cluster).await?);
         let settled = tokio::time::timeout(REST_LIMIT, self.settled(cluster)).await;
@@ -253,9 +263,13 @@ impl Watch {
                 starter: self.starter.borrow().pack(packs).map_err(told)?,
                 logs: packs.name(logs.folder().as_fd()).map_err(told)?,
                 logs_path: logs.folder().path.clone(),
+                format: logs.how().0,
+                rotation: logs.how().1,
                 lost: logs.lost(),
             }),
         };
+        let metrics = self.serving.as_ref().map(|serving| serving.pack(packs));
+        let metrics = metrics.transpose().map_err(told)?;
         let ledger = self.ledger.borrow();
         let state = AppState {
             descriptors: packing.finish(),
@@ -273,6 +287,12 @@ impl Watch {
             background,
             ledger: ledger.clone(),
             told_lost: self.told_lost.get(),
+            show: self.show,
+            live: self.about.live.as_ref().map(Live::state),
+            times: self.renewal.times(),
+            manager: self.manager.seen(),
+            metrics,
+            keeps_rights: upgrade::would_lose_rights(),
         };
         let sealed = state.seal()?;
         Ok((state.descriptors, sealed))

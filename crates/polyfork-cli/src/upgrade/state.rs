@@ -11,11 +11,17 @@ use polyfork::cluster::upgrade::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::config::live::LiveState;
+use crate::config::renew::Times;
 use crate::control::book::About;
 use crate::control::folder::ClaimState;
 use crate::control::server::{Control, ControlState};
 use crate::ledger::Ledger;
-use crate::logs::writer::Lost;
+use crate::logs::line::Format;
+use crate::logs::writer::{Lost, Rotation};
+use crate::manager::Seen;
+use crate::metrics::server::DoorState;
+use crate::run::Show;
 
 /// All of it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +45,17 @@ pub(crate) struct AppState {
     pub(crate) background: Option<BackgroundState>,
     pub(crate) ledger: Ledger,
     pub(crate) told_lost: bool,
+    pub(crate) show: Show,
+    /// Its configuration, if it has one.
+    pub(crate) live: Option<LiveState>,
+    /// When it reloads by itself.
+    pub(crate) times: Times,
+    /// What a service manager was told, if there is one.
+    pub(crate) manager: Option<Seen>,
+    /// Where metrics are served.
+    pub(crate) metrics: Option<DoorState>,
+    /// Rights were made to outlast exec, and are not for workers.
+    pub(crate) keeps_rights: bool,
 }
 
 /// What an app in the background has.
@@ -47,6 +64,8 @@ pub(crate) struct BackgroundState {
     pub(crate) starter: Option<Carried>,
     pub(crate) logs: Carried,
     pub(crate) logs_path: PathBuf,
+    pub(crate) format: Format,
+    pub(crate) rotation: Rotation,
     pub(crate) lost: Lost,
 }
 
@@ -75,6 +94,7 @@ impl AppState {
         Cluster::check_state(&state.cluster)?;
         if let Some(control) = &state.control {
             Control::book_of(control)?;
+            Control::meter_of(control)?;
         }
         Ok(state)
     }

@@ -27,6 +27,8 @@ use crate::args::{self, NotRun, UpgradeCheckArgs, Verb};
 use crate::exit::Code;
 use crate::words;
 
+/// What a process may do.
+const RIGHTS: &str = "CapEff:";
 /// The hidden verb.
 const VERB: &str = "upgrade-check";
 /// A state with its envelope.
@@ -77,7 +79,9 @@ impl Trial {
         command.arg0("polyfork").arg(VERB).arg("--").args(std::env::args_os().skip(1));
         command.stdin(Stdio::Pipe).stdout(Stdio::Pipe).stderr(Stdio::Pipe).process_group(true);
         let failed = |text: &str| format!("{shown}: {text}");
-        let mut child = command.spawn().map_err(|error| match error.raw_os_error() {
+        let spawned = super::with_rights(|| command.spawn());
+        let spawned = spawned.map_err(|error| failed(&words::plain(&error.to_string())))?;
+        let mut child = spawned.map_err(|error| match error.raw_os_error() {
             Some(libc_errno::ENOEXEC) => failed("no executable for this machine"),
             Some(libc_errno::ENOENT) => {
                 failed("it is a script, or what it needs to be loaded with is not there")
@@ -128,7 +132,7 @@ impl Trial {
                 words::harmless(&polyfork)
             ));
         }
-        match lost_rights(own_rights().as_deref(), rights.as_deref()) {
+        match lost_rights(own_rights(RIGHTS).as_deref(), rights.as_deref()) {
             None => Ok(polyfork),
             Some(lost) => Err(format!(
                 "{}: run from this process it would lose rights that this process has (capabilities {lost:x})",
@@ -191,9 +195,10 @@ mod libc_errno {
     pub(super) const ETXTBSY: i32 = 26;
 }
 
-fn own_rights() -> Option<String> {
+/// One of the sets of capabilities of this process.
+pub(super) fn own_rights(set: &str) -> Option<String> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(set))?;
     Some(line.trim().to_owned())
 }
 
@@ -221,7 +226,7 @@ pub(crate) fn check(given: UpgradeCheckArgs) -> Code {
             state: STATE_VERSION,
             ok: checked.is_ok(),
             text: checked.err().unwrap_or_default(),
-            rights: own_rights(),
+            rights: own_rights(RIGHTS),
         };
         let mut line = serde_json::to_vec(&answer).unwrap_or_default();
         line.push(b'\n');
@@ -269,7 +274,7 @@ mod tests {
         assert_eq!(lost_rights(Some("0000000000001001"), Some("0000000000000001")), Some(0x1000));
         assert_eq!(lost_rights(Some("1"), Some("ff")), None);
         assert_eq!(lost_rights(None, Some("0")), None);
-        assert!(own_rights().is_some());
+        assert!(own_rights(RIGHTS).is_some());
     }
 
     #[test]

@@ -32,6 +32,17 @@ pub struct Plan {
     pub seed: u64,
 }
 
+/// What can be changed of a [`Plan`] while a cluster runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SupervisorLimits {
+    /// As [`Plan::ready_timeout`].
+    pub ready_timeout: Option<Duration>,
+    /// As [`Plan::grace`].
+    pub grace: Duration,
+    /// As [`Plan::restart`].
+    pub restart: RestartPolicy,
+}
+
 impl Default for Plan {
     /// One supervised worker, no limit until it is ready, 30 s of grace and 2 s more.
     fn default() -> Plan {
@@ -106,6 +117,8 @@ pub enum Reason {
     ProtocolFault,
     /// It gave no sign of life.
     Watchdog,
+    /// It did not answer its probe.
+    ProbeFailed,
     /// It was asked to stop.
     Asked,
     /// It left on its own request (Node's `exitedAfterDisconnect`, sd_notify's `STOPPING=1`).
@@ -124,6 +137,7 @@ impl fmt::Display for Reason {
             Reason::NeverReady => "never got ready",
             Reason::ProtocolFault => "broke the rules of its channel",
             Reason::Watchdog => "gave no sign of life",
+            Reason::ProbeFailed => "did not answer its probe",
             Reason::Asked => "was asked to stop",
             Reason::Voluntary => "left on its own request",
             Reason::GraceExpired => "did not stop within its grace period",
@@ -228,6 +242,27 @@ pub enum Input {
     Renew {
         /// Which.
         slot: SlotId,
+    },
+    /// Another grace period from now on, longer or shorter. It counts from now for workers that stop already.
+    Grace {
+        /// Instead of [`Plan::grace`].
+        grace: Duration,
+    },
+    /// The worker, which may serve, must be replaced for this reason, and it is better to have its successor first: as
+    /// [`Input::Renew`] where that can be done, else, or when the successor does not come up, as [`Input::Unfit`].
+    Replace {
+        /// Which.
+        worker: WorkerId,
+        /// Why.
+        reason: Reason,
+    },
+    /// The worker needs so much longer from now for what has a limit: getting ready, or stopping (`EXTEND_TIMEOUT_USEC` of
+    /// sd_notify). Never makes a limit shorter.
+    Extend {
+        /// Which.
+        worker: WorkerId,
+        /// How much.
+        by: Duration,
     },
     /// Let every worker finish and leave. A second one means now.
     Stop,

@@ -91,7 +91,7 @@ fn weight(reason: Reason) -> u8 {
         Reason::Asked | Reason::Voluntary => 1,
         Reason::GraceExpired => 2,
         Reason::Exited(_) => 3,
-        Reason::NeverReady | Reason::ProtocolFault | Reason::Watchdog => 4,
+        Reason::NeverReady | Reason::ProtocolFault | Reason::Watchdog | Reason::ProbeFailed => 4,
         Reason::OutOfMemory => 5,
     }
 }

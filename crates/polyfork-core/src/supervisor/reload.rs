@@ -70,6 +70,8 @@ pub(super) struct Reload {
     fault: Option<ReloadFault>,
     /// One slot by its own generation.
     renews: Option<SlotId>,
+    /// The worker to be replaced cannot stay, whatever becomes of its successor.
+    unfit: Option<(WorkerId, Reason)>,
 }
 
 impl Reload {
@@ -84,6 +86,7 @@ impl Reload {
             replaced: 0,
             fault: None,
             renews,
+            unfit: None,
         }
     }
 }
@@ -139,6 +142,24 @@ impl Supervisor {
         if current.is_some_and(|worker| worker.view.state == WorkerState::Ready) {
             let plan = ReloadPlan { at_a_time: 0, probation: Duration::ZERO };
             self.reload = Some(Reload::new(plan, slot.generation, vec![id], Some(id)));
+        }
+    }
+
+    /// Renews the slot of a worker that cannot stay; where that cannot be done, the worker ends first.
+    pub(super) fn replace_gently(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
+        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let (slot, serves) = (worker.view.slot, worker.view.state == WorkerState::Ready);
+        if serves && self.slots.get(&slot).is_some_and(|slot| slot.current == Some(id)) {
+            self.renew(slot);
+        }
+        match &mut self.reload {
+            Some(reload) if serves && reload.renews == Some(slot) => {
+                reload.unfit.get_or_insert((id, reason));
+                if let Some(worker) = self.workers.get_mut(&id) {
+                    worker.note(reason);
+                }
+            }
+            _ => self.unfit(id, reason, out),
         }
     }
 
@@ -312,6 +333,10 @@ impl Supervisor {
         match reload.renews {
             Some(slot) => out.push(Action::RenewalFailed { slot, fault }),
             None => out.push(Action::ReloadFailed { generation, replaced, fault }),
+        }
+        // When the cluster stops, it is asked to as all others are.
+        if let Some((worker, reason)) = reload.unfit.filter(|_| self.phase == Phase::Running) {
+            self.unfit(worker, reason, out);
         }
     }
 

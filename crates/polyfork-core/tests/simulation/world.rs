@@ -216,6 +216,8 @@ impl Life {
             12 if self.one_in(8) => Input::StopNow,
             13 => Input::Unfit { worker, reason: Reason::Watchdog },
             16 => Input::Renew { slot },
+            17 => Input::Replace { worker, reason: Reason::Watchdog },
+            18 => Input::Extend { worker, by: Duration::from_millis(250) },
             14 | 15 => {
                 let (at_a_time, probation) = (self.draw(4) as u32, self.draw(1500));
                 Input::Reload(ReloadPlan { at_a_time, probation: Duration::from_millis(probation) })

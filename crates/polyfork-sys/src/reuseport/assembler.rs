@@ -40,6 +40,7 @@ impl Reg {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Size {
     Byte,
+    Half,
     Word,
     Double,
 }
@@ -48,6 +49,7 @@ impl Size {
     fn bits(self) -> u8 {
         match self {
             Self::Word => 0x00,
+            Self::Half => 0x08,
             Self::Byte => 0x10,
             Self::Double => 0x18,
         }
@@ -91,6 +93,8 @@ pub(super) enum Ins {
     LoadMapValue(Reg, i32),
     /// go to `label` if `a == number`
     JumpIfEqual(Reg, i32, Label),
+    /// go to `label` if `a != b`
+    JumpIfOther(Reg, Reg, Label),
     /// go to `label` if `a > b`, unsigned
     JumpIfAbove(Reg, Reg, Label),
     /// go to `label`
@@ -120,6 +124,7 @@ const OP_SHIFT_RIGHT: u8 = 0x70;
 const OP_MODULO: u8 = 0x90;
 const OP_MOVE: u8 = 0xb0;
 const OP_JUMP_EQUAL: u8 = 0x10;
+const OP_JUMP_OTHER: u8 = 0x50;
 const OP_JUMP_ABOVE: u8 = 0x20;
 const OP_CALL: u8 = 0x80;
 const OP_EXIT: u8 = 0x90;
@@ -147,9 +152,10 @@ impl Ins {
 
     fn label(self) -> Option<Label> {
         match self {
-            Self::JumpIfEqual(_, _, label) | Self::JumpIfAbove(_, _, label) | Self::Jump(label) => {
-                Some(label)
-            }
+            Self::JumpIfEqual(_, _, label)
+            | Self::JumpIfOther(_, _, label)
+            | Self::JumpIfAbove(_, _, label)
+            | Self::Jump(label) => Some(label),
             _ => None,
         }
     }
@@ -187,6 +193,9 @@ impl Ins {
                 0
             }
             Self::JumpIfEqual(a, n, _) => word(JMP_NUMBER | OP_JUMP_EQUAL, a.number(), 0, jump, n),
+            Self::JumpIfOther(a, b, _) => {
+                word(JMP_REGISTER | OP_JUMP_OTHER, a.number(), b.number(), jump, 0)
+            }
             Self::JumpIfAbove(a, b, _) => {
                 word(JMP_REGISTER | OP_JUMP_ABOVE, a.number(), b.number(), jump, 0)
             }

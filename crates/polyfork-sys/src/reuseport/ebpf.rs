@@ -11,7 +11,8 @@
 //! | 0 | u64 | head: start of the live list (high half), its length (low half) | us |
 //! | 8 | u64 | turns taken by connection requests (SYN) | program |
 //! | 16 | u64 | turns taken by anything else | program |
-//! | 24 | u32 x 2 x capacity | two banks of indices into `sockets` | us |
+//! | 24 | u64 | aim: an index into `sockets` (high half), and the source port that is meant for it, with bit 16 set | us |
+//! | 32 | u32 x 2 x capacity | two banks of indices into `sockets` | us |
 //! | after them | u64 x capacity | connection requests given to each index | program |
 //!
 //! A change writes the bank that is not in use and then the head, one atomic store: the program sees the old
@@ -21,6 +22,9 @@
 //! answered by cookies would cost each connection two turns (the SYN and the final ACK both come
 //! here), and with two slots all connections would fall on the same one. What is not a SYN (cookie ACKs,
 //! stray packets, connections that move from a closed listener) takes turns by the second counter.
+//!
+//! A connection of our own that shall reach one slot, live or not, is aimed by its source port (`Group::reach`). It takes
+//! no turn and is not counted. Another client that happens to have the same port at that moment reaches that slot too.
 //!
 //! A counter goes on when the live set changes: turn t goes to entry `t % length` of the list as it is then.
 //! It wraps after 2^64 connections, which is to say never.
@@ -42,7 +46,8 @@ pub(super) const CAPACITY: usize = 4096;
 const HEAD: usize = 0;
 const TURNS: usize = 8;
 const OTHER_TURNS: usize = 16;
-const BANKS: usize = 24;
+const AIM: usize = 24;
+const BANKS: usize = 32;
 const GIVEN: usize = BANKS + 2 * CAPACITY * size_of::<u32>();
 const STATE_BYTES: usize = GIVEN + CAPACITY * size_of::<u64>();
 
@@ -68,6 +73,10 @@ const LOG_BYTES: usize = 64 * 1024;
 /// `struct sk_reuseport_md`: where the packet (from its TCP header on) starts and ends.
 const MD_DATA: i16 = 0;
 const MD_DATA_END: i16 = 8;
+/// Offset of the source port in a TCP header.
+const TCP_SOURCE: i16 = 0;
+/// Says that there is an aim, whatever the port.
+const AIMED: u64 = 1 << 16;
 /// Offset of the flags in a TCP header, and the flags that make a connection request.
 const TCP_FLAGS: i16 = 13;
 const TCP_SYN_OR_ACK: i32 = 0x12;
@@ -78,6 +87,7 @@ fn program(sockets: i32, state: i32) -> Vec<Ins> {
     use Ins::*;
     use Reg::*;
     let (other, turn, pass) = (Label("other"), Label("turn"), Label("pass"));
+    let (short, unaimed, select) = (Label("short"), Label("unaimed"), Label("select"));
     let mask = (2 * CAPACITY - 1) as i32;
     vec![
         // The live list: r8 = its start, r6 = our argument for later, r2 = its length.
@@ -85,13 +95,28 @@ fn program(sockets: i32, state: i32) -> Vec<Ins> {
         LoadMapValue(R7, state),
         Load(Size::Double, R8, R7, HEAD as i16),
         Move32(R0, R8),
-        JumpIfEqual(R0, 0, pass),
-        // Which counter? A packet too short to look at is none that opens a connection.
+        // A packet too short to look at is none that opens a connection.
         Load(Size::Double, R2, R6, MD_DATA),
         Load(Size::Double, R3, R6, MD_DATA_END),
         Move(R4, R2),
         AddNumber(R4, TCP_FLAGS as i32 + 1),
-        JumpIfAbove(R4, R3, other),
+        JumpIfAbove(R4, R3, short),
+        // Is it aimed at somebody?
+        Load(Size::Double, R9, R7, AIM as i16),
+        JumpIfEqual(R9, 0, unaimed),
+        Move32(R1, R9),
+        AndNumber(R1, 0xffff),
+        Load(Size::Half, R4, R2, TCP_SOURCE),
+        JumpIfOther(R1, R4, unaimed),
+        ShiftRight(R9, 32),
+        Store(Size::Word, R10, -4, R9),
+        Jump(select),
+        Here(short),
+        JumpIfEqual(R0, 0, pass),
+        Jump(other),
+        // Which counter?
+        Here(unaimed),
+        JumpIfEqual(R0, 0, pass),
         Load(Size::Byte, R4, R2, TCP_FLAGS),
         AndNumber(R4, TCP_SYN_OR_ACK),
         JumpIfEqual(R4, TCP_SYN, turn),
@@ -121,6 +146,7 @@ fn program(sockets: i32, state: i32) -> Vec<Ins> {
         Add(R1, R3),
         AddNumber(R1, GIVEN as i32),
         FetchAdd(R1, 0, R9),
+        Here(select),
         // Select it. Should that fail (the slot left meanwhile), the kernel's own hash decides.
         Move(R1, R6),
         LoadMap(R2, sockets),
@@ -206,6 +232,16 @@ impl Selector {
         self.state.counter(TURNS).load(Ordering::Relaxed)
     }
 
+    /// Whatever comes from this source port goes to `index`, until the next call; `None` ends it.
+    pub(super) fn aim(&self, at: Option<(u32, u16)>) {
+        let word = at.map_or(0, |(index, port)| {
+            // As the program reads it from the packet.
+            let port = u16::from_ne_bytes(port.to_be_bytes());
+            u64::from(index) << 32 | AIMED | u64::from(port)
+        });
+        self.state.counter(AIM).store(word, Ordering::SeqCst);
+    }
+
     /// Connection requests given to `index` since the program exists.
     pub(super) fn given(&self, index: u32) -> u64 {
         let number = index as usize % CAPACITY;
@@ -249,7 +285,7 @@ impl State {
 
     fn counter(&self, offset: usize) -> &AtomicU64 {
         let place = self.base.as_ptr().wrapping_add(offset).cast::<u64>();
-        // SAFETY: `offset` is one of the three u64 fields or that of one of the counters behind the banks, all inside the
+        // SAFETY: `offset` is one of the four u64 fields or that of one of the counters behind the banks, all inside the
         // mapping and aligned to 8 (the base is page-aligned), mapped as long as `self`, and written by the kernel side with atomics only.
         unsafe { AtomicU64::from_ptr(place) }
     }
@@ -410,7 +446,7 @@ mod tests {
 
     #[test]
     fn the_program_is_short() {
-        assert!(assemble(&program(3, 4)).len() < 48);
+        assert!(assemble(&program(3, 4)).len() < 64);
     }
 
     #[test]

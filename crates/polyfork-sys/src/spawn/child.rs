@@ -91,7 +91,7 @@ pub(super) extern "C" fn main(argument: *mut c_void) -> c_int {
 
 fn run(image: &mut Image<'_>) -> Result<(), Failure> {
     default_dispositions();
-    enter_cgroup(image.plan)?;
+    enter_cgroups(image.plan)?;
     session(image.plan)?;
     if let Some(mask) = image.plan.umask {
         let _previous = call(libc::SYS_umask, [mask.into(), 0, 0, 0]);
@@ -145,11 +145,13 @@ fn default_dispositions() {
 }
 
 /// Zero stands for whoever writes it, which is this process, not the thread whose memory it borrows.
-fn enter_cgroup(plan: &Plan) -> Result<(), Failure> {
-    let Some(door) = &plan.cgroup else { return Ok(()) };
+fn enter_cgroups(plan: &Plan) -> Result<(), Failure> {
     let itself = c"0";
-    let arguments = [door.as_raw_fd().into(), address(itself), 1, 0];
-    check(call(libc::SYS_write, arguments), Step::Cgroup).map(drop)
+    for door in &plan.cgroups {
+        let arguments = [door.as_raw_fd().into(), address(itself), 1, 0];
+        check(call(libc::SYS_write, arguments), Step::Cgroup)?;
+    }
+    Ok(())
 }
 
 fn session(plan: &Plan) -> Result<(), Failure> {

@@ -79,7 +79,7 @@ pub struct Command {
     gid: Option<u32>,
     groups: Option<Vec<u32>>,
     umask: Option<u32>,
-    cgroup: Option<OwnedFd>,
+    cgroups: Vec<OwnedFd>,
 }
 
 impl Command {
@@ -103,7 +103,7 @@ impl Command {
             gid: None,
             groups: None,
             umask: None,
-            cgroup: None,
+            cgroups: Vec::new(),
         }
     }
 
@@ -249,9 +249,10 @@ impl Command {
     }
 
     /// Lets the child enter a control group before it does anything else of its own: `door` is the group's
-    /// `cgroup.procs`, open for writing ([`Cgroup::door`]).
+    /// `cgroup.procs`, open for writing ([`Cgroup::door`], [`doors`](crate::system::LimitGroup::doors)). Once for each
+    /// hierarchy.
     pub fn enter_cgroup(&mut self, door: OwnedFd) -> &mut Self {
-        self.cgroup = Some(door);
+        self.cgroups.push(door);
         self
     }
 

@@ -83,8 +83,8 @@ pub(super) struct Plan {
     pub(super) death_signal: i32,
     pub(super) identity: Identity,
     pub(super) umask: Option<u32>,
-    /// The door of the control group to enter.
-    pub(super) cgroup: Option<OwnedFd>,
+    /// The doors of the control groups to enter.
+    pub(super) cgroups: Vec<OwnedFd>,
     program: OsString,
     working_directory: Option<PathBuf>,
 }
@@ -95,8 +95,8 @@ type Fault = (Step, io::Error);
 impl Plan {
     pub(super) fn new(mut command: Command) -> Result<Self, SpawnError> {
         let fds = std::mem::take(&mut command.fds);
-        let cgroup = command.cgroup.take();
-        let laid_out = Self::lay_out(&command, fds, cgroup);
+        let cgroups = std::mem::take(&mut command.cgroups);
+        let laid_out = Self::lay_out(&command, fds, cgroups);
         laid_out.map_err(|(step, errno)| SpawnError {
             step,
             errno,
@@ -109,7 +109,7 @@ impl Plan {
     fn lay_out(
         command: &Command,
         fds: BTreeMap<i32, Source>,
-        cgroup: Option<OwnedFd>,
+        cgroups: Vec<OwnedFd>,
     ) -> Result<Self, Fault> {
         let input = |errno| (Step::Input, errno);
         if command.program.is_empty() {
@@ -131,7 +131,7 @@ impl Plan {
             death_signal: command.death_signal.map_or(0, |signal| signal.as_raw()),
             identity: Identity::new(command),
             umask: command.umask,
-            cgroup,
+            cgroups,
             program: command.program.clone(),
             working_directory: command.directory.clone(),
         })

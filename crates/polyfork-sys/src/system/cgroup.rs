@@ -91,7 +91,7 @@ fn ratio(quota: f64, period: f64) -> Option<f64> {
     (quota > 0.0 && period > 0.0 && cpus.is_finite()).then_some(cpus)
 }
 
-fn counter(file: &Path, key: &str) -> Option<u64> {
+pub(super) fn counter(file: &Path, key: &str) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     let mut lines = text.lines().filter_map(|line| line.split_once(' '));
     lines.find(|(name, _)| *name == key)?.1.trim().parse().ok()
@@ -108,7 +108,7 @@ struct Mount {
 }
 
 #[derive(Debug)]
-struct Groups {
+pub(super) struct Groups {
     root: PathBuf,
     mounts: Vec<Mount>,
     /// Controllers (none: unified) and our path in their hierarchy.
@@ -116,7 +116,7 @@ struct Groups {
 }
 
 impl Groups {
-    fn read(root: &Path) -> Option<Self> {
+    pub(super) fn read(root: &Path) -> Option<Self> {
         let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
         let mounts = fs::read_to_string(root.join("proc/self/mountinfo")).ok()?;
         Some(Self {
@@ -127,7 +127,10 @@ impl Groups {
     }
 
     /// Our group's folder in the hierarchy of `controller` (`None`: unified), then those above it.
-    fn folders(&self, controller: Option<&str>) -> impl Iterator<Item = PathBuf> + use<> {
+    pub(super) fn folders(
+        &self,
+        controller: Option<&str>,
+    ) -> impl Iterator<Item = PathBuf> + use<> {
         let folder = self.own_folder(controller);
         let mut next = folder.clone().map(|(path, _)| path);
         std::iter::from_fn(move || {

@@ -1,7 +1,7 @@
 //! What the machine grants this process, and what became of processes that are not our children.
 //!
 //! Reads `/proc` and the cgroup files and answers plain questions; how many workers to start is
-//! decided above. The quota arithmetic is in `cgroup`.
+//! decided above. The quota arithmetic is in `cgroup`, groups with limits are made in `limits`.
 //!
 //! Behaviour follows: sched_getaffinity(2), waitid(2), proc(5), cgroups(7).
 
@@ -17,8 +17,12 @@ use crate::wait::{self, Target};
 
 pub(crate) mod cgroup;
 mod code;
+mod limits;
+mod local_time;
 
 pub use code::give_back_code;
+pub use limits::{LimitGroup, Limits, prefer_as_oom_victim, sweep};
+pub use local_time::{LocalTime, local_time};
 
 /// How many processors this process may really use.
 #[derive(Clone, Debug, PartialEq)]

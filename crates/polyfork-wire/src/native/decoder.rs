@@ -310,8 +310,8 @@ mod tests {
 
     #[test]
     fn faulty_frames_are_refused() {
-        let unknown = ProtocolError::UnknownFrame { kind: 12 };
-        assert_eq!(refused(&raw(&[12])), unknown);
+        let unknown = ProtocolError::UnknownFrame { kind: 15 };
+        assert_eq!(refused(&raw(&[15])), unknown);
         let unknown = ProtocolError::UnknownFrame { kind: u32::MAX };
         assert_eq!(refused(&raw(&[0xff, 0xff, 0xff, 0xff, 0x0f])), unknown);
         for payload in [

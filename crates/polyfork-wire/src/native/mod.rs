@@ -122,6 +122,20 @@ pub enum ToPrimary {
         /// Connections accepted since it started.
         accepted: u64,
     },
+    /// It is alive, and its runtime was so late for a timer of its own. Sent when the primary asked for it.
+    Lag {
+        /// In microseconds.
+        micros: u64,
+    },
+    /// It can be asked what it measures.
+    OffersMetrics,
+    /// Answers [`ToWorker::Metrics`].
+    Metrics {
+        /// The number of the question.
+        request: u64,
+        /// Text in the exposition format of Prometheus, or why there is none.
+        answer: Result<String, String>,
+    },
 }
 
 /// What a primary tells its worker.
@@ -180,6 +194,11 @@ pub enum ToWorker {
     LeavingAcknowledged,
     /// A message for the user of the worker.
     Message(#[serde(with = "as_bytes")] Vec<u8>),
+    /// What does it measure? Asked only of who said [`ToPrimary::OffersMetrics`].
+    Metrics {
+        /// Named in the answer.
+        request: u64,
+    },
 }
 
 /// What may travel in a frame. Implemented by the two message enums only.
@@ -190,11 +209,11 @@ pub trait Payload: Serialize + serde::de::DeserializeOwned + sealed::Sealed {
 }
 
 impl Payload for ToPrimary {
-    const KINDS: u32 = 12;
+    const KINDS: u32 = 15;
 }
 
 impl Payload for ToWorker {
-    const KINDS: u32 = 7;
+    const KINDS: u32 = 8;
 }
 
 mod sealed {
@@ -277,6 +296,9 @@ mod tests {
             ToPrimary::Status { text: "warm".into() },
             ToPrimary::Heartbeat,
             ToPrimary::Report { open: 3, accepted: 1 << 40 },
+            ToPrimary::Lag { micros: 1500 },
+            ToPrimary::OffersMetrics,
+            ToPrimary::Metrics { request: 7, answer: Ok("a 1\n".into()) },
         ]
     }
 
@@ -300,6 +322,7 @@ mod tests {
             ToWorker::Disconnect { grace_ms: u64::MAX },
             ToWorker::LeavingAcknowledged,
             ToWorker::Message(Vec::new()),
+            ToWorker::Metrics { request: u64::MAX },
         ]
     }
 

@@ -63,10 +63,28 @@ pub enum Incoming<M = UserMessage> {
         /// Open sockets; 0 when the peer sent no whole number.
         count: u64,
     },
+    /// The worker's preload says how it is: see [`Health`].
+    Health(Health),
     /// Internal, but nothing we know; Node drops it silently.
     OtherInternal {
         /// Its `cmd`.
         cmd: String,
+    },
+}
+
+/// What a worker that polyfork started says of itself, where user code sees nothing of it. A stock primary drops it, as it
+/// drops every internal message that it does not know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It is alive, and its event loop was so late for its own timer.
+    Beat {
+        /// In microseconds.
+        lag_us: u64,
+    },
+    /// It has had as many requests as it was to have.
+    Requests {
+        /// How many.
+        count: u64,
     },
 }
 
@@ -293,7 +311,20 @@ pub(super) fn internal<M>(cmd: &str, fields: &Fields<'_>) -> Incoming<M> {
             key: key(),
             count: fields.count.and_then(json::unsigned).unwrap_or(0),
         },
+        "NODE_POLYFORK" => match health(fields) {
+            Some(health) => Incoming::Health(health),
+            None => Incoming::OtherInternal { cmd: cmd.to_owned() },
+        },
         other => Incoming::OtherInternal { cmd: other.to_owned() },
+    }
+}
+
+fn health(fields: &Fields<'_>) -> Option<Health> {
+    let count = fields.count.and_then(json::unsigned)?;
+    match fields.act.and_then(json::string)?.as_ref() {
+        "beat" => Some(Health::Beat { lag_us: count }),
+        "requests" => Some(Health::Requests { count }),
+        _ => None,
     }
 }
 
@@ -434,6 +465,20 @@ mod tests {
         assert_eq!(parse(r#"{"cmd":1,"cmd":"NODE_X"}"#), other("NODE_X"));
         assert_eq!(parse(r#"{"cmd":"NODE_HANDLE_ACK"}"#), Incoming::HandleAck);
         assert_eq!(parse(r#"{"x":[],"cmd":"NODE_HANDLE_NACK"}"#), Incoming::HandleNack);
+    }
+
+    #[test]
+    fn what_a_worker_says_of_itself_is_read_and_nonsense_is_dropped() {
+        let say = |rest: &str| parse(&format!(r#"{{"cmd":"NODE_POLYFORK",{rest}}}"#));
+        let beat = Incoming::Health(Health::Beat { lag_us: 1500 });
+        assert_eq!(say(r#""act":"beat","count":1500"#), beat);
+        let requests = Incoming::Health(Health::Requests { count: 7 });
+        assert_eq!(say(r#""act":"requests","count":7"#), requests);
+        let dropped = Incoming::OtherInternal { cmd: "NODE_POLYFORK".into() };
+        for odd in [r#""act":"beat""#, r#""act":1,"count":1"#, r#""act":"x","count":1"#] {
+            assert_eq!(say(odd), dropped, "{odd}");
+        }
+        assert_eq!(say(r#""act":"beat","count":-1"#), dropped);
     }
 
     #[test]

@@ -118,6 +118,21 @@ pub enum Event {
         /// The text, as the worker sent it.
         text: String,
     },
+    /// A worker has given no sign of life for half of what [`Settings::watchdog`](super::Settings::watchdog) allows: its event
+    /// loop is blocked, or it is stopped. If it stays so it is replaced.
+    Blocked {
+        /// The worker.
+        who: Who,
+        /// Since its last sign of life.
+        silent: Duration,
+    },
+    /// A worker that was blocked goes on.
+    Unblocked {
+        /// The worker.
+        who: Who,
+        /// How long it had been silent.
+        silent: Duration,
+    },
     /// A reload began: a new generation is being started.
     Reloading {
         /// Its number.
@@ -139,6 +154,8 @@ pub enum Event {
         /// Why.
         error: ReloadError,
     },
+    /// The cluster was asked to stop: workers get nothing new and finish what they have. Told once.
+    Stopping,
     /// Something a person should know.
     Notice(Notice),
     /// The cluster has ended; nothing follows.

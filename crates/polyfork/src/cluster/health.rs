@@ -1,10 +1,10 @@
-//! Limits on a worker's life: memory, age, connections. A worker beyond one is renewed.
+//! Limits on a worker's life: memory, age, connections, requests. A worker beyond one is renewed.
 //!
 //! Renewing means that its successor is ready before the worker is told to stop (`polyfork_core::supervisor`), so a limit
 //! costs no request. One worker at a time: where several are beyond their limits, the others wait for the next look.
-//! Signs of life are elsewhere: `NOTIFY_SOCKET` in `primary`, queues that nobody empties in `stuck`.
+//! Signs of life are elsewhere: those that workers give in `watchdog`, queues that nobody empties in `stuck`.
 //!
-//! The rule that surprises: age and connections are limits of each worker's own, up to a tenth above what was asked for,
+//! The rule that surprises: all limits but memory are each worker's own, up to a tenth above what was asked for,
 //! or all workers of a cluster would come to theirs at the same moment.
 
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use polyfork_core::restart::Jitter;
 use polyfork_core::{Input, ReloadFault, SlotId, WorkerId};
 
-use super::primary::{Primary, Timer};
+use super::primary::{Primary, Timer, Worker};
 use super::settings::Settings;
 use super::upgrade::Moment;
 
-/// Between two looks, where there is something to look for.
+/// Between two looks, where there is something to look for, at least.
 const LOOK: Duration = Duration::from_secs(1);
 /// A slot whose successor did not come up is left alone for this long.
 const AFTER_FAILURE: Duration = Duration::from_secs(30);
@@ -27,6 +27,7 @@ pub(crate) struct Allowance {
     memory: Option<u64>,
     age: Option<Duration>,
     connections: Option<u64>,
+    requests: Option<u64>,
 }
 
 impl Allowance {
@@ -38,11 +39,20 @@ impl Allowance {
             age: settings.max_lifetime.map(|age| age.mul_f64(above())),
             // Counts are far below 2^52.
             connections: settings.max_connections.map(|most| (most as f64 * above()) as u64),
+            requests: settings.max_requests.map(|most| (most as f64 * above()) as u64),
         }
     }
 
+    /// After how many requests a Node worker is to say so: it counts them itself, and nobody has to look.
+    pub(crate) fn requests(&self) -> Option<u64> {
+        self.requests
+    }
+
     fn is_limited(&self) -> bool {
-        self.memory.is_some() || self.age.is_some() || self.connections.is_some()
+        self.memory.is_some()
+            || self.age.is_some()
+            || self.connections.is_some()
+            || self.requests.is_some()
     }
 
     /// Which limit is exceeded, in words.
@@ -73,57 +83,90 @@ impl Allowance {
 /// What the looks remember.
 #[derive(Debug, Default)]
 pub(crate) struct Health {
-    looking: bool,
+    /// When the next look is.
+    next: Option<Instant>,
     /// Slots that are left alone for a while.
     pauses: Vec<(SlotId, Instant)>,
 }
 
-/// What the looks remember, as it is carried to the next image of the primary.
+/// What the looks remember, as it is carried to the next image of the primary. The looks themselves begin anew.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct HealthState {
-    looking: bool,
     pauses: Vec<(SlotId, Moment)>,
 }
 
 impl Health {
     pub(crate) fn state(&self) -> HealthState {
-        let Health { looking, pauses } = self;
+        let Health { next: _, pauses } = self;
         let pauses = pauses.iter().map(|(slot, until)| (*slot, Moment(*until))).collect();
-        HealthState { looking: *looking, pauses }
+        HealthState { pauses }
     }
 }
 
 impl HealthState {
     pub(crate) fn back(self) -> Health {
         let pauses = self.pauses.into_iter().map(|(slot, until)| (slot, until.0)).collect();
-        Health { looking: self.looking, pauses }
+        Health { next: None, pauses }
     }
 }
 
 impl Primary {
     /// A worker has limits: looks begin with the first one.
-    pub(crate) fn watch_health(&mut self, allowance: &Allowance) {
-        if allowance.is_limited() && !std::mem::replace(&mut self.health.looking, true) {
-            self.after(LOOK, Timer::Health);
+    pub(crate) fn watch_health(&mut self) {
+        if let Some(pause) = self.until_next_look() {
+            self.look_at_health_in(pause);
         }
     }
 
+    fn look_at_health_in(&mut self, pause: Duration) {
+        let at = Instant::now() + pause;
+        if self.health.next.is_none_or(|next| next > at) {
+            self.health.next = Some(at);
+            self.after(pause, Timer::Health);
+        }
+    }
+
+    /// Memory and connections have to be looked at; an age comes when it comes, and requests are told by the worker.
+    fn until_next_look(&self) -> Option<Duration> {
+        let of = |w: &Worker| {
+            if w.leaving {
+                return None;
+            }
+            let limits = &w.allowance;
+            let looked_at = limits.memory.is_some() || limits.connections.is_some();
+            let age = limits.age.map(|age| age.saturating_sub(w.started.elapsed()).max(LOOK));
+            let waits = looked_at || w.had_requests.is_some();
+            waits.then_some(LOOK).or(age)
+        };
+        self.workers.values().filter_map(of).min()
+    }
+
     pub(crate) fn look_at_health(&mut self) {
-        self.health.looking = self.workers.values().any(|w| w.allowance.is_limited());
-        if !self.health.looking {
-            return;
-        }
-        self.after(LOOK, Timer::Health);
         let now = Instant::now();
-        self.health.pauses.retain(|(_, until)| *until > now);
-        if self.supervisor.reloading().is_some() || self.supervisor.renewing().is_some() {
+        // An earlier look took the place of this one.
+        if self.health.next.is_none_or(|next| next > now) {
             return;
         }
-        if let Some((worker, why)) = self.first_beyond_its_limits() {
-            let Some(w) = self.workers.get(&worker) else { return };
+        self.health.next = None;
+        self.health.pauses.retain(|(_, until)| *until > now);
+        if self.supervisor.reloading().is_none()
+            && self.supervisor.renewing().is_none()
+            && let Some((worker, why)) = self.first_beyond_its_limits()
+            && let Some(w) = self.workers.get(&worker)
+        {
             let who = w.who;
             self.notice("renewing", Some(who), format!("{why}: a new worker takes over from it"));
             self.feed(Input::Renew { slot: SlotId(who.slot) });
+        }
+        self.watch_health();
+    }
+
+    /// A Node worker has counted as many requests as it was to have. It says so once.
+    pub(crate) fn had_its_requests(&mut self, worker: WorkerId, count: u64) {
+        let Some(w) = self.workers.get_mut(&worker) else { return };
+        if w.allowance.requests.is_some() {
+            w.had_requests = Some(count);
+            self.look_at_health_in(Duration::ZERO);
         }
     }
 
@@ -133,10 +176,13 @@ impl Primary {
             if !w.admitted || w.leaving || paused || !w.allowance.is_limited() {
                 return None;
             }
+            if let Some((had, most)) = w.had_requests.zip(w.allowance.requests) {
+                return Some((*id, format!("it had {had} requests, its limit is {most}")));
+            }
             let (_, pid) = w.running.process();
             let memory = || polyfork_sys::system::resident_bytes(pid).ok();
-            let why =
-                w.allowance.exceeded(memory, w.started.elapsed(), self.connections_of(*id, w));
+            let connections = w.allowance.connections.and_then(|_| self.connections_of(*id, w));
+            let why = w.allowance.exceeded(memory, w.started.elapsed(), connections);
             Some((*id, why?))
         })
     }
@@ -164,13 +210,15 @@ mod tests {
     fn limits_of_workers_differ_and_are_at_most_a_tenth_above() {
         let settings = Settings::new("x")
             .max_lifetime(Some(Duration::from_secs(100)))
-            .max_connections(Some(1000));
+            .max_connections(Some(1000))
+            .max_requests(Some(2000));
         let mut chance = Jitter::new(7);
         let drawn: Vec<_> = (0..50).map(|_| Allowance::draw(&settings, &mut chance)).collect();
         let ages: Vec<u64> = drawn.iter().filter_map(|a| a.age).map(|age| age.as_secs()).collect();
         assert!(ages.iter().all(|age| (100..=110).contains(age)), "{ages:?}");
         assert!(ages.iter().any(|age| *age != ages[0]), "{ages:?}");
         assert!(drawn.iter().all(|a| a.connections.is_some_and(|n| (1000..=1100).contains(&n))));
+        assert!(drawn.iter().all(|a| a.requests().is_some_and(|n| (2000..=2200).contains(&n))));
     }
 
     #[test]

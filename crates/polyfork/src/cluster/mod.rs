@@ -22,11 +22,14 @@
 //! Names and the order of events are Node's: <https://nodejs.org/api/cluster.html>. What differs is said where
 //! it differs; above all, workers that end are replaced unless [`Settings::supervise`] says otherwise.
 
+mod cgroup;
 mod detect;
 mod event;
+mod figures;
 mod health;
 mod link;
 mod listener;
+mod measures;
 mod native;
 mod node;
 mod notify;
@@ -34,6 +37,7 @@ mod outgoing;
 mod ports;
 mod preload;
 mod primary;
+mod probe;
 pub(crate) mod process;
 pub(crate) mod register;
 mod reload;
@@ -43,21 +47,25 @@ mod stuck;
 mod to_loop;
 mod traffic;
 pub mod upgrade;
+mod watchdog;
 mod worker;
 
 pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };
+pub use figures::{Figures, ListenerFigures, SlotFigures, Waits};
 pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
 #[cfg(feature = "axum")]
 pub use listener::{RemoteAddr, serve};
+pub use measures::{Measured, Measures};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
+pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
-    Address, AddressError, DefaultWorkers, Dialect, Mechanism, Output, OutputLine, Policy, Ready,
-    Serialization, Settings, Stream, default_workers, usable_cpus,
+    Address, AddressError, CgroupLimits, DefaultWorkers, Dialect, Mechanism, Output, OutputLine,
+    Policy, Ready, Serialization, Settings, StopBy, Stream, default_workers, usable_cpus,
 };
 pub use worker::{MainResult, Worker, WorkerError, is_primary, is_worker, run, run_with};
 
@@ -122,6 +130,11 @@ pub struct WorkerStatus {
     pub connected: bool,
     /// Connections that wait for it and for nobody else; `None` where there is no such queue.
     pub queue: Option<u64>,
+    /// How late the worker's event loop (Rust: its runtime) was for its latest timer. `None` until the worker reports it,
+    /// which it does where there is a [watchdog](Settings::watchdog).
+    pub event_loop_lag: Option<Duration>,
+    /// For how long it has given no sign of life, if that is long enough to be told ([`Event::Blocked`]).
+    pub blocked: Option<Duration>,
 }
 
 /// Why a cluster did not start.
@@ -208,8 +221,9 @@ impl Cluster {
         if let Some(dialect) = settings.dialect {
             detected.dialect = dialect;
         }
+        primary::check_pipes(&settings, detected.dialect)?;
+        primary::check(&settings, &detected)?;
         let dialect = detected.dialect;
-        primary::check_pipes(&settings, dialect)?;
         let (settings, detected) = (Box::new(settings), Box::new(detected));
         let (reply, answer) = oneshot::channel();
         self.command(Command::Setup { settings, detected, reply }).await;
@@ -286,6 +300,12 @@ impl Cluster {
         self.command(Command::Stop).await;
     }
 
+    /// As [`stop`](Self::stop), with another grace period than the cluster was started with. When it stops already, the
+    /// period is changed, and counts from now; nothing is ended at once.
+    pub async fn stop_within(&self, grace: Duration) {
+        self.command(Command::StopWithin(grace)).await;
+    }
+
     /// Ends all workers at once, with SIGKILL.
     pub async fn stop_now(&self) {
         self.command(Command::StopNow).await;
@@ -334,16 +354,59 @@ impl Cluster {
     /// # Ok(()) }
     /// ```
     pub async fn reload(&self, options: ReloadOptions) -> Result<ReloadReport, ReloadError> {
+        let mut options = options;
+        if options.settings.is_none() {
+            match self.asked_source().await {
+                Ok(None) => {}
+                Ok(Some((settings, detected))) => {
+                    options.settings = Some(settings);
+                    options.from_source = true;
+                    return self.ask_to_reload(options, Some(Box::new(detected))).await;
+                }
+                Err(why) => {
+                    let (reply, answer) = oneshot::channel();
+                    self.command(Command::NotReloaded { why, reply }).await;
+                    return answer.await.unwrap_or(Err(ReloadError::Ended));
+                }
+            }
+        }
         let detected = match &options.settings {
             None => None,
             Some(settings) => {
                 let look = look_at(settings).map_err(|e| ReloadError::Settings(e.to_string()))?;
                 let dialect = settings.dialect.unwrap_or(look.dialect);
+                let detected = Detected { dialect, ..look };
                 primary::check_pipes(settings, dialect)
+                    .and_then(|()| primary::check(settings, &detected))
                     .map_err(|e| ReloadError::Settings(e.to_string()))?;
-                Some(Box::new(Detected { dialect, ..look }))
+                Some(Box::new(detected))
             }
         };
+        self.ask_to_reload(options, detected).await
+    }
+
+    /// What [`Settings::reload_from`] says now.
+    async fn asked_source(&self) -> Result<Option<(Settings, Detected)>, ReloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.command(Command::Settings(reply)).await;
+        let old = answer.await.map_err(|_| ReloadError::Ended)?;
+        let Some(source) = old.reload_from.clone() else { return Ok(None) };
+        let asked = tokio::task::spawn_blocking(move || (source.0)()).await;
+        let asked = asked.map_err(|_| "the source of settings broke off".to_owned());
+        let (new, mut detected) = asked.and_then(|answer| answer).map_err(ReloadError::Settings)?;
+        detected.dialect = new.dialect.unwrap_or(detected.dialect);
+        primary::check_pipes(&new, detected.dialect)
+            .map_err(|error| ReloadError::Settings(error.to_string()))?;
+        // What workers write goes where it went, and the next reload asks the same source.
+        let settings = Settings { output: old.output, reload_from: old.reload_from, ..new };
+        Ok(Some((settings, detected)))
+    }
+
+    async fn ask_to_reload(
+        &self,
+        options: ReloadOptions,
+        detected: Option<Box<Detected>>,
+    ) -> Result<ReloadReport, ReloadError> {
         let (reply, answer) = oneshot::channel();
         self.command(Command::Reload { options: Box::new(options), detected, reply }).await;
         answer.await.unwrap_or(Err(ReloadError::Ended))

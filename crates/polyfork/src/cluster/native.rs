@@ -18,6 +18,7 @@ use super::event::{Encoded, Event};
 use super::link::{Link, NativeLink, Passed};
 use super::ports::{Delivery, Key, KeyKind, Want4Port};
 use super::primary::Primary;
+use super::probe::is_probe;
 use super::settings::Address;
 
 impl Primary {
@@ -30,6 +31,8 @@ impl Primary {
             ToPrimary::Listening { listener } => {
                 self.on_native_listening(worker, ListenerId(listener))
             }
+            // With a probe its word is not enough.
+            ToPrimary::Ready if self.is_ready_by_probe(worker) => self.begin_probing(worker),
             ToPrimary::Ready => self.became_ready(worker),
             ToPrimary::Accepted { listener, seq, count } => {
                 self.native_answered(worker, ListenerId(listener), seq, count, true);
@@ -55,11 +58,21 @@ impl Primary {
                     self.acknowledge_leaving(worker);
                 }
             }
+            ToPrimary::OffersMetrics => {
+                if let Some(w) = self.workers.get_mut(&worker) {
+                    w.habit.offers = true;
+                }
+            }
+            ToPrimary::Metrics { request, answer } => {
+                self.on_native_metrics(worker, request, answer);
+            }
             ToPrimary::Status { text } => {
                 if let Some(w) = self.workers.get(&worker) {
                     self.emit(Event::Status { who: w.who, text });
                 }
             }
+            ToPrimary::Heartbeat => self.alive(worker, None),
+            ToPrimary::Lag { micros } => self.alive(worker, Some(Duration::from_micros(micros))),
             _ => {}
         }
     }
@@ -150,6 +163,7 @@ impl Primary {
         let (Some(w), Some(port)) = (self.workers.get(&worker), self.ports.get(id)) else { return };
         let (who, address, by) = (w.who, port.address.clone(), Arc::clone(&port.via));
         self.emit(Event::Listening { who, address, by });
+        self.begin_probing(worker);
         if self.is_ready_by_listening(worker) {
             self.became_ready(worker);
         }
@@ -171,7 +185,9 @@ impl Primary {
         }
         for offset in 0..u64::from(count) {
             let Some(seq) = seq.checked_add(offset) else { return };
-            self.connection_answered(worker, id, seq, took);
+            if !self.probe_was_taken_by_number(worker, seq, took) {
+                self.connection_answered(worker, id, seq, took);
+            }
         }
         let last = seq.saturating_add(u64::from(count).saturating_sub(1));
         if let Some(link) = self.native_link(worker) {
@@ -207,8 +223,10 @@ impl Primary {
         let rewound = link.outbox.rewind_unread(&unread, |passed| passed.connection.is_some());
         match rewound {
             Ok(frames) => {
-                let connections: Vec<_> =
-                    frames.into_iter().flatten().filter_map(|passed| passed.connection).collect();
+                let connections =
+                    frames.into_iter().flatten().filter_map(|passed| passed.connection);
+                // A probe that was not read is not answered.
+                let connections: Vec<_> = connections.filter(|(_, seq)| !is_probe(*seq)).collect();
                 self.took_back(worker, &connections);
                 self.flush(worker);
             }

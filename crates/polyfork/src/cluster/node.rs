@@ -12,12 +12,13 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use polyfork_core::{Decision, Input, ListenerId, WorkerId};
 use polyfork_wire::node::cluster::{
     self as wire, AddressType, ClusterMessage, FromWorker, Query, Sockname,
 };
-use polyfork_wire::node::message::{HandleKind, Incoming};
+use polyfork_wire::node::message::{HandleKind, Health, Incoming};
 
 use super::detect::Runtime;
 use super::event::{Encoded, Event};
@@ -67,6 +68,10 @@ impl Primary {
             Incoming::SocketNotifyClose { key } => {
                 self.push_internal(worker, wire::socket_all_closed(&key));
             }
+            Incoming::Health(Health::Beat { lag_us }) => {
+                self.alive(worker, Some(Duration::from_micros(lag_us)));
+            }
+            Incoming::Health(Health::Requests { count }) => self.had_its_requests(worker, count),
             // Answers to questions that the primary never asks.
             _ => {}
         }
@@ -225,6 +230,7 @@ impl Primary {
             self.ports.book.listening(worker, id);
         }
         self.emit(Event::Listening { who, address, by });
+        self.begin_probing(worker);
         if self.is_ready_by_listening(worker) {
             self.became_ready(worker);
         }
@@ -271,6 +277,9 @@ impl Primary {
 
     /// The answer to `newconn`; answers to anything else are ignored, as Node does.
     fn on_reply(&mut self, worker: WorkerId, ack: u64, accepted: Option<bool>) {
+        if self.probe_was_taken(worker, ack, accepted == Some(true)) {
+            return;
+        }
         let Some(w) = self.workers.get_mut(&worker) else { return };
         let Some((port, seq)) = w.calls.remove(&ack) else {
             // Numbers are given out in order: a number we have used was answered before, or was taken back,
@@ -460,7 +469,7 @@ fn sockname(address: &Address) -> Option<Sockname> {
 }
 
 /// Workers treat the key as opaque; it must only be unique among what one worker holds.
-fn key_text(id: ListenerId) -> String {
+pub(crate) fn key_text(id: ListenerId) -> String {
     format!("polyfork:{}", id.0)
 }
 

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +33,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::event::{Carried, Via};
+use super::figures::ListenerFigures;
 use super::primary::FromIo;
 use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
@@ -104,6 +106,10 @@ pub(crate) struct Port {
     pub(crate) via: Arc<Via>,
     /// First `data` that a worker sent for it (Node: TLS ticket keys), given to every later one.
     pub(crate) data: Option<RawJson>,
+    /// It was given to this process and outlives it: what waits there at the end is for whoever has it next.
+    given: bool,
+    /// What sockets of it that are closed by now had dropped.
+    dropped_before: u64,
     kind: Kind,
 }
 
@@ -129,6 +135,17 @@ struct Turns {
     paused: bool,
     /// There may be more in the kernel's queue than was accepted.
     more: bool,
+}
+
+/// How a connection of the primary's own gets to one worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Opened as a client does; the kernel's program knows whom it is for.
+    Aimed,
+    /// An end of a pair is handed over.
+    Handed,
+    /// Not at all.
+    None,
 }
 
 /// A connection on its way to a worker.
@@ -171,12 +188,22 @@ pub(crate) struct Ports {
     pub(crate) reset: u64,
     /// What sockets that are closed by now had refused.
     refused_before: u64,
+    /// Listening sockets that this process was given.
+    activated: Vec<i32>,
+    /// What a worker's seat had been given by the kernel before it was this worker's.
+    given_before: BTreeMap<WorkerId, u64>,
 }
 
 impl Ports {
     /// `by_hand`: workers can be given connections one by one.
-    pub(crate) fn new(policy: Policy, mechanism: Mechanism, by_hand: bool) -> Self {
-        Ports { policy, mechanism, by_hand, ..Ports::default() }
+    /// `activated`: listening sockets that this process was given.
+    pub(crate) fn new(
+        policy: Policy,
+        mechanism: Mechanism,
+        by_hand: bool,
+        activated: Vec<i32>,
+    ) -> Self {
+        Ports { policy, mechanism, by_hand, activated, ..Ports::default() }
     }
 
     /// A worker's place in the reuse-port groups.
@@ -236,7 +263,13 @@ impl Ports {
         io: &ToLoop,
     ) -> io::Result<Port> {
         let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
+        let given = self.activated.iter().copied().find(|fd| listens_on(*fd, address));
         let (kind, address, carried, why) = match address {
+            _ if given.is_some() => {
+                let number = given.unwrap_or_default();
+                let (kind, _, carried, why) = self.open_inherited(id, number, want, config, io)?;
+                (kind, address.clone(), carried, why)
+            }
             Address::Udp(at) => {
                 let fd = reuseport::bind_udp(
                     *at,
@@ -279,6 +312,8 @@ impl Ports {
             address,
             via: Arc::new(Via { policy, mechanism: carried, why }),
             data: None,
+            given: given.is_some(),
+            dropped_before: 0,
             kind,
         })
     }
@@ -375,26 +410,34 @@ impl Ports {
     /// Closes a socket. Connections that wait on it and belong to nobody are dropped, as when a server closes.
     pub(crate) fn close(&mut self, id: ListenerId) -> Option<Address> {
         self.book.remove(id);
-        self.open.remove(&id).map(|port| port.address)
+        let port = self.open.remove(&id)?;
+        self.refused_before += port.dropped().unwrap_or(0);
+        Some(port.address)
     }
 
     /// Connections that the kernel turned away so far because a queue was full.
     pub(crate) fn refused(&self) -> u64 {
-        let dropped = |fd: BorrowedFd<'_>| reuseport::dropped(fd).unwrap_or(0);
-        let of = |port: &Port| match &port.kind {
-            Kind::Slots { group, .. } => {
-                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
-            }
-            Kind::Shared(fd) => dropped(fd.as_fd()),
-            Kind::SharedUnix(_) => 0,
-            Kind::Turns(turns) => dropped(turns.socket.get_ref().as_fd()),
+        self.refused_before + self.open.values().filter_map(Port::dropped).sum::<u64>()
+    }
+
+    /// What is to be known of each open socket.
+    pub(crate) fn figures(&self) -> Vec<ListenerFigures> {
+        let of = |port: &Port| ListenerFigures {
+            address: port.address.clone(),
+            dropped: port.dropped(),
+            queue: port.common_queue(),
         };
-        self.refused_before + self.open.values().map(of).sum::<u64>()
+        self.open.values().map(of).collect()
     }
 
     /// Connections that the kernel gave to this worker, where it counts them.
     pub(crate) fn given(&self, worker: WorkerId) -> Option<u64> {
-        let seat = self.seats.of(worker)?;
+        let before = self.given_before.get(&worker).copied().unwrap_or(0);
+        Some(self.given_to(self.seats.of(worker)?)?.saturating_sub(before))
+    }
+
+    /// Connections that the kernel gave to a seat, whoever sat there.
+    fn given_to(&self, seat: Seat) -> Option<u64> {
         let given = |port: &Port| match &port.kind {
             Kind::Slots { group, .. } => group.given(seat.0),
             _ => None,
@@ -444,6 +487,56 @@ impl Ports {
         self.open.iter().filter_map(look).collect()
     }
 
+    /// How a connection of our own can be brought to one worker (`None`: to any), and on which port. `on` names the port;
+    /// `any`: a connection can be handed over on whatever kind of socket.
+    pub(crate) fn to_probe(
+        &self,
+        worker: Option<WorkerId>,
+        on: Option<u16>,
+        any: bool,
+    ) -> Option<(ListenerId, Way)> {
+        self.open.iter().find_map(|(id, port)| {
+            let fits = match port.address {
+                Address::Tcp(at) => on.is_none_or(|number| number == at.port()),
+                Address::Unix(_) | Address::Inherited(_) => on.is_none(),
+                Address::Udp(_) => false,
+            };
+            if !fits || worker.is_some_and(|worker| self.book.member(worker, *id).is_none()) {
+                return None;
+            }
+            let way = match &port.kind {
+                Kind::Slots { group, .. } if group.turns().is_some() => Way::Aimed,
+                Kind::Turns(_) => Way::Handed,
+                _ if any => Way::Handed,
+                _ => Way::None,
+            };
+            Some((*id, way))
+        })
+    }
+
+    /// A connection to the worker's own socket, where that is possible ([`Way::Aimed`]).
+    pub(crate) fn reach(&self, worker: WorkerId, port: ListenerId) -> io::Result<OwnedFd> {
+        let seat = self.seats.of(worker);
+        match (self.open.get(&port).map(|port| &port.kind), seat) {
+            (Some(Kind::Slots { group, .. }), Some(seat)) => group.reach(seat.0),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Whether there is anything for [`Ports::depths`] to tell.
+    pub(crate) fn has_turns(&self) -> bool {
+        self.sockets_with_turns().next().is_some()
+    }
+
+    /// The sockets that [`Ports::depths`] tells of.
+    pub(crate) fn sockets_with_turns(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let groups = self.open.values().filter_map(|port| match &port.kind {
+            Kind::Slots { group, .. } if group.turns().is_some() => Some(group),
+            _ => None,
+        });
+        groups.flat_map(|group| group.slots().filter_map(|seat| group.listener(seat)))
+    }
+
     /// Takes a worker's turns, or gives them back. Takes effect with the next [`Ports::refresh`].
     pub(crate) fn set_aside(&mut self, worker: WorkerId, aside: bool) {
         if aside {
@@ -486,6 +579,12 @@ impl Ports {
         let mut failures = Vec::new();
         for port in self.open.values_mut() {
             let refused = match (&mut port.kind, &port.address) {
+                // A filter would stay on it; here it is enough to accept nothing more.
+                (Kind::Turns(turns), _) if port.given => {
+                    (turns.more, turns.paused) = (false, true);
+                    Ok(())
+                }
+                _ if port.given => Ok(()),
                 (Kind::Slots { group, .. }, _) => group.refuse_new(),
                 (Kind::Shared(fd), Address::Tcp(_)) => reuseport::refuse_new(fd.as_fd()),
                 (Kind::Turns(turns), Address::Tcp(_)) => {
@@ -512,7 +611,7 @@ impl Ports {
     pub(crate) fn is_dry(&self) -> bool {
         self.open.values().all(|port| match (&port.kind, &port.address) {
             (Kind::Turns(turns), _) => !turns.more && turns.handoff.counters().queued == 0,
-            (Kind::Shared(fd), Address::Tcp(_)) => {
+            (Kind::Shared(fd), Address::Tcp(_)) if !port.given => {
                 reuseport::queue_depth(fd.as_fd()).unwrap_or(0) == 0
             }
             _ => true,
@@ -544,6 +643,8 @@ impl Ports {
     pub(crate) fn take_seat(&mut self, worker: WorkerId, wish: Seat) -> Vec<String> {
         let (seat, new) = self.seats.take(worker, wish);
         if !new {
+            let before = self.given_to(seat).unwrap_or(0);
+            self.given_before.insert(worker, before);
             return Vec::new();
         }
         self.each_group(|group| group.add_slot(seat.0), seat, "add")
@@ -562,7 +663,7 @@ impl Ports {
                     strand(group, &[seat.0], now, stranded);
                 }
                 if let Kind::Slots { group, .. } = &port.kind {
-                    self.refused_before += group.dropped(seat.0).unwrap_or(0);
+                    port.dropped_before += group.dropped(seat.0).unwrap_or(0);
                     if group.live().is_empty() || group.selection() == Selection::Classic {
                         self.reset += u64::from(group.queue_depth(seat.0).unwrap_or(0));
                     }
@@ -633,6 +734,7 @@ impl Ports {
         self.seats.leave(worker);
         self.windows.remove(&worker);
         self.aside.remove(&worker);
+        self.given_before.remove(&worker);
         for port in self.open.values_mut() {
             if let Some(handoff) = port.handoff() {
                 handoff.died(worker);
@@ -833,6 +935,35 @@ impl Port {
         }
     }
 
+    /// Connections that the kernel turned away here because a queue was full; `None` where it does not say.
+    fn dropped(&self) -> Option<u64> {
+        let now = match (&self.kind, &self.address) {
+            (Kind::SharedUnix(_), _) | (_, Address::Unix(_)) => return None,
+            (Kind::Slots { group, .. }, _) => {
+                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
+            }
+            (Kind::Shared(fd), _) => reuseport::dropped(fd.as_fd()).ok()?,
+            (Kind::Turns(turns), _) => reuseport::dropped(turns.socket.get_ref().as_fd()).ok()?,
+        };
+        Some(self.dropped_before + now)
+    }
+
+    /// Connections that wait here for no worker in particular.
+    fn common_queue(&self) -> Option<u64> {
+        let waiting = |fd: BorrowedFd<'_>| match &self.address {
+            Address::Tcp(_) => reuseport::queue_depth(fd).ok().map(u64::from),
+            _ => None,
+        };
+        match &self.kind {
+            Kind::Slots { .. } | Kind::SharedUnix(_) => None,
+            Kind::Shared(fd) => waiting(fd.as_fd()),
+            Kind::Turns(turns) => {
+                let here = turns.handoff.counters().queued;
+                Some(here + waiting(turns.socket.get_ref().as_fd()).unwrap_or(0))
+            }
+        }
+    }
+
     pub(crate) fn is_handoff(&self) -> bool {
         matches!(self.kind, Kind::Turns(_))
     }
@@ -979,6 +1110,27 @@ fn duplicate_inherited(number: i32) -> io::Result<OwnedFd> {
     Ok(pidfd_getfd(own, number, PidfdGetfdFlags::empty())?)
 }
 
+/// Whether a descriptor that this process was given listens where somebody wants to listen. A wildcard of either family
+/// stands for all addresses: who has the port of one cannot be asked for that of the other.
+fn listens_on(number: i32, wanted: &Address) -> bool {
+    let Ok(fd) = duplicate_inherited(number) else { return false };
+    match wanted {
+        Address::Tcp(wanted) if wanted.port() != 0 => {
+            local_address(fd.as_fd()).is_ok_and(|given| {
+                let all = given.ip().is_unspecified() && wanted.ip().is_unspecified();
+                given.port() == wanted.port() && (all || given.ip() == wanted.ip())
+            })
+        }
+        Address::Unix(wanted) => rustix::net::getsockname(&fd)
+            .ok()
+            .and_then(|given| rustix::net::SocketAddrUnix::try_from(given).ok())
+            .is_some_and(|given| {
+                given.path_bytes().is_some_and(|path| path == wanted.as_os_str().as_bytes())
+            }),
+        _ => false,
+    }
+}
+
 /// Number of a network interface, for addresses with a scope.
 pub(crate) fn interface_index(name: &str) -> Option<u32> {
     if name.contains('/') || name.starts_with('.') {
@@ -999,7 +1151,7 @@ fn is_per_connection(error: &io::Error) -> bool {
 fn into_io(error: BindError) -> io::Error {
     match error.errno.raw_os_error() {
         Some(raw) => io::Error::from_raw_os_error(raw),
-        None => io::Error::other(error.to_string()),
+        None => io::Error::new(error.errno.kind(), error.errno.to_string()),
     }
 }
 

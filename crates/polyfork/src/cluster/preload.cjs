@@ -3,7 +3,8 @@
 // Polyfork puts this file into NODE_OPTIONS of the Node workers it starts. A worker asked to leave ("drain")
 // then answers with `Connection: close`, gives kept-alive connections that are idle a short time to speak
 // up, and says GOAWAY on HTTP/2; a worker whose primary died finishes the requests in hand before it exits,
-// where stock Node drops them. Grace periods of a drain, signals, and which worker is to leave are the
+// where stock Node drops them. Where it is asked to, it also tells the primary regularly that its event loop runs,
+// and once that it has had as many requests as it was to have. Grace periods of a drain, signals, and which worker is to leave are the
 // primary's business. Upgraded connections (WebSocket) and plain TCP are left to the program.
 //
 // The surprising rule: until a drain begins this does next to nothing. It loads no module that the worker
@@ -26,6 +27,10 @@ if (added === undefined) return;
 const graceMs = takeNumber('POLYFORK_GRACE_MS', 30_000);
 /** How long a connection must have been idle, since the drain began, to be closed, in milliseconds. */
 const lingerMs = takeNumber('POLYFORK_LINGER_MS', 1_000);
+/** How often the primary wants to hear that the event loop runs, in milliseconds; 0 for never. */
+const beatMs = takeNumber('POLYFORK_BEAT_MS', 0);
+/** After how many requests the primary wants to hear of it; 0 for never. */
+const maxRequests = takeNumber('POLYFORK_REQUESTS', 0);
 
 restoreEnvironment();
 
@@ -50,6 +55,9 @@ let orphaned = false;
 let endOfChannel = false;
 /** The diagnostics channel of a drain. */
 let requests;
+/** That of a limit on requests; kept, or it would be collected. And what is called for each. */
+let counting;
+let counted;
 /** Undoes what only holds while cluster closes the servers. */
 let shields = [];
 
@@ -60,9 +68,12 @@ function install() {
   if (process.listenerCount('internalMessage') === 0) return;
   const cluster = require('cluster');
   if (!cluster.worker) return;
+  const tell = teller();
   watchServers(cluster);
   watchRequestToLeave(cluster);
   watchPrimary(cluster.worker);
+  if (maxRequests > 0) countRequests(tell);
+  if (beatMs > 0) beat(tell);
 }
 
 // ---- The environment -------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ function watchServers(cluster) {
     for (const reference of listening) if (!reference.deref()) listening.delete(reference);
     if (!knownServers().includes(server)) listening.add(new WeakRef(server));
     // Before Node 24 a server does not know its HTTP/2 sessions, so that nobody could say GOAWAY.
-    if (isHttp2(server) && !property(server, 'sessions')) watchSessions(server);
+    if (isHttp2(server) && (counted || !property(server, 'sessions'))) watchSessions(server);
   });
   cluster._getServer = function _getServer(server) {
     remember(server);
@@ -114,6 +125,7 @@ function watchSessions(server) {
 
 const onSession = guarded((session) => {
   sessions.add(session);
+  if (counted) session.on('stream', () => counted?.());
   session.once('close', () => sessions.delete(session));
   if (draining) sayGoawayWhenQuiet(session);
 });
@@ -179,6 +191,53 @@ function watchPrimary(worker) {
     }
     return stock.apply(this, arguments);
   });
+}
+
+// ---- What the primary wants to hear ----------------------------------------------------------------------
+
+/**
+ * A way to tell the primary something that user code never sees: Node takes a `cmd` of this kind for its own,
+ * and a primary that does not know it drops it. One at a time: while one waits to be written, as when the
+ * primary reads nothing, the next is not sent, and false is returned.
+ */
+function teller() {
+  const { _send } = process;
+  let written = true;
+  const done = () => {
+    written = true;
+  };
+  return (act, count) => {
+    if (!written || !process.connected) return false;
+    written = false;
+    // An error is that of a channel which is closing.
+    _send.call(process, { cmd: 'NODE_POLYFORK', act, count }, undefined, { swallowErrors: true }, done);
+    return true;
+  };
+}
+
+/** Tells regularly how late the loop was for a timer. The timer holds nothing, and ends with the channel. */
+function beat(tell) {
+  let due = now();
+  const again = guarded(() => {
+    tell('beat', Math.max(0, Math.round((now() - due) * 1e3)));
+    if (!process.connected) return;
+    due = now() + beatMs;
+    setTimeout(again, beatMs).unref();
+  });
+  again();
+}
+
+/** Tells once that enough requests have come: over HTTP/1 by Node's own channel, over HTTP/2 by the streams. */
+function countRequests(tell) {
+  let left = maxRequests;
+  counted = guarded(() => {
+    left -= 1;
+    if (left > 0 || !tell('requests', maxRequests - left)) return;
+    counting.unsubscribe(counted);
+    counted = undefined;
+  });
+  counting = require('diagnostics_channel').channel('http.server.request.start');
+  counting.subscribe(counted);
 }
 
 // ---- The drain -------------------------------------------------------------------------------------------

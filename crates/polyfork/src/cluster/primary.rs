@@ -17,25 +17,29 @@ use std::time::{Duration, Instant};
 use polyfork_core::restart::Jitter;
 use polyfork_core::{
     Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
-    Supervisor, Time, WorkerId,
+    Supervisor, Time, Watchdog, WorkerId,
 };
+use polyfork_sys::system::LimitGroup;
 use polyfork_wire::ProtocolError;
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
 use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::figures::{Figures, Tally};
 use super::health::{Allowance, Health};
 use super::link::{self, Item};
+use super::measures::{Asked, Habit, Questions};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
 use super::ports::{self, Ports};
+use super::probe::Probing;
 use super::process::{self, Environment, Running, Stdio};
-use super::reload::{self, Launch, ReloadOptions, Reloading};
-use super::settings::{Address, Dialect, Mechanism, Ready, Settings};
+use super::reload::{self, Launch, ReloadError, ReloadOptions, Reloading};
+use super::settings::{Address, Dialect, Mechanism, Ready, Settings, StopBy};
 use super::stuck::Watch;
 use super::to_loop::ToLoop;
 use super::upgrade::{FreezeError, Frozen, Packing};
-use super::{SendError, StartError, WorkerStatus};
+use super::{SendError, StartError, WorkerStatus, cgroup, probe, watchdog};
 
 mod carry;
 
@@ -62,13 +66,39 @@ const OUTPUT_LINGER: Duration = Duration::from_millis(500);
 /// What the tasks around the loop report to it.
 #[derive(Debug)]
 pub(crate) enum FromIo {
-    Item { worker: WorkerId, item: Item },
-    ChannelEnd { worker: WorkerId, fault: Option<ProtocolError> },
-    Writable { worker: WorkerId },
-    Exited { worker: WorkerId, status: std::io::Result<std::process::ExitStatus> },
-    Acceptable { port: ListenerId },
-    Notified { worker: WorkerId, text: Vec<u8> },
-    Rested { worker: WorkerId, what: Rested },
+    Item {
+        worker: WorkerId,
+        item: Item,
+    },
+    ChannelEnd {
+        worker: WorkerId,
+        fault: Option<ProtocolError>,
+    },
+    Writable {
+        worker: WorkerId,
+    },
+    Exited {
+        worker: WorkerId,
+        status: std::io::Result<std::process::ExitStatus>,
+    },
+    Acceptable {
+        port: ListenerId,
+    },
+    Notified {
+        worker: WorkerId,
+        text: Vec<u8>,
+    },
+    /// A connection came while nothing was expected.
+    Stirred,
+    Probed {
+        worker: WorkerId,
+        number: u64,
+        answer: probe::Answer,
+    },
+    Rested {
+        worker: WorkerId,
+        what: Rested,
+    },
     OutputRested(process::Pipe),
 }
 
@@ -81,11 +111,14 @@ pub(crate) enum Rested {
     Watcher,
     /// It read the notify socket.
     Notify,
+    /// It probed the worker.
+    Probe(u64),
 }
 
 /// What handles ask of the loop.
 pub(crate) enum Command {
     Stop,
+    StopWithin(Duration),
     StopNow,
     Scale(u32),
     AddOne,
@@ -112,6 +145,8 @@ pub(crate) enum Command {
         reply: oneshot::Sender<Option<OwnedFd>>,
     },
     Status(oneshot::Sender<Vec<WorkerStatus>>),
+    Figures(oneshot::Sender<Figures>),
+    Measures(oneshot::Sender<Asked>),
     Setup {
         settings: Box<Settings>,
         detected: Box<Detected>,
@@ -121,6 +156,11 @@ pub(crate) enum Command {
     Reload {
         options: Box<ReloadOptions>,
         detected: Option<Box<Detected>>,
+        reply: oneshot::Sender<reload::Answer>,
+    },
+    /// There were no settings to reload with.
+    NotReloaded {
+        why: ReloadError,
         reply: oneshot::Sender<reload::Answer>,
     },
     ReapStrangers,
@@ -140,7 +180,8 @@ pub(crate) enum Timer {
     OwnSocket(WorkerId),
     Drained(WorkerId),
     Accept(ListenerId),
-    Watchdog(WorkerId),
+    NoBeat(WorkerId),
+    Probe(WorkerId),
     Stranded(Duration),
     StillThere(WorkerId),
     Unused,
@@ -159,6 +200,8 @@ pub(crate) struct Worker {
     pub(crate) generation: u32,
     /// What makes it ready.
     pub(crate) ready_by: Ready,
+    /// How it is asked to leave.
+    stop_by: StopBy,
     /// Connections that it acknowledged.
     pub(crate) handed_over: u64,
     /// How much of everything it may have.
@@ -184,12 +227,36 @@ pub(crate) struct Worker {
     status: Option<std::io::Result<std::process::ExitStatus>>,
     channel_ended: bool,
     fault: bool,
-    last_watchdog: Instant,
+    /// How long it may give no sign of life.
+    pub(crate) watchdog: Option<Duration>,
+    /// Node: it has said that it was asked so many requests, which is its limit.
+    pub(crate) had_requests: Option<u64>,
+    /// Its probes.
+    pub(crate) probing: Option<Probing>,
+    /// Node: probes that were handed over, by the sequence number of the message.
+    pub(crate) probes: BTreeMap<u64, u64>,
+    /// It has given a sign of life.
+    pub(crate) beats: bool,
+    /// How late its event loop said it was.
+    pub(crate) lag: Option<Duration>,
+    /// It was silent for too long and is being replaced.
+    pub(crate) silent: bool,
     pub(crate) last_take_back: Option<Instant>,
     /// Native: it said that it leaves, and is told that it may once nothing waits for it.
     pub(crate) wants_to_leave: bool,
+    /// How it answers when it is asked what it measures.
+    pub(crate) habit: Habit,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<Answer>,
+}
+
+/// What its settings ask of a worker, as they were when it was started.
+struct Terms {
+    ready_by: Ready,
+    stop_by: StopBy,
+    watchdog: Option<Duration>,
+    allowance: Allowance,
+    probing: Option<Probing>,
 }
 
 /// A fork that was asked for: its variables, and who waits for the worker's id.
@@ -209,6 +276,11 @@ pub(crate) struct Primary {
     pub(crate) launches: BTreeMap<u32, Launch>,
     pub(crate) reloading: Option<Reloading>,
     pub(crate) health: Health,
+    pub(crate) watchdog: Watchdog,
+    /// Control groups that cannot be removed yet.
+    pub(crate) groups_left: Vec<LimitGroup>,
+    pub(crate) tally: Tally,
+    pub(crate) questions: Questions,
     /// For limits that are each worker's own.
     chance: Jitter,
     actions: Vec<Action>,
@@ -250,7 +322,7 @@ pub(crate) struct Started {
 
 impl Primary {
     /// Checks the settings, opens what `listen` names, and starts the loop as a task.
-    pub(crate) fn start(settings: Settings, detected: Detected) -> Result<Started, StartError> {
+    pub(crate) fn start(mut settings: Settings, detected: Detected) -> Result<Started, StartError> {
         let workers = settings.worker_count();
         if workers == 0 && settings.supervise {
             return Err(StartError::Settings(
@@ -272,6 +344,8 @@ impl Primary {
             ));
         }
         check_pipes(&settings, detected.dialect)?;
+        check(&settings, &detected)?;
+        let without_group = cgroup::settle(&mut settings)?;
         let (commands_tx, commands) = mpsc::channel(64);
         let (io, from_io) = ToLoop::new();
         let (events, first) = broadcast::channel(super::EVENT_BUFFER);
@@ -294,11 +368,16 @@ impl Primary {
                 settings.policy,
                 settings.mechanism,
                 detected.dialect != Dialect::Sockets,
+                settings.activated.clone(),
             ),
             supervisor: Supervisor::new(plan),
             launches: BTreeMap::new(),
             reloading: None,
             health: Health::default(),
+            watchdog: Watchdog::default(),
+            groups_left: Vec::new(),
+            tally: Tally::default(),
+            questions: Questions::default(),
             chance: Jitter::new(process::random_seed()),
             actions: Vec::new(),
             workers: BTreeMap::new(),
@@ -328,7 +407,11 @@ impl Primary {
             detected,
         };
         primary.tell_setup();
+        if let Some(text) = without_group {
+            primary.notice("cgroup", None, text);
+        }
         primary.bind_pinned(supervised)?;
+        primary.check_probe()?;
         tokio::spawn(primary.run(end_tx));
         Ok(Started { commands: commands_tx, events, first, spoken, end })
     }
@@ -363,6 +446,7 @@ impl Primary {
             policy: old.policy,
             mechanism: old.mechanism,
             listen: old.listen.clone(),
+            activated: old.activated.clone(),
             supervise: old.supervise,
             restart: old.restart.clone(),
             grace: old.grace,
@@ -382,7 +466,6 @@ impl Primary {
 
     async fn run(mut self, end: oneshot::Sender<Outcome>) {
         self.feed(Input::Start);
-        self.next_look();
         self.live(end).await;
     }
 
@@ -422,6 +505,7 @@ impl Primary {
             () = sleep_until(deadline) => {}
         }
         self.run_timers();
+        self.look_for_silence();
         self.feed(Input::Tick);
         self.deliver();
     }
@@ -439,7 +523,8 @@ impl Primary {
         let timer = self.timers.keys().next().map(|(at, _)| *at);
         let supervisor = self.supervisor.deadline().map(at);
         let handoff = self.ports.deadline().map(at);
-        [timer, supervisor, handoff].into_iter().flatten().min()
+        let silence = self.watchdog.deadline().map(at);
+        [timer, supervisor, handoff, silence].into_iter().flatten().min()
     }
 
     pub(crate) fn after(&mut self, delay: Duration, timer: Timer) {
@@ -457,7 +542,8 @@ impl Primary {
                 Timer::OwnSocket(worker) => self.look_for_own_socket(worker),
                 Timer::Drained(worker) => self.check_drained(worker),
                 Timer::Accept(port) => self.ports.resume_accepting(port),
-                Timer::Watchdog(worker) => self.check_watchdog(worker),
+                Timer::NoBeat(worker) => self.no_beat(worker),
+                Timer::Probe(worker) => self.probe(worker),
                 Timer::Stranded(pause) => self.stranded_check(pause),
                 Timer::StillThere(worker) => self.still_there(worker),
                 Timer::Unused => self.close_unused(),
@@ -474,6 +560,11 @@ impl Primary {
     pub(crate) fn is_ready_by_listening(&self, worker: WorkerId) -> bool {
         let ready_by = self.workers.get(&worker).map(|w| w.ready_by);
         matches!(ready_by, Some(Ready::Auto | Ready::Listening))
+    }
+
+    /// Whether it is ready once it has answered its probe.
+    pub(crate) fn is_ready_by_probe(&self, worker: WorkerId) -> bool {
+        self.workers.get(&worker).is_some_and(|w| w.ready_by == Ready::Probe)
     }
 
     /// Tells the supervisor, and does what it says.
@@ -507,6 +598,7 @@ impl Primary {
             }
             Action::SlotRetired { slot } => {
                 self.trim_seats();
+                self.tally.retired(slot.0);
                 self.emit(Event::SlotRetired { slot: slot.0 });
                 self.check_all_ready();
             }
@@ -565,6 +657,7 @@ impl Primary {
 
     fn on_command(&mut self, command: Command) {
         match command {
+            Command::StopWithin(grace) => self.stop_within(grace),
             Command::Stop => {
                 if std::mem::replace(&mut self.stopping, true) {
                     self.forced = true;
@@ -573,12 +666,15 @@ impl Primary {
                     }
                     self.feed(Input::Stop);
                 } else {
+                    self.emit(Event::Stopping);
                     self.close_doors();
                 }
             }
             Command::StopNow => {
                 self.forced = true;
-                self.stopping = true;
+                if !std::mem::replace(&mut self.stopping, true) {
+                    self.emit(Event::Stopping);
+                }
                 self.closing_doors = None;
                 self.feed(Input::StopNow);
             }
@@ -614,6 +710,7 @@ impl Primary {
             Command::Reload { options, detected, reply } => {
                 self.reload(*options, detected.map(|detected| *detected), reply);
             }
+            Command::NotReloaded { why, reply } => self.refuse(reply, why),
             Command::Settings(reply) => {
                 // The asker may have gone.
                 let _ = reply.send(self.settings.clone());
@@ -625,6 +722,11 @@ impl Primary {
                 // The asker may have gone.
                 let _ = reply.send(self.status());
             }
+            Command::Figures(reply) => {
+                // The asker may have gone.
+                let _ = reply.send(self.figures());
+            }
+            Command::Measures(reply) => self.ask_measures(reply),
         }
     }
 
@@ -641,6 +743,8 @@ impl Primary {
             FromIo::Exited { worker, status } => self.on_exited(worker, status),
             FromIo::Acceptable { port } => self.ports.acceptable(port),
             FromIo::Notified { worker, text } => self.on_notified(worker, &text),
+            FromIo::Stirred => self.stirred(),
+            FromIo::Probed { worker, number, answer } => self.probed(worker, number, answer),
             FromIo::Rested { worker, what } => self.rested(worker, what),
             FromIo::OutputRested(pipe) => self.output_rested(pipe),
         }
@@ -673,7 +777,9 @@ impl Primary {
             Some(launch) => (&launch.settings, &launch.detected, &launch.environment),
             None => (&self.settings, &self.detected, &self.environment),
         };
-        let ready_by = settings.ready;
+        let (ready_by, watchdog) = (settings.ready_by(), settings.watchdog);
+        let probing = settings.probe.as_ref().map(Probing::new);
+        let stop_by = settings.stop_by;
         let allowance = Allowance::draw(settings, &mut self.chance);
         let request = process::Request {
             slot,
@@ -685,10 +791,12 @@ impl Primary {
             inherited,
             io: &self.io,
             output: &mut self.output,
+            max_requests: allowance.requests(),
         };
         match process::start(request) {
             Ok(running) => {
-                self.spawned(slot, worker, generation, ready_by, allowance, running);
+                let terms = Terms { ready_by, stop_by, watchdog, allowance, probing };
+                self.spawned(slot, worker, generation, terms, running);
             }
             Err(error) => {
                 let transient = error.is_transient();
@@ -711,10 +819,10 @@ impl Primary {
         slot: SlotId,
         worker: WorkerId,
         generation: u32,
-        ready_by: Ready,
-        allowance: Allowance,
+        terms: Terms,
         running: Running,
     ) {
+        let Terms { ready_by, stop_by, watchdog, allowance, probing } = terms;
         let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
         let has_channel = running.link.exists();
         self.workers.insert(
@@ -724,6 +832,7 @@ impl Primary {
                 running,
                 generation,
                 ready_by,
+                stop_by,
                 handed_over: 0,
                 allowance,
                 started: Instant::now(),
@@ -739,14 +848,21 @@ impl Primary {
                 status: None,
                 channel_ended: !has_channel,
                 fault: false,
-                last_watchdog: Instant::now(),
+                watchdog,
+                had_requests: None,
+                probing,
+                probes: BTreeMap::new(),
+                beats: false,
+                lag: None,
+                silent: false,
                 last_take_back: None,
                 wants_to_leave: false,
+                habit: Habit::default(),
                 oom_kills: polyfork_sys::system::oom_kills(),
                 waiting_senders: VecDeque::new(),
             },
         );
-        self.watch_health(&allowance);
+        self.watch_health();
         self.emit(Event::Fork(who));
         if self.supervisor.reloading() == Some(generation) {
             self.started_anew(worker, who);
@@ -794,16 +910,13 @@ impl Primary {
     fn admit(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         w.admitted = true;
-        w.last_watchdog = Instant::now();
         let who = w.who;
         self.ever_ready = true;
         self.ports.admit(worker, self.settings.window);
         self.refresh_ports();
         self.emit(Event::Ready(who));
         // As systemd does: signs of life are due from the moment it is ready.
-        if let Some(limit) = self.settings.watchdog {
-            self.after(limit, Timer::Watchdog(worker));
-        }
+        self.begin_watch(worker);
         self.check_all_ready();
     }
 
@@ -840,6 +953,8 @@ impl Primary {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         let was_admitted = std::mem::replace(&mut w.admitted, false);
         let who = w.who;
+        // Its grace period is its limit now.
+        self.watchdog.forget(worker);
         self.ports.suspend(worker);
         self.refresh_ports();
         if was_admitted {
@@ -847,6 +962,16 @@ impl Primary {
             self.all_ready = false;
         }
         self.check_drained(worker);
+    }
+
+    /// Stops, or goes on stopping, with another grace period than it was started with.
+    fn stop_within(&mut self, grace: Duration) {
+        self.settings.grace = grace;
+        self.feed(Input::Grace { grace });
+        if !std::mem::replace(&mut self.stopping, true) {
+            self.emit(Event::Stopping);
+            self.close_doors();
+        }
     }
 
     /// The cluster stops. Who is in the queue by now is served; who comes later meets a closed port, not a queue
@@ -881,6 +1006,7 @@ impl Primary {
             self.acknowledge_leaving(worker);
             self.feed(Input::Drained { worker });
         } else {
+            self.rescue_from_silent(worker);
             self.after(DRAIN_CHECK, Timer::Drained(worker));
         }
     }
@@ -891,15 +1017,27 @@ impl Primary {
         if std::mem::replace(&mut w.leaving, true) {
             return;
         }
-        match self.detected.dialect {
+        let (has_channel, prefixed) = (!w.channel_ended, w.prefixed);
+        match (w.stop_by, self.detected.dialect) {
+            (StopBy::Signal(signal), _) => self.signal(worker, signal),
+            (StopBy::Message, Dialect::Node) if has_channel => self.say_shutdown(worker),
             // Bun closes its channel on `disconnect` and goes on serving: it is asked as any other program is.
-            Dialect::Node if !w.channel_ended && !w.prefixed => self.tell_node_stop(worker),
-            Dialect::Native if !w.channel_ended => self.tell_native_stop(worker, grace),
+            (_, Dialect::Node) if has_channel && !prefixed => self.tell_node_stop(worker),
+            (_, Dialect::Native) if has_channel => self.tell_native_stop(worker, grace),
             _ => self.signal(worker, libc::SIGTERM),
         }
         if self.stopping && self.workers.values().all(|w| w.leaving) {
             self.ports.close_all();
         }
+    }
+
+    /// PM2's way: the program is told, and does the rest.
+    fn say_shutdown(&mut self, worker: WorkerId) {
+        let message = Outgoing::new("shutdown", None, &self.spoken);
+        if self.push_message(worker, &message).is_err() {
+            self.signal(worker, libc::SIGTERM);
+        }
+        self.refresh_ports();
     }
 
     fn signal(&mut self, worker: WorkerId, signal: i32) {
@@ -984,8 +1122,13 @@ impl Primary {
             Ok(status) => exit_of(*status),
             Err(_) => Exit::Unknown,
         };
-        let out_of_memory = exit == Exit::Signal(libc::SIGKILL)
-            && before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was);
+        let of_its_own = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
+        let for_memory = || match of_its_own {
+            Some(kills) if kills > 0 => true,
+            // Or the group that all are in was short of it.
+            _ => before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was),
+        };
+        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && for_memory();
         self.feed(Input::Exited { worker, exit, out_of_memory });
     }
 
@@ -1000,7 +1143,10 @@ impl Primary {
     ) {
         let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
             Some(mut w) => {
+                self.count_gone(worker, &w);
+                self.measures_cannot_come(worker, w.who);
                 w.running.link.close();
+                self.give_up_group(w.running.group.take());
                 for waiting in w.waiting_senders.drain(..) {
                     // The sender may have given up.
                     let _ = waiting.send(Err(SendError::Disconnected.into()));
@@ -1018,6 +1164,7 @@ impl Primary {
         }
         self.ports.died(worker);
         self.watch.forget(worker);
+        self.watchdog.forget(worker);
         self.refresh_ports();
         self.trim_seats();
         let (code, signal) = match exit {
@@ -1102,6 +1249,7 @@ impl Primary {
             return Err(SendError::Disconnected.into());
         }
         w.running.link.push_user_message(message)?;
+        self.tally.message_out(w.who.slot);
         self.flush(to);
         Ok(())
     }
@@ -1119,7 +1267,9 @@ impl Primary {
     }
 
     pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
+        let Some(message) = self.take_measures(worker, message) else { return };
         let Some(w) = self.workers.get(&worker) else { return };
+        self.tally.message_in(w.who.slot);
         let (who, ready_by) = (w.who, w.ready_by);
         if ready_by == Ready::Message
             && match &message {
@@ -1136,11 +1286,17 @@ impl Primary {
     // ---- small things ----
 
     fn on_notified(&mut self, worker: WorkerId, text: &[u8]) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
+        let Some(w) = self.workers.get(&worker) else { return };
         let (who, ready_by) = (w.who, w.ready_by);
         let state = Notification::parse(text);
         if state.watchdog == Some(Alive::Alive) {
-            w.last_watchdog = Instant::now();
+            self.alive(worker, None);
+        }
+        if let Some(limit) = state.watchdog_usec {
+            self.change_watch(worker, Duration::from_micros(limit));
+        }
+        if let Some(by) = state.extend_timeout_usec {
+            self.feed(Input::Extend { worker, by: Duration::from_micros(by) });
         }
         if let Some(text) = state.status {
             self.emit(Event::Status { who, text });
@@ -1155,26 +1311,13 @@ impl Primary {
             self.became_ready(worker);
         }
         if state.watchdog == Some(Alive::Trigger) {
-            self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
+            self.notice(
+                "watchdog",
+                Some(who),
+                "it asked to be replaced (WATCHDOG=trigger)".to_owned(),
+            );
+            self.feed(Input::Replace { worker, reason: Reason::Watchdog });
         }
-    }
-
-    fn check_watchdog(&mut self, worker: WorkerId) {
-        let (Some(limit), Some(w)) = (self.settings.watchdog, self.workers.get(&worker)) else {
-            return;
-        };
-        if w.leaving {
-            return;
-        }
-        let silent = w.last_watchdog.elapsed();
-        if silent < limit {
-            self.after(limit - silent, Timer::Watchdog(worker));
-            return;
-        }
-        let who = w.who;
-        let text = format!("no WATCHDOG=1 for {} ms; the worker is replaced", silent.as_millis());
-        self.notice("watchdog", Some(who), text);
-        self.feed(Input::Unfit { worker, reason: Reason::Watchdog });
     }
 
     /// A program may bind for itself (`exclusive`, `reusePort`) and tell nobody. Then its own listening
@@ -1284,6 +1427,8 @@ impl Primary {
                 uptime: w.started.elapsed(),
                 connected: !w.channel_ended && self.detected.dialect != Dialect::Sockets,
                 queue: self.ports.queue_of(WorkerId(w.who.worker)),
+                event_loop_lag: w.lag,
+                blocked: self.blocked_for(*id),
             })
             .collect()
     }
@@ -1293,6 +1438,12 @@ impl Primary {
 fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
     !name.is_empty() && name.chars().all(fits)
+}
+
+/// Whether these settings can be had with such workers.
+pub(crate) fn check(settings: &Settings, detected: &Detected) -> Result<(), StartError> {
+    watchdog::check(settings, detected)?;
+    probe::check(settings, detected)
 }
 
 /// A worker's own pipes must not take the place of anything else, and only some can have shared memory.

@@ -9,9 +9,10 @@
 //! References: Node `lib/internal/cluster/primary.js` (`createWorkerProcess`); sd_listen_fds(3), sd_notify(3).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
+use polyfork_sys::system::{LimitGroup, prefer_as_oom_victim};
 use polyfork_wire::env::{self as names, NODE_OPTIONS};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
@@ -28,6 +30,7 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use super::cgroup;
 use super::detect::{Detected, Runtime};
 use super::link::{Codec, Link};
 use super::notify::NotifySocket;
@@ -36,6 +39,7 @@ use super::primary::{FromIo, Rested};
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
 use super::to_loop::{Rest, ToLoop};
+use super::watchdog;
 use crate::channel::socket::is_shortage;
 
 pub(super) mod carry;
@@ -51,6 +55,8 @@ const LINE_LIMIT: usize = 64 * 1024;
 pub(crate) const POLYFORK_CHANNEL_PID: &str = "POLYFORK_CHANNEL_PID";
 /// What an ended worker can have left in one pipe and in the task that reads it.
 const LAST_WORDS: usize = 64 * 1024 + LINE_LIMIT + READ_BYTES;
+/// By how much the kernel prefers a worker to its primary when memory is short, in thousandths of all there is.
+const OOM_PREFERENCE: i32 = 100;
 /// Room made for each read from a worker's output.
 const READ_BYTES: usize = 8 * 1024;
 
@@ -64,18 +70,23 @@ pub(crate) enum Stdio {
 /// What workers have in their environment beyond their identity.
 pub(crate) struct Environment {
     set: Vec<(OsString, OsString)>,
+    /// Names of ours that workers get; all if there is none.
+    allowed: Option<Vec<OsString>>,
     /// The preload of Node workers, and the grace period it is told.
     preload: Option<(PathBuf, Duration)>,
     notices: Vec<String>,
 }
 
-/// Our parent's, and not for workers: sockets and the way to tell it that we are ready.
-const NOT_INHERITED: [&str; 5] = [
+/// Our parent's, and not for workers: sockets, the way to tell it that we are ready, how often it wants a sign of life, and
+/// what the image of the primary before this one has left.
+const NOT_INHERITED: [&str; 7] = [
     names::LISTEN_FDS,
     names::LISTEN_PID,
     names::LISTEN_FDNAMES,
     names::NOTIFY_SOCKET,
     names::POLYFORK_STATE,
+    "WATCHDOG_USEC",
+    "WATCHDOG_PID",
 ];
 
 impl Environment {
@@ -92,20 +103,56 @@ impl Environment {
                 )),
             }
         }
-        Environment { set: settings.env.clone(), preload: placed, notices }
+        Environment {
+            set: settings.env.clone(),
+            allowed: settings.env_allow.clone(),
+            preload: placed,
+            notices,
+        }
     }
 
     /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
     /// never replaced, so this can only be worked out for each worker.
-    fn of_worker(&self, extra: &[(OsString, OsString)]) -> Vec<(OsString, OsString)> {
+    fn of_worker(
+        &self,
+        extra: &[(OsString, OsString)],
+        for_preload: &[(&str, String)],
+    ) -> Vec<(OsString, OsString)> {
         let mut set = [&self.set, extra].concat();
         if let Some((path, grace)) = &self.preload {
             let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
             let existing =
-                own.map(|(_, value)| value.clone()).or_else(|| std::env::var_os(NODE_OPTIONS));
-            set.extend(preload::environment(existing.as_deref(), path, *grace));
+                own.map(|(_, value)| value.clone()).or_else(|| self.ours(OsStr::new(NODE_OPTIONS)));
+            let loads = preload::environment(existing.as_deref(), path, *grace);
+            if !loads.is_empty() {
+                set.extend(for_preload.iter().map(|(key, value)| (key.into(), value.into())));
+            }
+            set.extend(loads);
         }
         set
+    }
+
+    /// Whether workers get a variable of ours.
+    fn allows(&self, name: &OsStr) -> bool {
+        let fits = |allowed: &OsString| match allowed.as_bytes().split_last() {
+            Some((b'*', start)) => name.as_bytes().starts_with(start),
+            _ => allowed == name,
+        };
+        self.allowed.as_ref().is_none_or(|allowed| allowed.iter().any(fits))
+    }
+
+    fn ours(&self, name: &OsStr) -> Option<OsString> {
+        std::env::var_os(name).filter(|_| self.allows(name))
+    }
+
+    /// Takes out what workers are not to get.
+    fn narrow(&self, command: &mut Command) {
+        if self.allowed.is_some() {
+            let ours = std::env::vars_os().filter(|(name, _)| !self.allows(name));
+            for (name, _) in ours {
+                command.env_remove(name);
+            }
+        }
     }
 
     /// What a person should know about it, once.
@@ -137,6 +184,8 @@ pub(crate) struct Request<'a> {
     pub(crate) inherited: io::Result<Vec<(OwnedFd, String)>>,
     pub(crate) io: &'a ToLoop,
     pub(crate) output: &'a mut OutputTasks,
+    /// A Node worker's own limit on requests.
+    pub(crate) max_requests: Option<u64>,
 }
 
 /// A started process with all that is attached to it.
@@ -146,6 +195,8 @@ pub(crate) struct Running {
     pub(crate) link: Link,
     /// Of the worker's end of its channel.
     pub(crate) cookie: Option<u64>,
+    /// Its control group.
+    pub(crate) group: Option<LimitGroup>,
     /// Our ends of its further pipes that nobody has taken yet.
     pub(crate) pipes: BTreeMap<u32, OwnedFd>,
     /// Present while the worker lives, for the dialects that use it.
@@ -181,6 +232,8 @@ impl Running {
                     socket.rested();
                 }
             }
+            // Of the worker, not of its process.
+            Rested::Probe(_) => {}
         }
     }
 
@@ -227,25 +280,44 @@ impl StartFailure {
     }
 }
 
+/// What a Node worker is asked to tell of itself.
+fn for_preload(request: &Request<'_>) -> Vec<(&'static str, String)> {
+    let beat = request.settings.watchdog.map(|limit| watchdog::beat(limit).as_millis().to_string());
+    let requests = request.max_requests.map(|most| most.to_string());
+    let pairs = [(names::POLYFORK_BEAT_MS, beat), (names::POLYFORK_REQUESTS, requests)];
+    pairs.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
 /// Starts one worker process and the tasks that watch it.
 pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
     let Request { slot, worker, settings, detected, environment, extra_env, .. } = request;
     let mut command = Command::new(&detected.exec);
     command.args(&detected.args_before).args(&settings.args);
     command.process_group(true).null(0);
+    environment.narrow(&mut command);
     for name in NOT_INHERITED.iter().chain(&crate::process::NOT_INHERITED) {
         command.env_remove(name);
     }
-    for (key, value) in environment.of_worker(extra_env) {
+    for (key, value) in environment.of_worker(extra_env, &for_preload(&request)) {
         command.env(key, value);
     }
-    command.env("NODE_APP_INSTANCE", slot.0.saturating_sub(1).to_string());
+    let number = slot.0.saturating_sub(1);
+    command.env(&settings.instance_var, number.to_string());
+    if let Some((name, value)) = incremented(settings, number) {
+        command.env(name, value);
+    }
     if let Some(directory) = &settings.cwd {
         command.current_dir(directory);
     }
     let pipes = output_pipes(&mut command, &settings.output)?;
     let further = further_pipes(&mut command, &settings.pipes)?;
     memory(&mut command, settings)?;
+    let group = cgroup::of_worker(settings, worker)?;
+    if let Some(group) = &group {
+        for door in group.doors()? {
+            command.enter_cgroup(door);
+        }
+    }
     let channel = dialect(&mut command, &request)?;
     let notify = match detected.dialect {
         Dialect::Sockets => Some(NotifySocket::open(worker, request.io)?),
@@ -275,6 +347,8 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     }
     let child = command.spawn()?;
+    // Where memory is short, rather a worker than what replaces it. One that has ended needs no more.
+    let _ = prefer_as_oom_victim(child.pid(), OOM_PREFERENCE);
     let watched =
         child.pidfd().try_clone_to_owned().and_then(|fd| register(fd, Interest::READABLE));
     let pidfd = match watched {
@@ -288,9 +362,18 @@ pub(crate) fn start(request: Request<'_>) -> Result<Running, StartFailure> {
         }
     };
     let pid = child.pid();
-    let mut running = Running { pid, pidfd, link, cookie, pipes: further, notify, watched: false };
+    let mut running =
+        Running { pid, pidfd, link, cookie, group, pipes: further, notify, watched: false };
     running.watch(worker, request.io);
     Ok(running)
+}
+
+/// The variable that is another one for each worker.
+fn incremented(settings: &Settings, number: u32) -> Option<(&str, String)> {
+    let name = settings.increment_var.as_deref()?;
+    let (_, base) = settings.env.iter().rev().find(|(key, _)| key == name)?;
+    let base: u64 = base.to_str()?.trim().parse().ok()?;
+    Some((name, base.checked_add(u64::from(number))?.to_string()))
 }
 
 /// Our end of a worker's channel.
@@ -325,6 +408,10 @@ fn dialect(command: &mut Command, request: &Request<'_>) -> Result<Option<Channe
             command.env(names::POLYFORK_CHANNEL_FD, CHANNEL_FD.to_string());
             command.env(names::POLYFORK_WORKER_ID, worker.0.to_string());
             command.env(names::POLYFORK_SLOT, slot.0.to_string());
+            if let Some(limit) = request.settings.watchdog {
+                let beat = watchdog::beat(limit).as_millis();
+                command.env(names::POLYFORK_BEAT_MS, beat.to_string());
+            }
             command.pid_env(POLYFORK_CHANNEL_PID);
             Ok(Some(Channel { ours, codec: Codec::Native, cookie }))
         }

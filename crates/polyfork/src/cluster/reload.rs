@@ -9,7 +9,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use polyfork_core::{Input, ListenerId, Reason, ReloadFault, ReloadPlan, Seat, WorkerId};
+use polyfork_core::{
+    Input, ListenerId, Reason, ReloadFault, ReloadPlan, Seat, SupervisorLimits, WorkerId,
+};
 use tokio::sync::oneshot;
 
 use super::detect::Detected;
@@ -27,6 +29,8 @@ const PROBATION: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct ReloadOptions {
     pub(crate) settings: Option<Settings>,
+    /// The settings are those of [`Settings::reload_from`]: all of them count.
+    pub(crate) from_source: bool,
     pub(crate) at_a_time: u32,
     pub(crate) probation: Duration,
 }
@@ -34,7 +38,7 @@ pub struct ReloadOptions {
 impl Default for ReloadOptions {
     /// The same settings (a changed program file takes effect), all workers at once, a probation of one second.
     fn default() -> Self {
-        ReloadOptions { settings: None, at_a_time: 0, probation: PROBATION }
+        ReloadOptions { settings: None, from_source: false, at_a_time: 0, probation: PROBATION }
     }
 }
 
@@ -68,7 +72,7 @@ impl ReloadOptions {
 }
 
 /// What a reload did and what it cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub struct ReloadReport {
     /// The generation that serves now. The first one is 1.
@@ -119,6 +123,15 @@ pub enum ReloadError {
     /// The cluster has ended.
     #[error("the cluster has ended")]
     Ended,
+}
+
+/// What the supervisor is to go by.
+fn limits_of(settings: &Settings) -> SupervisorLimits {
+    SupervisorLimits {
+        ready_timeout: settings.ready_timeout,
+        grace: settings.grace,
+        restart: settings.restart.clone(),
+    }
 }
 
 fn failure(who: &Who, reason: &Reason, replaced: &u32) -> String {
@@ -187,7 +200,7 @@ impl Primary {
         if self.is_stopping() {
             return self.refuse(reply, ReloadError::Stopping);
         }
-        let ReloadOptions { settings, at_a_time, probation } = options;
+        let ReloadOptions { settings, from_source, at_a_time, probation } = options;
         let detected = detected.unwrap_or_else(|| self.detected.clone());
         if detected.dialect != self.detected.dialect {
             let text = format!(
@@ -196,7 +209,13 @@ impl Primary {
             );
             return self.refuse(reply, ReloadError::Settings(text));
         }
-        let settings = self.later_settings(settings.unwrap_or_else(|| self.settings.clone()));
+        let settings = settings.unwrap_or_else(|| self.settings.clone());
+        let settings = match from_source {
+            true => self.settings_of_source(settings),
+            false => self.later_settings(settings),
+        };
+        // New workers may need more time than the old ones.
+        self.supervisor.set_limits(limits_of(&settings));
         let environment = Environment::new(&settings, &detected);
         self.speak(&detected, &settings);
         let generation = self.supervisor.next_generation();
@@ -210,12 +229,33 @@ impl Primary {
             self.look_at_queues();
         } else if let Some(reloading) = self.reloading.take() {
             self.launches.remove(&generation);
+            self.supervisor.set_limits(limits_of(&self.settings));
             self.refuse(reloading.reply, ReloadError::Unsupervised);
         }
     }
 
+    /// Settings that were read anew: what the sockets were built with stays.
+    fn settings_of_source(&self, settings: Settings) -> Settings {
+        let old = &self.settings;
+        Settings {
+            policy: old.policy,
+            mechanism: old.mechanism,
+            listen: old.listen.clone(),
+            supervise: old.supervise,
+            ..settings
+        }
+    }
+
+    /// Another number of workers than before is wanted. One that was changed by hand meanwhile is left alone.
+    fn scale_as_configured(&mut self, before: &Settings) {
+        let wanted = self.settings.worker_count();
+        if self.settings.workers != before.workers && wanted > 0 && self.settings.supervise {
+            self.feed(Input::Scale { workers: wanted });
+        }
+    }
+
     /// Nothing was begun.
-    fn refuse(&self, reply: oneshot::Sender<Answer>, why: ReloadError) {
+    pub(crate) fn refuse(&self, reply: oneshot::Sender<Answer>, why: ReloadError) {
         self.notice("reload", None, format!("not reloaded: {why}"));
         // The asker may have gone.
         let _ = reply.send(Err(why));
@@ -231,6 +271,7 @@ impl Primary {
 
     /// A connection was acknowledged this long after it was accepted.
     pub(crate) fn was_handed_over(&mut self, waited: Duration) {
+        self.tally.handed_over(waited);
         if let Some(reloading) = &mut self.reloading {
             reloading.waits.slowest = reloading.waits.slowest.max(waited);
         }
@@ -245,7 +286,8 @@ impl Primary {
 
     pub(crate) fn reloaded(&mut self, generation: u32, workers: u32) {
         if let Some(launch) = self.launches.remove(&generation) {
-            self.settings = launch.settings;
+            let before = std::mem::replace(&mut self.settings, launch.settings);
+            self.scale_as_configured(&before);
             self.detected = launch.detected;
             self.environment = launch.environment;
         }
@@ -266,6 +308,7 @@ impl Primary {
 
     pub(crate) fn reload_failed(&mut self, generation: u32, replaced: u32, fault: ReloadFault) {
         self.forget_launches();
+        self.supervisor.set_limits(limits_of(&self.settings));
         let Some(reloading) = self.reloading.take() else { return };
         let error = match fault {
             ReloadFault::Stopping => ReloadError::Stopping,

@@ -9,12 +9,15 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyfork_core::RestartPolicy;
 use polyfork_wire::limits::Limits;
 use tokio::sync::mpsc;
 
+use super::detect::Detected;
+use super::probe::Probe;
 use crate::shared_memory::SharedArrayBuffer;
 
 /// Which worker gets the next connection.
@@ -69,7 +72,7 @@ pub enum Dialect {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub enum Ready {
-    /// What fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
+    /// With a probe as [`Ready::Probe`]; else what fits the dialect: `listening` for node, its own word for native, `READY=1` or a second of life
     /// for sockets.
     #[default]
     Auto,
@@ -81,6 +84,45 @@ pub enum Ready {
     Notify,
     /// When it has lived this long.
     Delay(Duration),
+    /// When it has answered its probe ([`Settings::probe`]).
+    Probe,
+}
+
+/// What the kernel lets each worker use, by a control group ([`Settings::cgroup`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct CgroupLimits {
+    /// Bytes of memory. A worker that needs more is killed ([`Reason::OutOfMemory`](super::Reason::OutOfMemory)).
+    pub memory: Option<u64>,
+    /// Processors' worth of time: 0.5 is half of one.
+    pub cpus: Option<f64>,
+    /// Without the right to make groups: go on without limits, with a notice, instead of failing at the start.
+    pub optional: bool,
+}
+
+/// How a worker is asked to finish and leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[non_exhaustive]
+pub enum StopBy {
+    /// What fits the dialect: `disconnect` for node, its own word for native, SIGTERM for sockets.
+    #[default]
+    Auto,
+    /// The message `shutdown` (PM2: `shutdown_with_message`). The program closes its servers and leaves by itself. Where
+    /// there is no channel, as [`StopBy::Auto`].
+    Message,
+    /// A signal, e.g. `libc::SIGINT`.
+    Signal(i32),
+}
+
+/// What a reload asks for settings, see [`Settings::reload_from`].
+#[derive(Clone)]
+pub(crate) struct ReloadSource(pub(crate) Arc<Source>);
+
+type Source = dyn Fn() -> Result<(Settings, Detected), String> + Send + Sync;
+
+impl fmt::Debug for ReloadSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReloadSource")
+    }
 }
 
 /// An address to listen on.
@@ -155,6 +197,8 @@ pub struct Settings {
     pub(crate) dialect: Option<Dialect>,
     pub(crate) listen: Vec<Address>,
     pub(crate) env: Vec<(OsString, OsString)>,
+    pub(crate) env_allow: Option<Vec<OsString>>,
+    pub(crate) activated: Vec<i32>,
     pub(crate) cwd: Option<PathBuf>,
     pub(crate) grace: Duration,
     pub(crate) ready: Ready,
@@ -170,6 +214,9 @@ pub struct Settings {
     pub(crate) max_memory: Option<u64>,
     pub(crate) max_lifetime: Option<Duration>,
     pub(crate) max_connections: Option<u64>,
+    pub(crate) max_requests: Option<u64>,
+    pub(crate) probe: Option<Probe>,
+    pub(crate) cgroup: Option<CgroupLimits>,
     pub(crate) drain_preload: bool,
     pub(crate) serialization: Serialization,
     pub(crate) pipes: BTreeSet<u32>,
@@ -177,7 +224,16 @@ pub struct Settings {
     #[serde(skip)]
     pub(crate) memory: BTreeMap<String, SharedArrayBuffer>,
     pub(crate) watchdog: Option<Duration>,
+    pub(crate) stop_by: StopBy,
+    pub(crate) instance_var: String,
+    pub(crate) increment_var: Option<String>,
+    /// Never carried: whoever goes on says where they come from.
+    #[serde(skip)]
+    pub(crate) reload_from: Option<ReloadSource>,
 }
+
+/// Which variable tells a worker its number, unless asked otherwise; PM2's name for it.
+const INSTANCE_VAR: &str = "NODE_APP_INSTANCE";
 
 impl Settings {
     /// A cluster of `program`, a path or a name that is looked up in `PATH`.
@@ -192,6 +248,8 @@ impl Settings {
             dialect: None,
             listen: Vec::new(),
             env: Vec::new(),
+            env_allow: None,
+            activated: Vec::new(),
             cwd: None,
             grace: Duration::from_secs(30),
             ready: Ready::default(),
@@ -205,11 +263,18 @@ impl Settings {
             max_memory: None,
             max_lifetime: None,
             max_connections: None,
+            max_requests: None,
+            probe: None,
+            cgroup: None,
             drain_preload: true,
             serialization: Serialization::default(),
             pipes: BTreeSet::new(),
             memory: BTreeMap::new(),
             watchdog: None,
+            stop_by: StopBy::default(),
+            instance_var: INSTANCE_VAR.to_owned(),
+            increment_var: None,
+            reload_from: None,
         }
     }
 
@@ -281,6 +346,23 @@ impl Settings {
     #[must_use]
     pub fn listen(mut self, address: Address) -> Self {
         self.listen.push(address);
+        self
+    }
+
+    /// Listening sockets that this process was given (`LISTEN_FDS`), by descriptor: a worker that asks for the address of
+    /// one of them gets that one, instead of a new socket that could not be bound.
+    #[must_use]
+    pub fn activated(mut self, descriptors: impl IntoIterator<Item = i32>) -> Self {
+        self.activated.extend(descriptors);
+        self
+    }
+
+    /// Of this process's own environment, workers get these variables and no others; a name may end in `*`. What
+    /// [`env`](Self::env) sets, and what tells a worker its place, comes besides. Default: all.
+    #[must_use]
+    pub fn env_allow<K: AsRef<OsStr>>(mut self, names: impl IntoIterator<Item = K>) -> Self {
+        let names = names.into_iter().map(|name| name.as_ref().to_owned());
+        self.env_allow.get_or_insert_default().extend(names);
         self
     }
 
@@ -400,11 +482,53 @@ impl Settings {
         self
     }
 
-    /// Workers of the sockets dialect: how long they may go without `WATCHDOG=1`, told to them as
-    /// `WATCHDOG_USEC`. Default: no watchdog.
+    /// How long a worker may give no sign of life before it is replaced: its successor is ready first where that can be,
+    /// then it is asked to stop, and ended if it does not hear. Default: no watchdog.
+    ///
+    /// Node workers say four times in this limit that their event loop runs, by the preload of
+    /// [`drain_preload`](Settings::drain_preload); workers built on this crate do so by themselves. Either is told of
+    /// ([`Event::Blocked`](super::Event::Blocked)) when it was silent for half the limit. Workers of the sockets dialect are
+    /// told the limit as `WATCHDOG_USEC` and send `WATCHDOG=1` to `NOTIFY_SOCKET`. Deno and Bun have no such thing.
+    ///
+    /// When this process itself stood still (suspended, frozen, stopped), every worker gets the whole limit again.
     #[must_use]
     pub fn watchdog(mut self, limit: Option<Duration>) -> Self {
         self.watchdog = limit;
+        self
+    }
+
+    /// How workers are asked to finish and leave. Default: what fits the dialect.
+    #[must_use]
+    pub fn stop_by(mut self, how: StopBy) -> Self {
+        self.stop_by = how;
+        self
+    }
+
+    /// The variable that tells each worker its number, from 0 (PM2: `instance_var`). Default `NODE_APP_INSTANCE`.
+    #[must_use]
+    pub fn instance_var(mut self, name: impl Into<String>) -> Self {
+        self.instance_var = name.into();
+        self
+    }
+
+    /// A variable of [`Settings::env`] that holds a whole number, and to which each worker's number is added (PM2:
+    /// `increment_var`): with `PORT=3000` the worker of slot 3 gets 3002. Anything else is left as it is.
+    #[must_use]
+    pub fn increment_var(mut self, name: Option<String>) -> Self {
+        self.increment_var = name;
+        self
+    }
+
+    /// Where a reload that was given no settings takes them from: a configuration that is read again, for one. Called on
+    /// a thread of its own. What it gives replaces program, arguments, environment, limits, grace period, restart policy and,
+    /// if it differs from what it was, the number of workers; policy, mechanism and addresses stay as they are.
+    /// An error ends the reload before it began ([`ReloadError::Settings`](super::ReloadError::Settings)).
+    #[must_use]
+    pub fn reload_from(
+        mut self,
+        source: impl Fn() -> Result<(Settings, Detected), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.reload_from = Some(ReloadSource(Arc::new(source)));
         self
     }
 
@@ -431,6 +555,42 @@ impl Settings {
     pub fn max_connections(mut self, connections: Option<u64>) -> Self {
         self.max_connections = connections;
         self
+    }
+
+    /// Node workers: how many HTTP requests a worker is asked before it is replaced, up to a tenth more. They are
+    /// counted in the worker, by the preload of [`drain_preload`](Settings::drain_preload). Default: no limit.
+    #[must_use]
+    pub fn max_requests(mut self, requests: Option<u64>) -> Self {
+        self.max_requests = requests;
+        self
+    }
+
+    /// Asks each worker now and then whether it answers, over a connection to this worker. One that failed to several times in
+    /// a row is replaced. It also is what makes a worker ready, unless [`Settings::ready`] says something else. Default: no
+    /// probe.
+    ///
+    /// A probe can be brought to workers of every dialect where the kernel gives out connections in exact turns, and to
+    /// those of Node and Deno everywhere. Anything else is an error at the start, or a notice where it shows later.
+    #[must_use]
+    pub fn probe(mut self, probe: Option<Probe>) -> Self {
+        self.probe = probe;
+        self
+    }
+
+    /// Puts each worker into a control group of its own with these limits, which the kernel enforces on the worker and all it
+    /// starts. Default: none.
+    #[must_use]
+    pub fn cgroup(mut self, limits: Option<CgroupLimits>) -> Self {
+        self.cgroup = limits;
+        self
+    }
+
+    /// What makes a worker ready, with the probe considered.
+    pub(crate) fn ready_by(&self) -> Ready {
+        match (self.ready, &self.probe) {
+            (Ready::Auto, Some(_)) => Ready::Probe,
+            (ready, _) => ready,
+        }
     }
 
     /// The name of the cluster.

@@ -10,17 +10,28 @@
 //! again. It gets its turns back when its main thread has slept of its own accord since, which a
 //! busy loop and a stopped process do not, or when a while has passed, longer each time.
 //!
+//! Nobody looks while nothing happens: when no turn was taken and no queue holds anything since the last look, the sockets
+//! are put into an epoll instance of their own, and the first connection wakes us. It is closed on that, so that the
+//! connections that follow cost nothing.
+//!
 //! A queue that overflows hides how much came; there only a worker that is stopped is recognised.
 //!
-//! References: tcp(7) `TCP_INFO`, proc(5) (`voluntary_ctxt_switches`), listen(2).
+//! References: epoll(7), tcp(7) `TCP_INFO`, proc(5) (`voluntary_ctxt_switches`), listen(2).
 
 use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use polyfork_core::{ListenerId, Seat, WorkerId};
+use rustix::event::epoll;
+use tokio::io::Interest;
+use tokio::task::AbortHandle;
 
-use super::ports::Depths;
-use super::primary::{Primary, Timer};
+use super::ports::{Depths, Ports};
+use super::primary::{FromIo, Primary, Timer};
+use super::register::register;
+use super::to_loop::ToLoop;
 use super::upgrade::Moment;
 
 /// Between two looks, at least: each is a system call per seat.
@@ -32,12 +43,48 @@ const LAST_PAUSE: Duration = Duration::from_secs(16);
 /// What is remembered between two looks.
 #[derive(Default)]
 pub(crate) struct Watch {
+    /// When there is no next look: waits for the first connection.
+    sleep: Option<Sleep>,
+    /// An empty epoll instance for the next sleep, made when the last one ended: so a primary that sleeps has no
+    /// descriptor more than one that does not, and needs none to go to sleep.
+    spare: Option<OwnedFd>,
+    /// A look is planned.
+    planned: bool,
     before: BTreeMap<ListenerId, Depths>,
     /// Looks in a row at which nothing of a worker's queue was accepted.
     suspicious: BTreeMap<WorkerId, u32>,
     aside: BTreeMap<WorkerId, Aside>,
     /// Pauses so far of workers that were stuck before.
     pauses: BTreeMap<WorkerId, Duration>,
+}
+
+/// Waits for the first connection on any of the sockets that are looked at.
+struct Sleep(AbortHandle);
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        // Closes the epoll instance with the task.
+        self.0.abort();
+    }
+}
+
+impl Sleep {
+    fn begin(all: OwnedFd, ports: &Ports, io: ToLoop) -> io::Result<Sleep> {
+        for socket in ports.sockets_with_turns() {
+            // Also tells of what has come before this.
+            let (data, flags) = (epoll::EventData::new_u64(0), epoll::EventFlags::IN);
+            epoll::add(&all, socket, data, flags)?;
+        }
+        let all = register(all, Interest::READABLE)?;
+        let task = tokio::spawn(async move {
+            // An error wakes as well: better a look too many.
+            let _ = all.readable().await;
+            drop(all);
+            // The loop is gone only when the whole primary ends.
+            let _ = io.send(FromIo::Stirred).await;
+        });
+        Ok(Sleep(task.abort_handle()))
+    }
 }
 
 /// A worker that has lost its turns for now.
@@ -65,7 +112,8 @@ pub(crate) struct WatchState {
 
 impl Watch {
     pub(crate) fn state(&self) -> WatchState {
-        let Watch { before: _, suspicious: _, aside, pauses } = self;
+        let Watch { sleep: _, spare: _, planned: _, before: _, suspicious: _, aside, pauses } =
+            self;
         let aside = aside.iter().map(|(id, aside)| (*id, Moment(aside.until), aside.slept));
         WatchState { aside: aside.collect(), pauses: pauses.clone() }
     }
@@ -98,15 +146,49 @@ fn nothing_accepted(
 }
 
 impl Primary {
+    /// Something came, or the sockets changed: there is something to look at again.
+    pub(crate) fn stirred(&mut self) {
+        self.watch.sleep = None;
+        if self.watch.spare.is_none() {
+            self.watch.spare = empty().ok();
+        }
+        self.next_look();
+    }
+
     /// Two looks make the acknowledgement limit.
-    pub(crate) fn next_look(&mut self) {
-        let pause = (self.settings.ack_limit / 2).max(SHORTEST_LOOK);
-        self.after(pause, Timer::Stuck);
+    fn next_look(&mut self) {
+        if !std::mem::replace(&mut self.watch.planned, true) {
+            let pause = (self.settings.ack_limit / 2).max(SHORTEST_LOOK);
+            self.after(pause, Timer::Stuck);
+        }
+    }
+
+    /// Nothing moves: nothing to look at before something comes.
+    fn sleep_until_something_comes(&mut self) {
+        if !self.ports.has_turns() {
+            return;
+        }
+        let all = self.watch.spare.take().map_or_else(empty, Ok);
+        match all.and_then(|all| Sleep::begin(all, &self.ports, self.io.clone())) {
+            Ok(sleep) => self.watch.sleep = Some(sleep),
+            // Short of descriptors or memory: look as ever.
+            Err(_) => self.next_look(),
+        }
     }
 
     pub(crate) fn look_for_stuck(&mut self) {
-        self.next_look();
+        self.watch.planned = false;
         let depths = self.ports.depths();
+        let watch = &self.watch;
+        let rests = |(port, now): (&ListenerId, &Depths)| {
+            let same = watch.before.get(port).is_some_and(|before| before.turns == now.turns);
+            same && now.queued.values().all(|queued| *queued == 0)
+        };
+        if depths.iter().all(rests) && watch.aside.is_empty() && watch.suspicious.is_empty() {
+            self.watch.before = depths;
+            return self.sleep_until_something_comes();
+        }
+        self.next_look();
         let mut well: Vec<WorkerId> = self.watch.suspicious.keys().copied().collect();
         let mut stuck = Vec::new();
         for (port, now) in &depths {
@@ -162,7 +244,7 @@ impl Primary {
     }
 
     /// Moves what waits for a worker that is stuck.
-    fn empty_queue(&mut self, worker: WorkerId) {
+    pub(crate) fn empty_queue(&mut self, worker: WorkerId) {
         let Some(w) = self.workers.get(&worker) else { return };
         let who = w.who;
         let Some(seat) = self.ports.seat(worker) else { return };
@@ -206,6 +288,10 @@ impl Primary {
             }
         }
     }
+}
+
+fn empty() -> io::Result<OwnedFd> {
+    Ok(epoll::create(epoll::CreateFlags::CLOEXEC)?)
 }
 
 /// How often the main thread of a process has gone to sleep by itself.

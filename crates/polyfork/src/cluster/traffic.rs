@@ -52,6 +52,7 @@ impl Primary {
             let (address, by) = (port.address.clone(), Arc::clone(&port.via));
             self.emit(Event::Listening { who, address, by });
         }
+        self.begin_probing(worker);
     }
 
     pub(crate) fn open_port(
@@ -115,6 +116,9 @@ impl Primary {
         let now = self.now();
         for failure in self.ports.refresh(now) {
             self.notice("slot", None, failure);
+        }
+        if self.ports.has_turns() {
+            self.stirred();
         }
         if self.ports.has_idle_slots() {
             self.look_for_stranded(FIRST_LOOK);

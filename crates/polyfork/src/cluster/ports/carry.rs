@@ -34,6 +34,8 @@ pub(crate) struct PortsState {
     by_hand: bool,
     reset: u64,
     refused_before: u64,
+    activated: Vec<i32>,
+    given_before: BTreeMap<WorkerId, u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,6 +43,8 @@ struct PortState {
     address: Address,
     via: Via,
     data: Option<String>,
+    given: bool,
+    dropped_before: u64,
     kind: KindState,
 }
 
@@ -89,6 +93,8 @@ impl Ports {
             by_hand,
             reset,
             refused_before,
+            activated,
+            given_before,
         } = self;
         let open = open.iter().map(|(id, port)| Ok((*id, port.pack(packing)?)));
         Ok(PortsState {
@@ -103,6 +109,8 @@ impl Ports {
             by_hand: *by_hand,
             reset: *reset,
             refused_before: *refused_before,
+            activated: activated.clone(),
+            given_before: given_before.clone(),
         })
     }
 
@@ -123,6 +131,8 @@ impl Ports {
             by_hand,
             reset,
             refused_before,
+            activated,
+            given_before,
         } = state;
         let port = |(id, port): (ListenerId, PortState)| {
             Ok::<_, ResumeError>((id, Port::unpack(id, port, unpacking, io)?))
@@ -139,6 +149,8 @@ impl Ports {
             by_hand,
             reset,
             refused_before,
+            activated,
+            given_before,
         })
     }
 }
@@ -190,7 +202,7 @@ fn owned(
 
 impl Port {
     fn pack(&self, packing: &mut Packing) -> Result<PortState, FreezeError> {
-        let Port { address, via, data, kind } = self;
+        let Port { address, via, data, given, dropped_before, kind } = self;
         let kind = match kind {
             Kind::Slots { group, stranded } => KindState::Slots {
                 group: GroupState::of(group, packing)?,
@@ -206,7 +218,9 @@ impl Port {
             }
         };
         let data = data.as_ref().map(|data| data.as_str().to_owned());
-        Ok(PortState { address: address.clone(), via: Via::clone(via), data, kind })
+        let (address, via) = (address.clone(), Via::clone(via));
+        let (given, dropped_before) = (*given, *dropped_before);
+        Ok(PortState { address, via, data, given, dropped_before, kind })
     }
 
     fn unpack(
@@ -215,7 +229,7 @@ impl Port {
         unpacking: &mut Unpacking,
         io: &ToLoop,
     ) -> Result<Port, ResumeError> {
-        let PortState { address, via, data, kind } = state;
+        let PortState { address, via, data, given, dropped_before, kind } = state;
         let kind = match kind {
             KindState::Slots { group, stranded } => Kind::Slots {
                 group: group.back(unpacking)?,
@@ -234,7 +248,7 @@ impl Port {
         };
         let wrong = |_| ResumeError::inside("what workers said of a socket");
         let data = data.map(|data| RawJson::new(&data)).transpose().map_err(wrong)?;
-        Ok(Port { address, via: Arc::new(via), data, kind })
+        Ok(Port { address, via: Arc::new(via), data, given, dropped_before, kind })
     }
 }
 

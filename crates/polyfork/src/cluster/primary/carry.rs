@@ -14,24 +14,28 @@ use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use polyfork_core::restart::Jitter;
-use polyfork_core::{ListenerId, Snapshot, Supervisor, WorkerId};
+use polyfork_core::{ListenerId, Snapshot, Supervisor, Watchdog, WorkerId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{Primary, Rested, Started, Timer, Worker};
+use crate::cluster::cgroup::GroupState;
 use crate::cluster::detect::Detected;
 use crate::cluster::event::Who;
+use crate::cluster::figures::Tally;
 use crate::cluster::health::{Allowance, HealthState};
+use crate::cluster::measures::{Habit, QuestionsState};
 use crate::cluster::outgoing::Spoken;
 use crate::cluster::ports::Ports;
 use crate::cluster::ports::carry::PortsState;
+use crate::cluster::probe::{Probing, ProbingState};
 use crate::cluster::process::carry::{PipeState, RunningState};
 use crate::cluster::process::{Environment, OutputTasks, Pipe, Running};
 use crate::cluster::reload::Launch;
-use crate::cluster::settings::{Address, Output, Ready, Settings};
+use crate::cluster::settings::{Address, Output, Ready, Settings, StopBy};
 use crate::cluster::stuck::WatchState;
 use crate::cluster::to_loop::ToLoop;
 use crate::cluster::upgrade::{
@@ -53,6 +57,10 @@ pub(crate) struct State {
     sequence: u64,
     chance: Jitter,
     health: HealthState,
+    watchdog: Watchdog,
+    groups_left: Vec<GroupState>,
+    tally: Tally,
+    questions: QuestionsState,
     watch: WatchState,
     ever_ready: bool,
     all_ready: bool,
@@ -67,6 +75,7 @@ struct WorkerState {
     running: RunningState,
     generation: u32,
     ready_by: Ready,
+    stop_by: StopBy,
     handed_over: u64,
     allowance: Allowance,
     started: Moment,
@@ -83,9 +92,16 @@ struct WorkerState {
     ended: Option<Option<i32>>,
     channel_ended: bool,
     fault: bool,
-    last_watchdog: Moment,
+    watchdog: Option<Duration>,
+    had_requests: Option<u64>,
+    probing: Option<ProbingState>,
+    probes: BTreeMap<u64, u64>,
+    beats: bool,
+    lag: Option<Duration>,
+    silent: bool,
     last_take_back: Option<Moment>,
     wants_to_leave: bool,
+    habit: Habit,
     oom_kills: Option<u64>,
 }
 
@@ -191,8 +207,13 @@ impl Primary {
     }
 
     pub(super) fn rested(&mut self, worker: WorkerId, what: Rested) {
-        if let Some(w) = self.workers.get_mut(&worker) {
-            w.running.rested(what);
+        match what {
+            Rested::Probe(number) => return self.probe_rested(worker, number),
+            what => {
+                if let Some(w) = self.workers.get_mut(&worker) {
+                    w.running.rested(what);
+                }
+            }
         }
         if !self.io.is_resting() {
             self.wake_worker(worker);
@@ -226,6 +247,10 @@ impl Primary {
             launches,
             reloading: _,
             health,
+            watchdog,
+            groups_left,
+            tally,
+            questions,
             chance,
             actions: _,
             commands: _,
@@ -260,6 +285,9 @@ impl Primary {
         let workers = workers.collect::<Result<_, _>>()?;
         let outputs = rested_output.iter().map(|pipe| pipe.pack(packing));
         let outputs = outputs.collect::<Result<_, _>>()?;
+        // Looks begin anew, see `wake`.
+        let kept = |timer: &Timer| !matches!(timer, Timer::Health | Timer::Stuck);
+        let timers = timers.iter().filter(|(_, timer)| kept(timer));
         Ok(State {
             settings: settings.clone(),
             detected: detected.clone(),
@@ -269,10 +297,14 @@ impl Primary {
             workers,
             ports: ports.pack(packing)?,
             outputs,
-            timers: timers.iter().map(|((at, _), timer)| (Moment(*at), *timer)).collect(),
+            timers: timers.map(|((at, _), timer)| (Moment(*at), *timer)).collect(),
             sequence: *sequence,
             chance: chance.clone(),
             health: health.state(),
+            watchdog: watchdog.clone(),
+            groups_left: groups_left.iter().map(GroupState::of).collect(),
+            tally: tally.clone(),
+            questions: questions.state(),
             watch: watch.state(),
             ever_ready: *ever_ready,
             all_ready: *all_ready,
@@ -284,11 +316,11 @@ impl Primary {
     pub(crate) fn wake(
         state: State,
         unpacking: &mut Unpacking,
-        output: Output,
+        anew: impl FnOnce(Settings) -> Settings,
     ) -> Result<Started, ResumeError> {
         state.check()?;
         let State {
-            mut settings,
+            settings,
             detected,
             launches,
             origin,
@@ -300,6 +332,10 @@ impl Primary {
             sequence,
             chance,
             health,
+            watchdog,
+            groups_left,
+            tally,
+            questions,
             watch,
             ever_ready,
             all_ready,
@@ -311,10 +347,11 @@ impl Primary {
         io.tell(true);
         let (events, first) = broadcast::channel(crate::cluster::EVENT_BUFFER);
         let (end_tx, end) = oneshot::channel();
-        settings.output = output.clone();
+        let settings = anew(settings);
         let mut of_generations = BTreeMap::new();
-        for (generation, settings, detected) in launches {
-            let settings = Settings { output: output.clone(), ..settings };
+        for (generation, launch, detected) in launches {
+            let (output, reload_from) = (settings.output.clone(), settings.reload_from.clone());
+            let settings = Settings { output, reload_from, ..launch };
             let environment = Environment::new(&settings, &detected);
             of_generations.insert(generation, Launch { settings, detected, environment });
         }
@@ -336,6 +373,10 @@ impl Primary {
             launches: of_generations,
             reloading: None,
             health: health.back(),
+            watchdog,
+            groups_left: groups_left.into_iter().map(GroupState::back).collect(),
+            tally,
+            questions: questions.back(),
             chance,
             actions: Vec::new(),
             workers: living,
@@ -369,6 +410,10 @@ impl Primary {
             spoken.note(w.running.link.encoding());
         }
         primary.go_on();
+        primary.watch_health();
+        if primary.ports.has_turns() {
+            primary.stirred();
+        }
         tokio::spawn(primary.live(end_tx));
         Ok(Started { commands: commands_tx, events, first, spoken, end })
     }
@@ -403,6 +448,7 @@ impl WorkerState {
             running,
             generation,
             ready_by,
+            stop_by,
             handed_over,
             allowance,
             started,
@@ -418,9 +464,16 @@ impl WorkerState {
             status,
             channel_ended,
             fault,
-            last_watchdog,
+            watchdog,
+            had_requests,
+            probing,
+            probes,
+            beats,
+            lag,
+            silent,
             last_take_back,
             wants_to_leave,
+            habit,
             oom_kills,
             waiting_senders: _,
         } = worker;
@@ -430,6 +483,7 @@ impl WorkerState {
             running: running.pack(packing)?,
             generation: *generation,
             ready_by: *ready_by,
+            stop_by: *stop_by,
             handed_over: *handed_over,
             allowance: *allowance,
             started: Moment(*started),
@@ -445,9 +499,16 @@ impl WorkerState {
             ended: status.as_ref().map(|status| status.as_ref().ok().map(|it| it.into_raw())),
             channel_ended: *channel_ended,
             fault: *fault,
-            last_watchdog: Moment(*last_watchdog),
+            watchdog: *watchdog,
+            had_requests: *had_requests,
+            probing: probing.as_ref().map(Probing::state),
+            probes: probes.clone(),
+            beats: *beats,
+            lag: *lag,
+            silent: *silent,
             last_take_back: last_take_back.map(Moment),
             wants_to_leave: *wants_to_leave,
+            habit: *habit,
             oom_kills: *oom_kills,
         })
     }
@@ -464,6 +525,7 @@ impl WorkerState {
             running: Running::unpack(self.id, self.running, unpacking, io)?,
             generation: self.generation,
             ready_by: self.ready_by,
+            stop_by: self.stop_by,
             handed_over: self.handed_over,
             allowance: self.allowance,
             started: self.started.0,
@@ -479,9 +541,16 @@ impl WorkerState {
             status: self.ended.map(status),
             channel_ended: self.channel_ended,
             fault: self.fault,
-            last_watchdog: self.last_watchdog.0,
+            watchdog: self.watchdog,
+            had_requests: self.had_requests,
+            probing: self.probing.map(ProbingState::back),
+            probes: self.probes,
+            beats: self.beats,
+            lag: self.lag,
+            silent: self.silent,
             last_take_back: self.last_take_back.map(|at| at.0),
             wants_to_leave: self.wants_to_leave,
+            habit: self.habit,
             oom_kills: self.oom_kills,
             waiting_senders: std::collections::VecDeque::new(),
         };

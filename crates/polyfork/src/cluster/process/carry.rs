@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 
 use super::{Pipe, Running, Stdio};
+use crate::cluster::cgroup::GroupState;
 use crate::cluster::link::Link;
 use crate::cluster::link::carry::LinkState;
 use crate::cluster::notify::NotifySocket;
@@ -24,6 +25,7 @@ pub(crate) struct RunningState {
     pidfd: Name,
     pub(crate) link: Option<LinkState>,
     cookie: Option<u64>,
+    group: Option<GroupState>,
     pipes: Vec<(u32, Name)>,
     notify: Option<(String, Name)>,
 }
@@ -41,7 +43,7 @@ pub(crate) struct PipeState {
 impl Running {
     /// Writes down a process whose tasks are at rest.
     pub(crate) fn pack(&self, packing: &mut Packing) -> Result<RunningState, FreezeError> {
-        let Running { pid, pidfd, link, cookie, pipes, notify, watched: _ } = self;
+        let Running { pid, pidfd, link, cookie, group, pipes, notify, watched: _ } = self;
         let pipe = |(number, pipe): (&u32, &std::os::fd::OwnedFd), packing: &mut Packing| {
             Ok::<_, FreezeError>((*number, packing.name(pipe.as_fd())?))
         };
@@ -54,6 +56,7 @@ impl Running {
             pidfd: packing.name(pidfd.get_ref().as_fd())?,
             link: link.pack(packing)?,
             cookie: *cookie,
+            group: group.as_ref().map(GroupState::of),
             pipes: pipes.iter().map(|it| pipe(it, packing)).collect::<Result<_, _>>()?,
             notify,
         })
@@ -66,7 +69,7 @@ impl Running {
         unpacking: &mut Unpacking,
         io: &ToLoop,
     ) -> Result<Running, ResumeError> {
-        let RunningState { pid, pidfd, link, cookie, pipes, notify } = state;
+        let RunningState { pid, pidfd, link, cookie, group, pipes, notify } = state;
         let pid = Pid::from_raw(pid.max(0)).ok_or_else(|| ResumeError::inside("no process"))?;
         let pidfd = Arc::new(register(unpacking.take(pidfd)?, Interest::READABLE)?);
         let link = match link {
@@ -83,7 +86,8 @@ impl Running {
             }
             None => None,
         };
-        Ok(Running { pid, pidfd, link, cookie, pipes: ours, notify, watched: false })
+        let group = group.map(GroupState::back);
+        Ok(Running { pid, pidfd, link, cookie, group, pipes: ours, notify, watched: false })
     }
 }
 

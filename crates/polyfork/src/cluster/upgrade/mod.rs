@@ -29,7 +29,7 @@ pub use bag::{Descriptors, Name, Packing, Unpacking};
 use super::Cluster;
 use super::event::{Event, Notice};
 use super::primary::{Command, Primary};
-use super::settings::Output;
+use super::settings::Settings;
 
 mod bag;
 
@@ -174,16 +174,17 @@ impl Cluster {
 
     /// Goes on with the cluster that another image of this process has frozen. Must be called inside a tokio runtime.
     ///
-    /// `output` is what becomes of the output of workers; what they have written meanwhile comes first.
+    /// `anew` sets what no state can hold: where the output of workers goes ([`Settings::output`]; what they have written
+    /// meanwhile comes first), and [`Settings::reload_from`].
     ///
     /// # Errors
     /// [`ResumeError`].
     pub fn resume(
         state: &[u8],
         descriptors: &mut Unpacking,
-        output: Output,
+        anew: impl FnOnce(Settings) -> Settings,
     ) -> Result<Cluster, ResumeError> {
-        Primary::wake(read(state)?, descriptors, output).map(Cluster::of)
+        Primary::wake(read(state)?, descriptors, anew).map(Cluster::of)
     }
 
     /// Whether a state could be gone on with, as far as that can be told without its descriptors.

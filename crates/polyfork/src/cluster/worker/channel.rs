@@ -127,6 +127,11 @@ impl Channel {
         self.dirty.notify_one();
     }
 
+    /// Whether nothing waits to be written.
+    pub(super) fn is_idle(&self) -> bool {
+        self.lock().queue.queued_bytes() == 0
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.lock().closed
     }

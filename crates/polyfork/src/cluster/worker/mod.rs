@@ -1,7 +1,7 @@
 //! A worker written in Rust: its listeners, its messages, its end.
 //!
 //! [`Worker`] is a thin front. `identity` finds out whether there is a primary, `reader` and `channel` speak
-//! with it, `registry` knows what was asked for, `inbox` keeps messages, `stop` ends the worker, `run` makes
+//! with it, `registry` knows what was asked for, `inbox` keeps messages, `beat` gives signs of life, `stop` ends the worker, `run` makes
 //! a whole program of it. Accepting connections is in `listener`.
 //!
 //! The rule that surprises: a program without a primary is a worker too, a *standalone* one. It binds for
@@ -9,10 +9,12 @@
 //!
 //! Behaviour follows: Node `lib/internal/cluster/child.js`, with native frames instead of JSON.
 
+mod beat;
 mod channel;
 mod identity;
 mod inbox;
 mod memory;
+mod metrics;
 mod reader;
 mod registry;
 mod run;
@@ -45,6 +47,7 @@ pub(crate) use channel::{Closed, Mark};
 use identity::Identity;
 pub use identity::{is_primary, is_worker};
 use inbox::Inbox;
+use metrics::Metrics;
 use reader::Reader;
 pub(crate) use registry::Source;
 use registry::{Opened, Registry};
@@ -102,6 +105,8 @@ pub(crate) struct Shared {
     welcome: OnceLock<Welcome>,
     /// Whether this process must end some time after its channel.
     owns_process: bool,
+    /// What the program measures of itself.
+    metrics: Metrics,
     /// What the primary shares with all its workers.
     memory: OnceLock<BTreeMap<String, SharedArrayBuffer>>,
 }
@@ -176,6 +181,9 @@ impl Worker {
                 let worker = Worker::connected(socket, (id, slot), true).map_err(unusable)?;
                 // Nobody has set it before.
                 let _ = worker.shared.memory.set(memory);
+                if let Some(every) = beat::asked_for() {
+                    tokio::spawn(beat::tell(Arc::clone(&worker.shared), every));
+                }
                 worker
             }
         };
@@ -427,6 +435,31 @@ impl Worker {
         }
     }
 
+    /// Says how this worker answers when it is asked what it measures: `polyfork metrics`, and what `--metrics` serves, merge
+    /// the answers of all workers into what the primary tells of itself.
+    ///
+    /// `tell` gives text in the exposition format of Prometheus, as every metrics crate can write it. Of the same
+    /// series in several workers the sum is told, of gauges too; a comment `# AGGREGATE name max` in the text asks for `min`,
+    /// `max`, `average`, `first` or `omit` instead. Names that begin with `polyfork_` are the primary's own. Counters
+    /// never go back when a worker is replaced: the primary remembers what the ones before had counted.
+    ///
+    /// `tell` is called in a task of its own for each question, some times a minute as a rule; the question waits half
+    /// a second. A later call of `on_metrics` takes the place of an earlier one. Standalone, this does nothing.
+    ///
+    /// ```no_run
+    /// # fn example(worker: &polyfork::cluster::Worker) {
+    /// use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    ///
+    /// static JOBS: AtomicU64 = AtomicU64::new(0);
+    /// worker.on_metrics(|| format!("# TYPE jobs_total counter\njobs_total {}\n", JOBS.load(Relaxed)));
+    /// # }
+    /// ```
+    pub fn on_metrics(&self, tell: impl Fn() -> String + Send + Sync + 'static) {
+        if self.shared.metrics.set(std::sync::Arc::new(tell)) {
+            self.shared.tell(&ToPrimary::OffersMetrics);
+        }
+    }
+
     /// Waits until everything said so far has left this process, or the primary is gone. To be called before
     /// [`std::process::exit`]; [`run`] does it.
     pub async fn flush(&self) {
@@ -453,6 +486,7 @@ impl Shared {
             told,
             welcome: OnceLock::new(),
             owns_process,
+            metrics: Metrics::default(),
             memory: OnceLock::new(),
         }
     }

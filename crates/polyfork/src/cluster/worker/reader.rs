@@ -121,6 +121,7 @@ impl Reader {
                 self.worker.stop(Some(Duration::from_millis(grace_ms)));
             }
             ToWorker::LeavingAcknowledged => self.worker.stop(None),
+            ToWorker::Metrics { request } => self.worker.answer_metrics(request),
             ToWorker::Message(bytes) => {
                 let worker = &self.worker;
                 let delivered = self.delivery.deliver(bytes, || worker.primary_is_gone()).await;
