@@ -97,7 +97,7 @@ impl Manager {
         // What was usable and is so no more is no reason to stop serving.
         let (manager, _warning) = Manager::take();
         if let Some(inner) = &manager.0 {
-            inner.seen.replace(seen);
+            *inner.seen.borrow_mut() = seen;
         }
         manager
     }

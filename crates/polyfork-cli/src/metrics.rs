@@ -111,7 +111,8 @@ impl Meter {
     /// # Errors
     /// When what it left makes no sense.
     pub(crate) fn unpack(packed: &[u8]) -> Result<Meter, postcard::Error> {
-        let (asks_programs, programs, cpu) = postcard::from_bytes(packed)?;
+        let (asks_programs, programs, cpu): (bool, Memory, BTreeMap<u32, Cpu>) =
+            postcard::from_bytes(packed)?;
         let state = State { programs, cpu, last: None };
         Ok(Meter { asks_programs, state: Mutex::new(state) })
     }

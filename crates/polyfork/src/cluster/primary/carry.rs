@@ -207,13 +207,11 @@ impl Primary {
     }
 
     pub(super) fn rested(&mut self, worker: WorkerId, what: Rested) {
-        match what {
-            Rested::Probe(number) => return self.probe_rested(worker, number),
-            what => {
-                if let Some(w) = self.workers.get_mut(&worker) {
-                    w.running.rested(what);
-                }
-            }
+        if let Rested::Probe(number) = what {
+            return self.probe_rested(worker, number);
+        }
+        if let Some(w) = self.workers.get_mut(&worker) {
+            w.running.rested(what);
         }
         if !self.io.is_resting() {
             self.wake_worker(worker);
