@@ -56,6 +56,8 @@ mod replacing;
 
 /// Lines of worker output between the primary and the writer; each is 64 KiB at most.
 const LINES: usize = 16;
+/// After so long without an event a primary gives memory back.
+const REST_AFTER: Duration = Duration::from_secs(1);
 /// At the end, a reader of worker output that takes nothing for this long is taken for stuck.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Before a slot's last lines are shown, how long they may still come.
@@ -879,6 +881,17 @@ struct After {
     back: Option<String>,
 }
 
+/// The next event. When none comes for a while, what the last ones needed is not needed until something happens.
+async fn next_or_rest(events: &mut polyfork::cluster::Events) -> Option<Event> {
+    match tokio::time::timeout(REST_AFTER, events.next()).await {
+        Ok(event) => event,
+        Err(_nothing) => {
+            polyfork::process::give_back_code();
+            events.next().await
+        }
+    }
+}
+
 /// A cluster being watched.
 struct Watch {
     report: RefCell<Report>,
@@ -1098,7 +1111,7 @@ impl Watch {
     /// Turns events into lines until the last one.
     async fn tell(&self, cluster: &Cluster, mut observer: impl FnMut(&Event)) {
         let mut events = cluster.events();
-        while let Some(event) = events.next().await {
+        while let Some(event) = next_or_rest(&mut events).await {
             self.telling.set(true);
             match event {
                 Event::SlotFailed { .. } | Event::ReloadFailed { .. } => {
@@ -1124,10 +1137,6 @@ impl Watch {
             lines.iter().for_each(|line| self.own(line));
             match event {
                 Event::End(_) => return,
-                // What made it so is not needed until something happens.
-                Event::AllReady { .. } | Event::Reloaded(_) => {
-                    polyfork::process::give_back_code();
-                }
                 _ => {}
             }
             self.telling.set(false);

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::args::{self, NotRun, RunArgs, ServiceArgs, ServiceVerb, UnitArgs, Verb};
+use crate::config;
 use crate::control::folder::Runtime;
 use crate::control::name::Name;
 use crate::exit::Code;
@@ -199,6 +200,7 @@ fn app(args: &UnitArgs) -> Result<App, Verdict> {
         }
     };
     let run = read_run(&words)?;
+    let (words, run) = by_config(without_name(words, &run), run)?;
     let name = match &run.name {
         Some(name) => crate::run::named(name)?,
         None => Name::like(&crate::run::name_of(&run)),
@@ -209,7 +211,7 @@ fn app(args: &UnitArgs) -> Result<App, Verdict> {
         secret: secret || !run.env.is_empty(),
         name,
         program,
-        words: without_name(words, &run),
+        words,
         directory,
         user_unit: args.user_unit,
         sockets: args.socket.clone(),
@@ -235,6 +237,27 @@ fn read_run(words: &[OsString]) -> Result<RunArgs, Verdict> {
         Err(NotRun::Asked(_)) => Err(usage("give a program, as for `polyfork run`")),
         Err(NotRun::Wrong(text)) => Err(usage(text)),
     }
+}
+
+/// An app that a configuration describes, in the words that `run` has for it, and with what the file says.
+fn by_config(words: Vec<OsString>, run: RunArgs) -> Result<(Vec<OsString>, RunArgs), Verdict> {
+    let (Some(file), Some(app)) = (&run.config.of_config, &run.config.of_app) else {
+        return Ok((words, run));
+    };
+    let mut options = Vec::new();
+    let mut rest = words.into_iter();
+    while let Some(word) = rest.next() {
+        match word == "--of-config" || word == "--of-app" {
+            true => drop(rest.next()),
+            false => options.push(word),
+        }
+    }
+    let wanted = config::one_of(file, run.config.profile.as_deref(), app)?;
+    let described = config::layered("run", &options, &wanted)?.run;
+    let mut words = vec!["--config".into(), file.into()];
+    words.extend(options);
+    words.push(app.into());
+    Ok((words, described))
 }
 
 /// The unit says the name itself.

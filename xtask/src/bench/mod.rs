@@ -49,7 +49,7 @@ load with their rivals in Rust, Node and Bun (default 500 ms, 5 rounds). PARTS: 
 separated by commas.
 
 `soak` reloads, kills workers and replaces the primary while clients ask without a pause, beside PM2 and nginx, and counts what
-they lose (default 20, 300, 6; at least 60000 requests while reloading and upgrading; exit code 1 if we lost what we promise to
+they lose (default 20, 300, none; at least 60000 requests while reloading and upgrading; exit code 1 if we lost what we promise to
 keep). PART of a title leaves only such servers. `operate` measures the primary's memory, start, crash and idle time and `ls`
 beside PM2 (default 10 s idle, 3 rounds, lists of 1,10,100 apps).
 

@@ -543,7 +543,12 @@ fn admit(control: &Control, client: Rested) {
     let theirs = control.clone();
     let task = tokio::spawn(async move {
         served.await;
-        lock(&theirs.0.clients).retain(|client| client.id != id);
+        let mut clients = lock(&theirs.0.clients);
+        clients.retain(|client| client.id != id);
+        if clients.is_empty() {
+            // An answer takes code that nothing else does.
+            polyfork::process::give_back_code();
+        }
     });
     clients.push_back(Client { id, phase, task: task.abort_handle() });
 }

@@ -43,17 +43,17 @@ fn output_passes_through_and_a_signal_stops_it() {
     }
     let place = Place::new();
     let script =
-        "trap 'echo bye; exit 0' TERM; echo hello; echo oops >&2; while :; do sleep 0.02; done";
+        "trap 'echo oops >&2; echo bye; exit 0' TERM; echo hello; while :; do sleep 0.02; done";
     let options = ["run", "-w", "1", "--output", "inherit", "--ready", "delay=1ms"];
     let args = [&options[..], &["--dialect", "sockets", "--", "sh", "-c", script]].concat();
     let mut running = Running::start(inside(&place, &args));
     let mut out = Lines::of(running.take_out());
     let mut err = Lines::of(running.take_err());
     out.wait_for("hello");
-    err.wait_for("oops");
     err.wait_for("ready after");
     signal(&pidfd(first_process(running.pid())), Signal::TERM);
     out.wait_for("bye");
+    err.wait_for("oops");
     assert_eq!(running.end().code(), Some(0));
 }
 

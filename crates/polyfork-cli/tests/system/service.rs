@@ -148,3 +148,18 @@ fn what_is_no_app_and_no_program_is_refused() {
     assert!(told.contains("--workers"), "{told}");
     desk.refuses(&["service", "print", "--", "--help"], 2);
 }
+
+#[test]
+fn an_app_of_a_configuration_becomes_a_unit_that_reads_it() {
+    let mut desk = Desk::new();
+    let file = desk.place.path().join("polyfork.toml");
+    let text = "[app.shop]\nprogram = \"server.js\"\nworkers = 1\ngrace = \"2m\"\n";
+    fs::write(&file, text).unwrap();
+    let started = desk.json(&["start", "--json", "shop"]);
+    started.as_array().unwrap().iter().for_each(|app| desk.adopt(app));
+    let unit = unit(&desk, &["shop"]);
+    let wanted = format!(" run --name shop --config {} shop", file.display());
+    let exec = line(&unit, "ExecStart");
+    assert!(exec.ends_with(&wanted), "{exec}");
+    assert_eq!(line(&unit, "TimeoutStopSec"), "130s");
+}
