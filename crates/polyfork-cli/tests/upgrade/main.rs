@@ -11,10 +11,14 @@
 mod desk;
 #[path = "../faults/load.rs"]
 mod load;
+#[path = "../metrics/scrape.rs"]
+#[allow(dead_code, reason = "these tests use their part")]
+mod scrape;
 #[path = "../support/mod.rs"]
 mod support;
 
 mod app;
+mod around;
 mod carried;
 mod kept;
 mod refused;
