@@ -52,7 +52,7 @@ pub use bind::{
 };
 use classic::Positions;
 pub use closing::refuse_new;
-pub use parts::{Parts, Picks, Place};
+pub use parts::{Parts, Picks, Place, Spare, adopt_spare, spare_parts};
 
 /// How the sockets of a port are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

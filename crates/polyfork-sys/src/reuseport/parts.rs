@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::PoisonError;
 
 use super::classic::Positions;
-use super::{Group, Mechanism, Member, Options, ebpf, invalid};
+use super::{Group, Mechanism, Member, Options, SPARE, ebpf, invalid};
 
 /// All of a group. `F` is a descriptor, or a name for one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,39 @@ pub enum Picks<F> {
     },
     /// At random; the slots in the order of the kernel's array.
     Classic(Vec<u32>),
+}
+
+/// A program without a group, its map of sockets and its memory. `F` is a descriptor, or a name for one.
+pub type Spare<F> = (F, F, F);
+
+/// The programs that were loaded in advance ([`load_in_advance`](super::load_in_advance)) and that no group has taken, each
+/// descriptor as `name` has it.
+///
+/// # Errors
+///
+/// Those of `name`.
+pub fn spare_parts<N, E>(
+    mut name: impl FnMut(BorrowedFd<'_>) -> Result<N, E>,
+) -> Result<Vec<Spare<N>>, E> {
+    let mut parts = Vec::new();
+    for selector in SPARE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        let (program, sockets, state) = selector.descriptors();
+        parts.push((name(program)?, name(sockets)?, name(state)?));
+    }
+    Ok(parts)
+}
+
+/// Keeps programs for groups to come that another image of this process has loaded in advance.
+///
+/// # Errors
+///
+/// Those of mmap(2).
+pub fn adopt_spare(parts: Vec<Spare<OwnedFd>>) -> io::Result<()> {
+    let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+    for (program, sockets, state) in parts {
+        spare.push(ebpf::Selector::adopt(program, sockets, state)?);
+    }
+    Ok(())
 }
 
 impl Group {

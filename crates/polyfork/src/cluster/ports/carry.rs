@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use polyfork_core::{Handoff, ListenerId, Listeners, Seat, Seats, WorkerId};
-use polyfork_sys::reuseport::{Group, Options, Parts, Picks, Place, UnixSocket};
+use polyfork_sys::reuseport::{
+    Group, Options, Parts, Picks, Place, Spare, UnixSocket, adopt_spare, spare_parts,
+};
 use polyfork_wire::RawJson;
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +38,8 @@ pub(crate) struct PortsState {
     refused_before: u64,
     activated: Vec<i32>,
     given_before: BTreeMap<WorkerId, u64>,
+    /// Programs for sockets to come, of a process that may load none any more.
+    spare: Vec<Spare<Name>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -111,6 +115,7 @@ impl Ports {
             refused_before: *refused_before,
             activated: activated.clone(),
             given_before: given_before.clone(),
+            spare: spare_parts(|program| packing.name(program))?,
         })
     }
 
@@ -133,7 +138,13 @@ impl Ports {
             refused_before,
             activated,
             given_before,
+            spare,
         } = state;
+        let program = |(program, sockets, state): Spare<Name>| {
+            let (program, sockets) = (unpacking.take(program)?, unpacking.take(sockets)?);
+            Ok::<_, ResumeError>((program, sockets, unpacking.take(state)?))
+        };
+        adopt_spare(spare.into_iter().map(program).collect::<Result<_, _>>()?)?;
         let port = |(id, port): (ListenerId, PortState)| {
             Ok::<_, ResumeError>((id, Port::unpack(id, port, unpacking, io)?))
         };
