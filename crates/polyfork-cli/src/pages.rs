@@ -21,9 +21,9 @@ use crate::exit::Code;
 use crate::words;
 
 /// Verbs that take the names of apps.
-const OF_APPS: [&str; 11] = [
-    "ls", "list", "status", "reload", "restart", "scale", "stop", "kill", "logs", "events",
-    "service",
+const OF_APPS: [&str; 12] = [
+    "ls", "list", "status", "reload", "restart", "upgrade", "scale", "stop", "kill", "logs",
+    "events", "service",
 ];
 
 /// Writes manual pages.
