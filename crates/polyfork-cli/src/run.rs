@@ -1135,9 +1135,8 @@ impl Watch {
             }
             let lines = self.report.borrow_mut().event(&event, &self.ledger.borrow());
             lines.iter().for_each(|line| self.own(line));
-            match event {
-                Event::End(_) => return,
-                _ => {}
+            if let Event::End(_) = event {
+                return;
             }
             self.telling.set(false);
         }

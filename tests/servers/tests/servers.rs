@@ -165,11 +165,10 @@ mod axum_serve {
             let leaving = tokio::spawn(async move { leaving.disconnect().await });
             worker.shutdown().await;
             left.send(()).unwrap();
-            leaving
+            soon(leaving).await.unwrap();
         };
-        let (_, leaving) = tokio::join!(client, leave);
+        tokio::join!(client, leave);
         soon(serving).await.unwrap();
-        soon(leaving).await.unwrap();
     }
 
     #[tokio::test]

@@ -84,9 +84,12 @@ fn a_sum_does_not_go_back_when_workers_are_killed_and_replaced() {
             status["workers_ready"] == 2 && status["workers"][0]["pid"].as_u64() != Some(pid)
         };
         eventually("a successor", || desk.status("counts"), replaced);
-        let after = told(&desk, "counts");
-        assert_eq!(after.of(ORDERS), orders, "nothing is lost, nothing is counted twice");
-        assert_eq!(after.of("open_things"), 4.0);
+        // The successor may be late for its first question on a busy machine; what counts up does not wait for it.
+        let answered = |after: &Told| {
+            assert_eq!(after.of(ORDERS), orders, "nothing is lost, nothing is counted twice");
+            after.of("open_things") == 4.0
+        };
+        eventually("both gauges", || told(&desk, "counts"), answered);
     }
 }
 
