@@ -8,7 +8,7 @@ use super::support::{Lines, Place, Running, command, ended, skip};
 fn inside(place: &Place, args: &[&str]) -> std::process::Command {
     let polyfork = place.polyfork(args);
     let mut container = command("unshare");
-    container.args(["--pid", "--fork", "--mount-proc"]);
+    container.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
     container.arg(polyfork.get_program()).args(polyfork.get_args()).current_dir(place.path());
     for (key, value) in polyfork.get_envs() {
         match value {
