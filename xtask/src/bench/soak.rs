@@ -121,7 +121,7 @@ pub(super) fn main(args: &mut Arguments, manifest: &Manifest) -> Result<ExitCode
     let settings = Settings {
         reloads: args.opt_value_from_str("--reloads")?.unwrap_or(20),
         kills: args.opt_value_from_str("--kills")?.unwrap_or(300),
-        upgrades: args.opt_value_from_str("--upgrades")?.unwrap_or(0),
+        upgrades: args.opt_value_from_str("--upgrades")?.unwrap_or(6),
         requests: args.opt_value_from_str("--requests")?.unwrap_or(60_000),
         only: args.opt_value_from_str("--only")?,
     };

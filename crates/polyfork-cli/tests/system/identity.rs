@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -54,10 +55,12 @@ fn can_become_nobody(test: &str) -> bool {
     true
 }
 
-/// A port below 1024 that nobody has.
+/// A port below 1024 that nobody has. No two tests get the same one.
 fn low_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(999);
     let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    (600..1000).rev().find(free).expect("a low port")
+    let mut ports = std::iter::repeat_with(|| NEXT.fetch_sub(1, Ordering::Relaxed));
+    ports.by_ref().take(400).find(free).expect("a low port")
 }
 
 fn place(desk: &Desk) {
