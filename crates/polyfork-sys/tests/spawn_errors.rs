@@ -213,7 +213,8 @@ fn failures_leave_no_descriptor_open() {
     assert_eq!(open_fds(me).len(), before);
 }
 
-/// The fault: a copy made by a bare fork has our memory but not the thread that starts some children.
+/// The fault: a copy made by a bare fork has our memory but not the thread that starts some children. Its first thread
+/// needs none; any other is told.
 #[test]
 fn in_a_process_made_by_fork_it_is_an_error_and_not_a_hang() {
     let _alone = alone();
@@ -223,13 +224,17 @@ fn in_a_process_made_by_fork_it_is_an_error_and_not_a_hang() {
         command
     };
     bound().spawn().unwrap().wait().unwrap();
-    let (command, unbound) = (bound(), Command::new("true"));
-    // SAFETY: the child calls spawn, which allocates (glibc keeps malloc usable after fork), and leaves by
-    // _exit without running anything else of this program.
+    let (first, other, unbound) = (bound(), bound(), Command::new("true"));
+    let works = |command: Command| {
+        command.spawn().is_ok_and(|child| child.wait().is_ok_and(|end| end.success()))
+    };
+    // SAFETY: the child calls spawn and starts a thread, which allocates (glibc keeps malloc usable after fork),
+    // and leaves by _exit without running anything else of this program.
     match unsafe { libc::fork() } {
         0 => {
-            let told = command.spawn().is_err_and(|error| error.step == Step::Thread)
-                && unbound.spawn().is_ok_and(|child| child.wait().is_ok_and(|end| end.success()));
+            let is_told = || other.spawn().is_err_and(|error| error.step == Step::Thread);
+            let told = std::thread::spawn(is_told).join().is_ok_and(|told| told);
+            let told = told && works(first) && works(unbound);
             // SAFETY: ends the process at once.
             unsafe { libc::_exit(if told { 42 } else { 1 }) }
         }

@@ -10,8 +10,9 @@
 //!
 //! The one surprising rule: children with a parent-death signal are started by the main thread, or else by one thread
 //! that never ends. `PR_SET_PDEATHSIG` fires when the *thread* that forked ends, not the process; from a pool thread it
-//! would kill a healthy child, and from any thread but the main one it does when this process replaces itself by exec. What a child inherits from a thread (processor affinity, priority, namespaces)
-//! such a child has from whoever made the first spawn of that kind; any other has it from its caller.
+//! would kill a healthy child, and from any thread but the main one it does when this process replaces itself by exec.
+//! What a child inherits from a thread (processor affinity, priority, namespaces) such a child has from the thread that
+//! starts it: the main one, or whoever made the first spawn of that kind; any other has it from its caller.
 //!
 //! Behaviour follows: clone(2) (`CLONE_VM`, `CLONE_VFORK`, `CLONE_PIDFD`), prctl(2), close_range(2),
 //! execvp(3) for the path search, libuv's `uv_spawn` for the order of the steps.
