@@ -70,6 +70,28 @@ fn fault_51_a_worker_beyond_its_control_group_is_told_as_out_of_memory() {
 }
 
 #[test]
+fn a_control_group_is_still_its_workers_after_an_upgrade() {
+    let test = "a_control_group_is_still_its_workers_after_an_upgrade";
+    let Some((home, _)) = home() else { return skip(test, "no right to make memory groups") };
+    let place = Place::new();
+    place.file("app.js", SERVER);
+    let mut events = place.events(["-w", "2", "--cgroup-memory", "150MiB", "app.js"]);
+    let address = events.address();
+    events.wait_for("ready");
+    let primary = events.running.pid();
+    events.running.signal(rustix::process::Signal::USR2);
+    events.wait_until("notice", |notice| notice["code"] == "upgraded");
+    assert_eq!(groups_of(&home, primary), 2);
+    grow(address);
+    assert_eq!(events.wait_for("exit")["reason"], "out_of_memory");
+    events.wait_for("ready");
+    assert_eq!(groups_of(&home, primary), 2);
+    events.running.signal(rustix::process::Signal::TERM);
+    assert_eq!(events.end().0, 0);
+    assert_eq!(groups_of(&home, primary), 0, "left behind");
+}
+
+#[test]
 fn fault_52_the_primary_survives_when_the_whole_tree_is_out_of_memory() {
     let test = "fault_52_the_primary_survives_when_the_whole_tree_is_out_of_memory";
     let Some((home, limit)) = home() else { return skip(test, "no right to make memory groups") };

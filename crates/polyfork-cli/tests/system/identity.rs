@@ -144,6 +144,44 @@ fn another_user_is_taken_on_completely_and_low_ports_are_bound() {
 }
 
 #[test]
+fn another_user_is_still_taken_on_after_an_upgrade() {
+    let test = "another_user_is_still_taken_on_after_an_upgrade";
+    if !can_become_nobody(test) {
+        return;
+    }
+    let mut desk = Desk::new();
+    place(&desk);
+    let port = low_port();
+    let app = start(&mut desk, &["-w", "2", "--user", "nobody"], port);
+    let address = Desk::address(&app);
+    let pid = app["pid"].as_u64().unwrap();
+    let rights = || {
+        let status = status_of(pid);
+        let names = ["Uid:", "Gid:", "Groups:", "CapInh:", "CapPrm:", "CapEff:", "CapAmb:"];
+        let names = [&names[..], &["NoNewPrivs:"]].concat();
+        names.into_iter().map(|name| field(&status, name).to_owned()).collect::<Vec<_>>()
+    };
+    let (before, exact) = (rights(), desk.status("who")["listening"][0]["exact"].clone());
+    for _ in 0..2 {
+        let told = desk.json(&["upgrade", "--json", "who"]);
+        assert_eq!(told["result"]["workers"], 2, "{told}");
+        assert_eq!(rights(), before);
+    }
+    // New workers get their places on the low port, and no rights.
+    desk.did(&["scale", "who", "3"]);
+    desk.did(&["reload", "who", "--probation", "0"]);
+    assert_eq!(desk.status("who")["listening"][0]["exact"], exact);
+    for _ in 0..3 {
+        let who = read(&get(address, "/"));
+        assert_eq!(who["ids"], serde_json::json!([NOBODY, NOBODY, NOBODY, NOBODY]), "{who}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(who["status"][set], "0000000000000000", "{set}");
+        }
+    }
+    desk.did(&["stop", "who"]);
+}
+
+#[test]
 fn in_the_foreground_it_is_the_same_and_root_s_commands_find_it() {
     let test = "in_the_foreground_it_is_the_same_and_root_s_commands_find_it";
     if !can_become_nobody(test) {

@@ -93,6 +93,32 @@ fn a_reload_that_fails_is_over_as_well() {
 }
 
 #[test]
+fn the_next_image_of_an_upgrade_goes_on_telling() {
+    let place = Place::with_server();
+    let mut run = place.polyfork(["run", "--json", "-w", "1", "server.js"]);
+    run.env("WATCHDOG_USEC", "200000");
+    let mut manager = Manager::of(&place, &mut run);
+    let mut cluster = Events::of(run);
+    manager.wait_for("READY=1");
+    cluster.running.signal(Signal::USR2);
+    cluster.wait_until("notice", |notice| notice["code"] == "upgraded");
+    // What was said before is not said again; signs of life come, and what is new is told.
+    let before = manager.seen.len();
+    for _ in 0..3 {
+        manager.wait_for("WATCHDOG=1");
+    }
+    cluster.running.signal(Signal::HUP);
+    let reloading = manager.wait_for("RELOADING=1");
+    assert!(!reloading.contains("STOPPING"), "{reloading}");
+    manager.wait_for("READY=1");
+    let again = |text: &&String| text.contains("READY=1");
+    assert_eq!(manager.seen[before..].iter().filter(again).count(), 1, "{:#?}", manager.seen);
+    cluster.running.signal(Signal::TERM);
+    manager.wait_for("STOPPING=1");
+    assert_eq!(cluster.end().0, 0);
+}
+
+#[test]
 fn nobody_is_told_ready_when_no_worker_is() {
     let place = Place::new();
     place.file("bad.js", "process.exit(7)");

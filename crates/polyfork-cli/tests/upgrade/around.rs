@@ -1,11 +1,14 @@
 //! What surrounds an app goes over as well: its metrics, its configuration, signs of life and probes.
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::app::App;
 use super::desk::{Desk, eventually, pidfd, read, signal};
-use super::scrape::{place, scrape};
+use super::scrape::{exchange, place, scrape};
 use super::support::get;
 
 /// Answers with a variable of its environment.
@@ -31,6 +34,24 @@ fn metrics_are_served_on_where_they_were_and_nothing_goes_back() {
     let started = "polyfork_start_time_seconds";
     assert_eq!(before.of(started), after.of(started));
     assert_eq!(after.of("polyfork_stale"), 0.0);
+}
+
+#[test]
+fn metrics_in_a_file_are_served_on_and_the_file_goes_with_the_app() {
+    let desk = Desk::new();
+    let path = desk.place.path().join("metrics.sock");
+    let there = format!("unix:{}", path.display());
+    let app = App::start_on(desk, &["--metrics", &there, "-w", "1", "server.js"]);
+    for _ in 0..2 {
+        app.upgrade();
+        let mode = path.metadata().expect("the file").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let stream = UnixStream::connect(&path).expect("connect");
+        let (head, _) = exchange(stream, "GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n");
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    }
+    app.desk.did(&["stop", &app.name]);
+    eventually("the file", || path.exists(), |there| !there);
 }
 
 fn configure(desk: &Desk, colour: &str) {
