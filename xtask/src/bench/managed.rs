@@ -85,6 +85,11 @@ impl Kind {
         Ok(Self { title, says_close: true, manager, node: Some(node) })
     }
 
+    /// Whether its workers are Node.
+    pub(super) fn runs_node(&self) -> bool {
+        self.node.is_some()
+    }
+
     /// A Rust program under polyfork.
     pub(super) fn rust(built: &Built, mechanism: &str) -> Self {
         let manager = Manager::Polyfork {

@@ -25,8 +25,11 @@ use crate::setup::manifest::Manifest;
 
 const LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(1);
-/// OxMgr's own figures, for one app, as its authors published them in 2026.
-const OXMGR: &str = "for reference, told by OxMgr of itself: 6.5 MB resident, 35 ms to start, 5.7 ms to list 100 apps";
+/// How long nothing happens before memory is looked at.
+const REST: Duration = Duration::from_secs(3);
+/// OxMgr's own figures, as its authors published them in 2026.
+const OXMGR: &str = "for reference, told by OxMgr of itself: 6.5 MB resident without apps, 35 ms from a crash until a program \
+                     listens again, 5.7 ms to list 100 apps";
 
 /// Everything measured of one manager in one round.
 #[derive(Debug, Default, Clone)]
@@ -45,7 +48,7 @@ struct Figures {
 /// # Errors
 /// A wrong option, a build that fails, or a manager that does.
 pub(super) fn main(args: &mut Arguments, manifest: &Manifest) -> Result<ExitCode> {
-    let seconds: u64 = args.opt_value_from_str("--seconds")?.unwrap_or(10);
+    let seconds: u64 = args.opt_value_from_str("--seconds")?.unwrap_or(60);
     let rounds: usize = args.opt_value_from_str("--rounds")?.unwrap_or(3);
     let apps: Option<String> = args.opt_value_from_str("--apps")?;
     crate::nothing_left(args)?;
@@ -56,16 +59,19 @@ pub(super) fn main(args: &mut Arguments, manifest: &Manifest) -> Result<ExitCode
     let lists = apps.as_deref().unwrap_or("1,10,100").split(',').map(|n| n.trim().parse());
     let lists: Vec<usize> = lists.collect::<Result<_, _>>().context("--apps")?;
     let built = Built::new()?;
-    let mut kinds = vec![Kind::node(&built, manifest, "26", "kernel")?];
+    let mut kinds =
+        vec![Kind::node(&built, manifest, "26", "kernel")?, Kind::rust(&built, "kernel")];
     match Kind::pm2(manifest, "26") {
-        Ok(pm2) => kinds.push(pm2),
+        // Beside the same program under us.
+        Ok(pm2) => kinds.insert(1, pm2),
         Err(error) => println!("PM2 left out: {error:#}"),
     }
     let mut all: Vec<Vec<Figures>> = vec![Vec::new(); kinds.len()];
     for round in 1..=rounds {
         for (kind, figures) in kinds.iter().zip(&mut all) {
             // Many apps take long to start: once is enough for them.
-            let lists = if round == 1 { lists.as_slice() } else { &[] };
+            let listed = round == 1 && kind.runs_node();
+            let lists = if listed { lists.as_slice() } else { &[] };
             figures.push(measure(kind, Duration::from_secs(seconds), lists)?);
             println!("round {round} of {rounds}: {}", kind.title);
         }
@@ -81,6 +87,7 @@ fn measure(kind: &Kind, idle: Duration, lists: &[usize]) -> Result<Figures> {
     figures.start_ms = ms(began);
     let primary = small.primary()?;
     figures.crash_ms = crash(&small, primary).ok();
+    thread::sleep(REST);
     figures.rss_kib[0] = status(primary, "VmRSS:")?;
     let (cpu, switches) = (cpu_ms(primary)?, wake_ups(primary)?);
     thread::sleep(idle);
@@ -96,6 +103,7 @@ fn measure(kind: &Kind, idle: Duration, lists: &[usize]) -> Result<Figures> {
     }
     drop(small);
     let large = kind.start(8)?;
+    thread::sleep(REST);
     figures.rss_kib[1] = status(large.primary()?, "VmRSS:")?;
     Ok(figures)
 }
@@ -169,19 +177,19 @@ fn print(kinds: &[Kind], all: &[Vec<Figures>], lists: &[usize], seconds: u64) {
         all.iter().map(|rounds| median(rounds.iter().filter_map(figure).collect())).collect()
     };
     print!("\n{:<46}", "medians");
-    kinds.iter().for_each(|kind| print!("{:>26}", kind.title));
-    println!("{:>10}", "ratio");
+    kinds.iter().for_each(|kind| print!("{:>24}", kind.title));
+    println!("{:>12}", "PM2 to ours");
     let row = |what: &str, figures: Vec<Option<f64>>| {
         print!("{what:<46}");
         for figure in &figures {
             match figure {
-                Some(figure) => print!("{figure:>26.2}"),
-                None => print!("{:>26}", "not seen"),
+                Some(figure) => print!("{figure:>24.2}"),
+                None => print!("{:>24}", "not seen"),
             }
         }
         match figures.as_slice() {
-            [Some(ours), Some(theirs), ..] if *ours > 0.0 => println!("{:>10.1}", theirs / ours),
-            _ => println!("{:>10}", "-"),
+            [Some(ours), Some(theirs), ..] if *ours > 0.0 => println!("{:>12.1}", theirs / ours),
+            _ => println!("{:>12}", "-"),
         }
     };
     row("primary, 1 worker, MiB resident", medians(&|f| Some(f.rss_kib[0] as f64 / 1024.0)));
