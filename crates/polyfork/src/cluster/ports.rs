@@ -11,7 +11,7 @@
 //! References: socket(7) `SO_REUSEPORT`, `SO_ATTACH_REUSEPORT_EBPF`; Node `lib/internal/cluster/`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufRead};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -1177,18 +1177,21 @@ pub(crate) fn listening_sockets(pid: u32, inodes: &BTreeSet<u64>) -> Vec<Address
     let mut found = Vec::new();
     for table in ["tcp", "tcp6"] {
         let Ok(file) = std::fs::File::open(format!("/proc/{pid}/net/{table}")) else { continue };
-        // Line by line: a busy machine has tens of thousands.
-        let lines = io::BufReader::new(file).lines().map_while(Result::ok);
-        found.extend(lines.skip(1).filter_map(|line| listening_line(&line, inodes)));
+        found.extend(listening_in(io::BufReader::new(file), inodes));
     }
     found
 }
 
-/// One line of `/proc/net/tcp`: its address if it listens (state 0A) and its inode is one of `inodes`.
+/// Those of one table. The kernel prints sockets that listen before all others (`tcp_get_idx` in `net/ipv4/tcp_ipv4.c`); what
+/// follows may be a hundred thousand connections, finished ones included, and takes a tenth of a second.
+fn listening_in(table: impl io::BufRead, inodes: &BTreeSet<u64>) -> Vec<Address> {
+    let listens = |line: &String| line.split_ascii_whitespace().nth(3) == Some("0A");
+    let lines = table.lines().map_while(Result::ok).skip(1).take_while(listens);
+    lines.filter_map(|line| listening_line(&line, inodes)).collect()
+}
+
+/// One line of `/proc/net/tcp` about a socket that listens: its address if its inode is one of `inodes`.
 fn listening_line(line: &str, inodes: &BTreeSet<u64>) -> Option<Address> {
-    if line.split_ascii_whitespace().nth(3)? != "0A" {
-        return None;
-    }
     let fields: Vec<&str> = line.split_ascii_whitespace().collect();
     if !inodes.contains(&fields.get(9)?.parse().ok()?) {
         return None;
@@ -1230,6 +1233,23 @@ mod tests {
         {
             assert!(found.contains(&Address::Tcp(address)), "{address} in {found:?}");
         }
+    }
+
+    /// The fault: with a hundred thousand connections, looking for a worker's own socket kept the primary busy all the time.
+    #[test]
+    fn connections_are_not_read_through_for_sockets_that_listen() {
+        struct Never;
+        impl io::Read for Never {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                panic!("what follows the first connection was read")
+            }
+        }
+        let table = "  sl  local_address rem_address   st tx_queue\n\
+                     0: 0100007F:1F90 00000000:0000 0A 0:0 0:0 0 0 0 7 1\n\
+                     1: 0100007F:1F91 0100007F:C001 06 0:0 0:0 0 0 0 0 3\n";
+        let reader = io::BufReader::new(io::Read::chain(table.as_bytes(), Never));
+        let found = listening_in(reader, &BTreeSet::from([7]));
+        assert_eq!(found, [Address::Tcp("127.0.0.1:8080".parse().expect("an address"))]);
     }
 
     #[test]
