@@ -716,10 +716,10 @@ fn go_on(left: Left) -> Code {
 
 async fn go_on_with(
     state: AppState,
-    mut unpacking: Unpacking,
+    mut left: Unpacking,
     back: Option<String>,
 ) -> Result<Code, ResumeError> {
-    let unpacking = &mut unpacking;
+    let unpacking = &mut left;
     let show = state.show;
     let (output, lines) = what_becomes_of(show.output);
     let live = state.live.map(Live::back);
@@ -755,6 +755,8 @@ async fn go_on_with(
         }
         _ => None,
     };
+    // What it shares would stay open with it: connections that their workers have had and closed.
+    drop(left);
     let around = Around { control, serving, manager: Manager::back(state.manager) };
     // The binary that asked for this one is what runs, when that one gave everything back.
     let own = if back.is_some() { upgrade::own_binary() } else { state.binary };

@@ -362,6 +362,31 @@ fn fault_108_secrets_are_told_by_nobody() {
     assert!(app.inodes("/memfd:").is_empty());
 }
 
+/// Ends each connection by closing it, without a word before: whoever else holds it keeps its client waiting.
+const CLOSES: &str = "
+require('net').createServer(socket => socket.write('bye', () => socket.destroy())).listen(0, '127.0.0.1');
+";
+
+#[test]
+fn connections_that_were_on_their_way_are_let_go_once_their_worker_has_them() {
+    let desk = Desk::new();
+    desk.place.file("closes.js", CLOSES);
+    let options = ["-w", "1", "--mechanism", "handoff", "--ack-limit", "1m", "closes.js"];
+    let app = App::start_on(desk, &options);
+    let worker = pidfd(app.status()["workers"][0]["pid"].as_u64().expect("a pid"));
+    signal(&worker, Signal::STOP);
+    let mut clients: Vec<TcpStream> =
+        (0..3).map(|_| TcpStream::connect(app.address).expect("a client")).collect();
+    app.upgrade();
+    signal(&worker, Signal::CONT);
+    for client in &mut clients {
+        client.set_read_timeout(Some(PATIENCE)).expect("a limit");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("the end of the connection");
+        assert_eq!(answer, "bye");
+    }
+}
+
 /// Answers each datagram with who it is.
 const UDP: &str = "
 const socket = require('dgram').createSocket('udp4');
