@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use rustix::process::Signal;
 use serde_json::Value;
 
 use super::cluster::{APP, Cluster, nothing_failed, report, signal};
 use super::load::{Class, Load, attempt, count};
-use super::support::{Events, Place, command, skip};
+use super::support::{Events, PATIENCE, Place, command, skip};
 
 fn root() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -47,6 +48,11 @@ fn serves(what: &str, program: &[&str]) {
     words.extend(["--ready", "delay=2s", "--restart-limit", "1000/30s", "--"]);
     words.extend(program);
     let mut cluster = Cluster::start_in(Place::new(), &words);
+    // "Ready" is a guess here: one that is late has been passed over for a while.
+    let limit = Instant::now() + PATIENCE;
+    while answers(&cluster, 4).into_values().ne([2, 2]) {
+        assert!(Instant::now() < limit, "{what}: the workers do not take turns");
+    }
     let by_pid = answers(&cluster, 20);
     println!("{what}: {by_pid:?}");
     assert_eq!(by_pid.values().copied().collect::<Vec<_>>(), [10, 10], "{what}: {by_pid:?}");
