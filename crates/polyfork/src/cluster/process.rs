@@ -183,7 +183,13 @@ fn place_preload(settings: &Settings, detected: &Detected) -> io::Result<Option<
         Runtime::Node { .. } if !may_not_read_files(settings, detected) => {
             preload::place().map(|path| Some(Preload::Node(path, settings.grace)))
         }
-        Runtime::Python if detected.dialect == Dialect::Sockets => {
+        Runtime::Python
+            if detected.dialect == Dialect::Sockets
+                && !python::is_isolated(
+                    &detected.exec,
+                    detected.args_before.iter().chain(&settings.args),
+                ) =>
+        {
             python::place().map(|folder| Some(Preload::Python(folder)))
         }
         _ => Ok(None),

@@ -55,6 +55,30 @@ pub(crate) fn environment(existing: Option<&OsStr>, folder: &Path) -> [(OsString
     [(PATH, path), (MARKER, added)].map(|(name, value)| (name.into(), value))
 }
 
+/// Whether `exec` is an interpreter that is told to look at no PYTHONPATH (`-E`, `-I`), or to import nothing before the program
+/// (`-S`): nobody would put the environment back.
+pub(crate) fn is_isolated<'a>(exec: &Path, args: impl Iterator<Item = &'a OsString>) -> bool {
+    let name = exec.file_name().map(OsStr::as_bytes).unwrap_or_default();
+    if !name.starts_with(b"python") && !name.starts_with(b"pypy") {
+        return false; // a script, whose arguments mean something else
+    }
+    let mut args = args.map(|arg| arg.as_bytes());
+    while let Some([b'-', letters @ ..]) = args.next() {
+        // The rest of the word, or the next one, belongs to the last of these.
+        let own = letters.iter().position(|letter| b"cmWX-".contains(letter));
+        let flags = &letters[..own.unwrap_or(letters.len())];
+        if flags.iter().any(|flag| b"EIS".contains(flag)) {
+            return true;
+        }
+        match own.map(|at| (letters[at], &letters[at + 1..])) {
+            Some((b'c' | b'm', _)) => return false,
+            Some((b'W' | b'X', [])) => drop(args.next()),
+            _ => {}
+        }
+    }
+    false
+}
+
 fn place_in(folders: &[Folder], content: &[u8]) -> io::Result<PathBuf> {
     let name = format!("python-{:016x}", hash(content));
     in_the_first(folders, |folder| place_in_one(folder, &name, content))
@@ -95,6 +119,23 @@ mod tests {
         assert_eq!(pairs(Some("")), expected("/our", "/our:"));
         assert_eq!(pairs(Some("a:/b")), expected("/our:a:/b", "/our:"));
         assert_eq!(pairs(Some(":")), expected("/our::", "/our:"));
+    }
+
+    #[test]
+    fn flags_of_an_interpreter_are_told_from_what_it_runs() {
+        let isolated = |line: &str| {
+            let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            is_isolated(Path::new("/usr/bin/python3"), words.iter())
+        };
+        for line in ["-I x.py", "-E", "-bSu x.py", "-W error -E x.py", "-Xdev -I -m uvicorn"] {
+            assert!(isolated(line), "{line}");
+        }
+        for line in ["", "x.py -I", "-m uvicorn -I", "-mS", "-c E", "-W E x.py", "-WE", "-u x.py"] {
+            assert!(!isolated(line), "{line}");
+        }
+        assert!(!isolated("--check-hash-based-pycs default app.py -E"));
+        let words = [OsString::from("-E")];
+        assert!(!is_isolated(Path::new("/venv/bin/gunicorn"), words.iter()));
     }
 
     #[test]
