@@ -99,7 +99,7 @@ fn fault_21_reloads_of_uvicorn_below_gunicorn_cut_no_kept_connection() {
     nothing_is_lost("gunicorn with uvicorn's worker", &program, "/");
 }
 
-/// As gunicorn has it by itself, since 26; it is held to it here because we say so.
+/// gunicorn does this by itself; it is held to it here because our documents say so.
 #[test]
 fn reloads_of_gunicorn_with_threads_cut_no_kept_connection() {
     let test = "reloads_of_gunicorn_with_threads_cut_no_kept_connection";

@@ -65,27 +65,29 @@ class Finder(object):
     def find_spec(self, name, path=None, target=None):
         if name != SERVER or not self.waits:
             return None
-        self.waits = False
+        self.waits = False  # or we would ask ourselves
         try:
             from importlib.util import find_spec
 
             spec = find_spec(name)
-            call_after_loading(spec.loader, watch_server)
+            self.call_after_loading(spec.loader, watch_server)
             return spec
         except Exception:
             return None  # the next finder will say what is wrong
+        finally:
+            self.waits = True  # it may only have been looked for
 
+    def call_after_loading(self, loader, action):
+        """Has `action` called with the module once `loader` has loaded it."""
+        load = loader.exec_module
 
-def call_after_loading(loader, action):
-    """Has `action` called with the module that `loader` is about to load."""
-    load = loader.exec_module
+        def exec_module(module):
+            load(module)
+            if module.__name__ == SERVER:
+                self.waits = False
+                guarded(action, module)
 
-    def exec_module(module):
-        del loader.exec_module
-        load(module)
-        guarded(action, module)
-
-    loader.exec_module = exec_module
+        loader.exec_module = exec_module
 
 
 def watch_server(module):
@@ -153,7 +155,12 @@ class Drain(object):
         self.loop = loop
         self.state = state
         self.quiet = quiet
-        self.protocols = tuple(protocol for protocol, cycle in known() if self.watch(cycle))
+        #: What uvicorn tells by itself that it is over.
+        self.told = set(state.connections)
+        self.protocols = ()
+        for protocol, cycle in known():
+            self.watch(cycle)
+            self.protocols += (protocol,)
 
     def watch(self, cycle):
         """Has the answers of this server that are yet to come say `close`."""
@@ -166,7 +173,6 @@ class Drain(object):
                 answer.default_headers = Headers(answer.default_headers, connection, answer)
 
         cycle.__init__ = __init__
-        return True
 
     def spare(self, connection):
         """Keeps one connection from being closed by the shutdown that follows."""
@@ -192,10 +198,13 @@ class Drain(object):
         connection.shutdown = shutdown
 
     def sweep(self):
-        """Ends what no timer would: requests that do not arrive in full, and connections that never said a word."""
+        """Ends what no timer would: a request that does not arrive in full, a connection or WebSocket that came late."""
         for connection in list(self.state.connections):
             if isinstance(connection, self.protocols):
                 guarded(self.end, connection)
+            elif connection not in self.told:
+                self.told.add(connection)
+                guarded(connection.shutdown)
         if self.state.connections:
             self.loop.call_later(self.quiet, self.sweep)
 
@@ -267,5 +276,5 @@ if sys.version_info >= (3, 7):
 
 # Python goes on as if this file were not there: it takes from `sys.modules` what is imported here, and an error, that
 # there is no such module too, is met as always. `hidden` holds what runs right now, which Python 2 would clear.
-hidden = sys.modules.pop("sitecustomize")
+hidden = sys.modules.pop(__name__)
 import sitecustomize  # noqa: E402,F401
