@@ -51,7 +51,7 @@ impl Client {
         Ok(Answer { body, closes: field("connection") == Some("close") })
     }
 
-    fn head(&mut self) -> io::Result<String> {
+    pub(crate) fn head(&mut self) -> io::Result<String> {
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {
             if self.0.read_line(&mut head)? == 0 {
@@ -67,7 +67,7 @@ impl Client {
         String::from_utf8(bytes).map_err(io::Error::other)
     }
 
-    fn chunks(&mut self) -> io::Result<String> {
+    pub(crate) fn chunks(&mut self) -> io::Result<String> {
         let mut body = String::new();
         loop {
             let mut line = String::new();

@@ -190,6 +190,46 @@ fn an_answer_under_way_says_that_it_is_the_last() {
     assert_eq!(cluster.events.end().0, 0);
 }
 
+/// Says `keep-alive` by itself, as a proxy may; an answer begins at once and is whole when it is told so.
+const STREAM: &str = "
+import asyncio
+async def app(scope, receive, send):
+    if scope['type'] == 'lifespan':
+        while True:
+            event = (await receive())['type']
+            await send({'type': event + '.complete'})
+            if event == 'lifespan.shutdown':
+                return
+    headers = [(b'connection', b'keep-alive')]
+    await send({'type': 'http.response.start', 'status': 200, 'headers': headers})
+    await send({'type': 'http.response.body', 'body': b'begun', 'more_body': True})
+    if scope['path'] == '/slow':
+        await asyncio.sleep(1.5)
+    await send({'type': 'http.response.body', 'body': b'done'})
+";
+
+#[test]
+fn an_answer_that_began_before_is_followed_by_one_more() {
+    let test = "an_answer_that_began_before_is_followed_by_one_more";
+    for http in ["h11", "httptools"] {
+        let Some(uvicorn) = with_module(test, "uvicorn", http) else { return };
+        let place = Place::new();
+        place.file("stream.py", STREAM);
+        let folder = place.path().to_str().expect("a path");
+        let more = ["--http", http, "--app-dir", folder, "stream:app"];
+        let mut cluster =
+            Cluster::start(&["-w", "1"], &[&[uvicorn.as_str()][..], &UVICORN, &more].concat());
+        let mut client = Client::connect(cluster.address).expect("connect");
+        client.say("GET /slow HTTP/1.1\r\nHost: test\r\n\r\n").expect("said");
+        assert!(client.head().expect("a head").contains("connection: keep-alive"), "{http}");
+        cluster.events.running.signal(Signal::TERM);
+        assert_eq!(client.chunks().expect("the rest"), "begundone");
+        assert!(client.ask("/").expect("one more").closes, "{http}");
+        client.ends().expect("the end");
+        assert_eq!(cluster.events.end().0, 0);
+    }
+}
+
 #[test]
 fn uvicorns_own_limit_is_kept() {
     let test = "uvicorns_own_limit_is_kept";
