@@ -735,7 +735,7 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) cgroup: CgroupArg,
 
-    /// Do not add the small preload that ends kept-alive connections of Node workers that stop
+    /// Do not add the small preload that ends kept-alive connections of Node and uvicorn workers that stop
     #[arg(long, value_parser = values::switch, env = "POLYFORK_NO_DRAIN_PRELOAD",
           hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) no_drain_preload: bool,

@@ -40,8 +40,6 @@ enum Manager {
 pub(super) struct Kind {
     /// Name in a table.
     pub(super) title: String,
-    /// Its program says `Connection: close` to clients that stay before it ends; others cut them off between two requests.
-    pub(super) says_close: bool,
     manager: Manager,
     /// In front of the search path.
     node: Option<PathBuf>,
@@ -82,7 +80,7 @@ impl Kind {
             words: vec!["server.cjs".into()],
         };
         let title = format!("polyfork {mechanism}, Node {line}");
-        Ok(Self { title, says_close: true, manager, node: Some(node) })
+        Ok(Self { title, manager, node: Some(node) })
     }
 
     /// Whether its workers are Node.
@@ -98,7 +96,7 @@ impl Kind {
             words: vec![built.axum.clone().into()],
         };
         let title = format!("polyfork {mechanism}, axum");
-        Self { title, says_close: true, manager, node: None }
+        Self { title, manager, node: None }
     }
 
     /// uvicorn under polyfork.
@@ -114,7 +112,7 @@ impl Kind {
         let manager =
             Manager::Polyfork { program: built.polyfork.clone(), options: Vec::new(), words };
         let title = "polyfork kernel, uvicorn".into();
-        Ok(Self { title, says_close: false, manager, node: None })
+        Ok(Self { title, manager, node: None })
     }
 
     /// The same Node program under PM2's cluster mode.
@@ -126,7 +124,7 @@ impl Kind {
         let script = manifest.tool("pm2")?.path.clone();
         let manager = Manager::Pm2 { script, node: node.clone() };
         let title = format!("PM2, Node {line}");
-        Ok(Self { title, says_close: false, manager, node: Some(node) })
+        Ok(Self { title, manager, node: Some(node) })
     }
 
     /// nginx, which answers itself.
@@ -136,7 +134,7 @@ impl Kind {
     pub(super) fn nginx(manifest: &Manifest) -> Result<Self> {
         let program = manifest.tool("nginx")?.path.clone();
         let manager = Manager::Nginx { program };
-        Ok(Self { title: "nginx".into(), says_close: false, manager, node: None })
+        Ok(Self { title: "nginx".into(), manager, node: None })
     }
 
     /// Whether it is ours.

@@ -102,7 +102,6 @@ struct Row {
     /// Descriptors of the primary at the end, less those at the beginning.
     descriptors: Option<i64>,
     ours: bool,
-    says_close: bool,
 }
 
 struct Settings {
@@ -160,8 +159,6 @@ impl Row {
     fn is_bad(&self) -> bool {
         let most = match self.deed {
             Deed::Kill => u64::from(self.done) * CLIENTS as u64,
-            // What a program does with idle connections when it ends is its own business.
-            Deed::Reload if !self.says_close && self.load == Load::Kept => u64::MAX,
             Deed::Reload | Deed::Upgrade => 0,
         };
         let hung = self.seen.hung.load(Ordering::Relaxed);
@@ -222,17 +219,7 @@ fn soak(kind: &Kind, deed: Deed, load: Load, settings: &Settings) -> Result<Row>
     let after = steady_descriptors(&app, primary);
     let descriptors = before.zip(after).map(|(before, after)| after - before);
     let title = kind.title.clone();
-    Ok(Row {
-        title,
-        deed,
-        load,
-        done,
-        seen,
-        seconds,
-        descriptors,
-        ours: kind.is_ours(),
-        says_close: kind.says_close,
-    })
+    Ok(Row { title, deed, load, done, seen, seconds, descriptors, ours: kind.is_ours() })
 }
 
 /// Does it as often as asked, and goes on until enough was requested.

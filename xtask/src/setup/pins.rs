@@ -51,10 +51,14 @@ pub(super) struct PythonPin {
 pub(super) const PYTHON: &[PythonPin] = &[
     PythonPin {
         name: "uvicorn",
-        requirements: &["uvicorn==0.54.0", "click==8.5.1", "h11==0.16.0"],
+        requirements: &["uvicorn==0.54.0", "click==8.5.1", "h11==0.16.0", "httptools==0.9.0"],
         required: true,
     },
-    PythonPin { name: "gunicorn", requirements: &["gunicorn==27.0.1"], required: true },
+    PythonPin {
+        name: "gunicorn",
+        requirements: &["gunicorn==27.0.1", "uvicorn-worker==0.4.0"],
+        required: true,
+    },
     PythonPin {
         name: "granian",
         requirements: &["granian==2.8.7", "click==8.5.1"],

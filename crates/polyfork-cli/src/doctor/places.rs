@@ -28,7 +28,7 @@ fn home() -> Check {
         None => Check::warn(
             "home",
             "HOME is not set",
-            "`start` of other users than root needs --log-dir then; Node's preload goes to /tmp",
+            "`start` of other users than root needs --log-dir then; the preload of Node and uvicorn goes to /tmp",
         ),
     }
 }
@@ -121,7 +121,7 @@ fn logs() -> Check {
     }
 }
 
-/// Where the preload of Node workers goes.
+/// Where the preload of Node and Python workers goes.
 fn scratch() -> Check {
     let variable =
         |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
@@ -133,7 +133,7 @@ fn scratch() -> Check {
         None => Check::warn(
             "preload",
             "neither the cache folder nor /tmp can be written to",
-            "Node workers run without the preload: those that drain wait for kept-alive clients; set XDG_CACHE_HOME",
+            "workers run without the preload: Node's wait for kept-alive clients when they drain, uvicorn's cut them off; set XDG_CACHE_HOME",
         ),
     }
 }

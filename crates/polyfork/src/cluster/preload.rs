@@ -1,4 +1,5 @@
-//! Places the file that lets stock Node workers leave cleanly, and says what makes them load it.
+//! Places the file that lets stock Node workers leave cleanly, and says what makes them load it. That of Python workers is placed
+//! in the same way; the rest about it is in `preload/python.rs`.
 //!
 //! The file itself, `preload.cjs` next to this one, says what it does. Whether a worker gets it is decided
 //! in `process`; what NODE_OPTIONS looks like from inside is known to `polyfork_wire::env`.
@@ -19,9 +20,11 @@ use std::time::Duration;
 
 use polyfork_wire::env::{NODE_OPTIONS, append_node_options, split_node_options};
 
+pub(crate) mod python;
+
 /// What Node runs before the program.
 const CONTENT: &str = include_str!("preload.cjs");
-/// Tells the preload that it is meant, and what to take out of NODE_OPTIONS.
+/// Tells the preload that it is meant, and what to take out of NODE_OPTIONS or PYTHONPATH.
 const MARKER: &str = "POLYFORK_PRELOAD";
 /// How long a worker whose primary died may go on, in milliseconds.
 const GRACE: &str = "POLYFORK_GRACE_MS";
@@ -40,11 +43,13 @@ const ATTEMPTS: u32 = 16;
 ///
 /// No folder could be used: the error of the last one, with its path.
 pub(crate) fn place() -> io::Result<PathBuf> {
+    place_in(&own_folders(), CONTENT.as_bytes())
+}
+
+/// The folders of this user, in the order in which they are tried.
+fn own_folders() -> Vec<Folder> {
     let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    place_in(
-        &folders(variable("XDG_CACHE_HOME"), variable("HOME"), Path::new("/tmp")),
-        CONTENT.as_bytes(),
-    )
+    folders(variable("XDG_CACHE_HOME"), variable("HOME"), Path::new("/tmp"))
 }
 
 /// What to put into the environment of a Node worker, for the preload at `path` to be loaded by it.
@@ -109,9 +114,17 @@ fn folders(cache: Option<PathBuf>, home: Option<PathBuf>, shared: &Path) -> Vec<
 
 fn place_in(folders: &[Folder], content: &[u8]) -> io::Result<PathBuf> {
     let name = format!("preload-{:016x}.cjs", hash(content));
+    in_the_first(folders, |folder| place_in_one(folder, &name, content))
+}
+
+/// What `place` returns for the first folder that can be used.
+fn in_the_first(
+    folders: &[Folder],
+    place: impl Fn(&Folder) -> io::Result<PathBuf>,
+) -> io::Result<PathBuf> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "no folder to put the preload in");
     for folder in folders {
-        match place_in_one(folder, &name, content) {
+        match place(folder) {
             Ok(path) => return Ok(path),
             Err(error) => {
                 last = io::Error::new(error.kind(), format!("{}: {error}", folder.path.display()));
@@ -127,10 +140,15 @@ fn place_in_one(folder: &Folder, name: &str, content: &[u8]) -> io::Result<PathB
         return Err(refused("the path is not UTF-8, which Node cannot be told"));
     }
     make_folder(folder)?;
+    place_file(&folder.path, path, content)
+}
+
+/// Writes the file, unless it is there word for word.
+fn place_file(folder: &Path, path: PathBuf, content: &[u8]) -> io::Result<PathBuf> {
     if holds(&path, content) {
         return Ok(path);
     }
-    write_new(&folder.path, &path, content)?;
+    write_new(folder, &path, content)?;
     if holds(&path, content) {
         Ok(path)
     } else {
@@ -239,10 +257,10 @@ mod tests {
     use super::*;
 
     /// A folder of its own for each test, gone afterwards.
-    struct Scratch(PathBuf);
+    pub(super) struct Scratch(PathBuf);
 
     impl Scratch {
-        fn new() -> Self {
+        pub(super) fn new() -> Self {
             static NEXT: AtomicU32 = AtomicU32::new(0);
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let path =
@@ -251,7 +269,7 @@ mod tests {
             Scratch(path)
         }
 
-        fn folder(&self, name: &str) -> Folder {
+        pub(super) fn folder(&self, name: &str) -> Folder {
             Folder { path: self.0.join(name), make_parent: false }
         }
     }
@@ -262,11 +280,11 @@ mod tests {
         }
     }
 
-    fn mode(path: &Path) -> u32 {
+    pub(super) fn mode(path: &Path) -> u32 {
         fs::metadata(path).expect("exists").mode() & 0o7777
     }
 
-    fn names(folder: &Path) -> Vec<OsString> {
+    pub(super) fn names(folder: &Path) -> Vec<OsString> {
         let mut names: Vec<_> = fs::read_dir(folder)
             .expect("a folder")
             .map(|entry| entry.expect("an entry").file_name())

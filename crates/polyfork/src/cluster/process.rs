@@ -34,7 +34,7 @@ use super::cgroup;
 use super::detect::{Detected, Runtime};
 use super::link::{Codec, Link};
 use super::notify::NotifySocket;
-use super::preload;
+use super::preload::{self, python};
 use super::primary::{FromIo, Rested};
 use super::register::register;
 use super::settings::{Dialect, Output, OutputLine, Serialization, Settings};
@@ -72,9 +72,16 @@ pub(crate) struct Environment {
     set: Vec<(OsString, OsString)>,
     /// Names of ours that workers get; all if there is none.
     allowed: Option<Vec<OsString>>,
-    /// The preload of Node workers, and the grace period it is told.
-    preload: Option<(PathBuf, Duration)>,
+    preload: Option<Preload>,
     notices: Vec<String>,
+}
+
+/// Where the file is that a worker loads before the program.
+enum Preload {
+    /// And the grace period it is told.
+    Node(PathBuf, Duration),
+    /// The folder of it.
+    Python(PathBuf),
 }
 
 /// Our parent's, and not for workers: sockets, the way to tell it that we are ready, how often it wants a sign of life, and
@@ -92,42 +99,50 @@ const NOT_INHERITED: [&str; 7] = [
 impl Environment {
     pub(crate) fn new(settings: &Settings, detected: &Detected) -> Self {
         let mut notices = Vec::new();
-        let mut placed = None;
-        let runs_node = matches!(detected.runtime, Runtime::Node { .. });
-        if settings.drain_preload && runs_node && !may_not_read_files(settings, detected) {
-            match preload::place() {
-                Ok(path) => placed = Some((path, settings.grace)),
-                Err(error) => notices.push(format!(
-                    "cannot write the drain preload ({error}): workers that drain will wait for kept-alive \
-                     clients; set XDG_CACHE_HOME to a folder that can be written"
-                )),
-            }
-        }
+        let preload = place_preload(settings, detected).unwrap_or_else(|error| {
+            notices.push(format!(
+                "cannot write the drain preload ({error}): workers that drain {}; set XDG_CACHE_HOME to a folder \
+                 that can be written",
+                match detected.runtime {
+                    Runtime::Python => "will cut kept-alive clients off",
+                    _ => "will wait for kept-alive clients",
+                }
+            ));
+            None
+        });
         Environment {
             set: settings.env.clone(),
             allowed: settings.env_allow.clone(),
-            preload: placed,
+            preload,
             notices,
         }
     }
 
     /// What one worker has, `extra` on top. Its own `NODE_OPTIONS`, wherever they come from, are added to and
-    /// never replaced, so this can only be worked out for each worker.
+    /// never replaced, so this can only be worked out for each worker. The same holds for `PYTHONPATH`.
     fn of_worker(
         &self,
         extra: &[(OsString, OsString)],
         for_preload: &[(&str, String)],
     ) -> Vec<(OsString, OsString)> {
         let mut set = [&self.set, extra].concat();
-        if let Some((path, grace)) = &self.preload {
-            let own = set.iter().rev().find(|(key, _)| key == NODE_OPTIONS);
-            let existing =
-                own.map(|(_, value)| value.clone()).or_else(|| self.ours(OsStr::new(NODE_OPTIONS)));
-            let loads = preload::environment(existing.as_deref(), path, *grace);
-            if !loads.is_empty() {
-                set.extend(for_preload.iter().map(|(key, value)| (key.into(), value.into())));
+        let existing = |name| {
+            let own = set.iter().rev().find(|(key, _)| key == name);
+            own.map(|(_, value)| value.clone()).or_else(|| self.ours(OsStr::new(name)))
+        };
+        match &self.preload {
+            None => {}
+            Some(Preload::Node(path, grace)) => {
+                let loads = preload::environment(existing(NODE_OPTIONS).as_deref(), path, *grace);
+                if !loads.is_empty() {
+                    set.extend(for_preload.iter().map(|(key, value)| (key.into(), value.into())));
+                }
+                set.extend(loads);
             }
-            set.extend(loads);
+            Some(Preload::Python(folder)) => {
+                let existing = existing(python::PATH);
+                set.extend(python::environment(existing.as_deref(), folder));
+            }
         }
         set
     }
@@ -158,6 +173,26 @@ impl Environment {
     /// What a person should know about it, once.
     pub(crate) fn take_notices(&mut self) -> Vec<String> {
         std::mem::take(&mut self.notices)
+    }
+}
+
+/// Writes the file that workers of this kind load first, if there is one and it is wanted.
+fn place_preload(settings: &Settings, detected: &Detected) -> io::Result<Option<Preload>> {
+    match detected.runtime {
+        _ if !settings.drain_preload => Ok(None),
+        Runtime::Node { .. } if !may_not_read_files(settings, detected) => {
+            preload::place().map(|path| Some(Preload::Node(path, settings.grace)))
+        }
+        Runtime::Python
+            if detected.dialect == Dialect::Sockets
+                && !python::is_isolated(
+                    &detected.exec,
+                    detected.args_before.iter().chain(&settings.args),
+                ) =>
+        {
+            python::place().map(|folder| Some(Preload::Python(folder)))
+        }
+        _ => Ok(None),
     }
 }
 

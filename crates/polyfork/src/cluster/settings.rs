@@ -467,8 +467,9 @@ impl Settings {
         self
     }
 
-    /// Node workers: whether the small preload that ends kept-alive connections during a drain is added to
-    /// `NODE_OPTIONS`. Default true.
+    /// Node and Python workers: whether the small preload that ends kept-alive connections during a drain is added to
+    /// `NODE_OPTIONS` or `PYTHONPATH`. Each worker takes it out again before the program begins. In Python it is for
+    /// uvicorn, by itself or below gunicorn; others are as without it. Default true.
     #[must_use]
     pub fn drain_preload(mut self, yes: bool) -> Self {
         self.drain_preload = yes;
