@@ -75,7 +75,8 @@ fn what_a_worker_used_after_the_last_look_is_counted_when_it_ends() {
     let series = "polyfork_slot_cpu_seconds_total{slot=\"1\"}";
     let before = told(&desk, "server").of(series);
     get(Desk::address(&app), "/burn");
-    let replaced = |status: &Value| status["workers"][0]["worker"] == 2 && status["state"] == "ready";
+    let replaced =
+        |status: &Value| status["workers"][0]["worker"] == 2 && status["state"] == "ready";
     eventually("another worker", || desk.status("server"), replaced);
     let after = told(&desk, "server").of(series);
     assert!(after - before >= 1.4, "{before}, then {after}");
