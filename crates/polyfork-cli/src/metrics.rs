@@ -79,12 +79,10 @@ struct State {
     last: Option<(Instant, Weak<Exposition>)>,
 }
 
-/// CPU time of a slot's workers.
+/// CPU time of a slot's workers, as it was last told: it never goes back, also when one ends between two looks.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Cpu {
-    /// Of those that are gone, as it was last seen.
-    gone_ms: u64,
-    living_ms: BTreeMap<u64, u64>,
+    told_ms: u64,
 }
 
 impl Meter {
@@ -250,7 +248,7 @@ fn slots(
     families.push(own::SLOT_READY.with(by("slot", ready)));
     let restarts = views.iter().map(|view| (view.slot, count(view.restarts)));
     families.push(own::SLOT_RESTARTS.with(by("slot", restarts)));
-    let (times, memory) = used(&views, cpu);
+    let (times, memory) = used(&views, cpu, looked.map(|(_, figures)| figures));
     families.push(own::SLOT_CPU.with(by("slot", times)));
     families.push(own::SLOT_MEMORY.with(by("slot", memory)));
     let Some((living, figures)) = looked else { return };
@@ -286,32 +284,23 @@ fn slots(
 
 type BySlot = Vec<(u32, f64)>;
 
-/// CPU time and memory by slot. What gone workers used stays in their slot's time, as far as it was seen.
-fn used(views: &[SlotView], cpu: &mut BTreeMap<u32, Cpu>) -> (BySlot, BySlot) {
+/// CPU time and memory by slot: of those that have ended what the primary has counted, and what living ones have used by now.
+fn used(
+    views: &[SlotView],
+    cpu: &mut BTreeMap<u32, Cpu>,
+    figures: Option<&Figures>,
+) -> (BySlot, BySlot) {
     cpu.retain(|slot, _| views.iter().any(|view| view.slot == *slot));
     let (mut times, mut memory) = (Vec::new(), Vec::new());
     for view in views {
-        let cpu = cpu.entry(view.slot).or_default();
-        let gone_ms = &mut cpu.gone_ms;
-        cpu.living_ms.retain(|worker, ms| {
-            let lives = view.living.iter().any(|(living, _)| living == worker);
-            if !lives {
-                *gone_ms += *ms;
-            }
-            lives
-        });
-        let mut resident = 0;
-        for (worker, pid) in &view.living {
-            // One that has just ended keeps what it was seen to have used.
-            if let Some(usage) = usage::of(*pid) {
-                let seen = cpu.living_ms.entry(*worker).or_insert(0);
-                *seen = usage.cpu_ms.max(*seen);
-                resident += usage.resident_bytes;
-            }
-        }
-        let all = cpu.gone_ms + cpu.living_ms.values().sum::<u64>();
-        times.push((view.slot, seconds(all)));
-        memory.push((view.slot, count(resident)));
+        let living = usage::of_all(view.living.iter().map(|(_, pid)| *pid));
+        let ended = figures.and_then(|figures| figures.slots.get(&view.slot));
+        let ended = ended.map_or(Duration::ZERO, |figures| figures.cpu_of_ended);
+        let now = living.cpu_ms + u64::try_from(ended.as_millis()).unwrap_or(u64::MAX / 2);
+        let told = &mut cpu.entry(view.slot).or_default().told_ms;
+        *told = now.max(*told);
+        times.push((view.slot, seconds(*told)));
+        memory.push((view.slot, count(living.resident_bytes)));
     }
     (times, memory)
 }
@@ -452,7 +441,6 @@ mod tests {
         );
         assert!(text.contains("polyfork_slot_restarts_total{slot=\"4\"} 2500\n"), "{text}");
         assert_eq!(cpu.len(), 4);
-        assert!(cpu.values().all(|cpu| cpu.living_ms.is_empty()));
     }
 
     #[test]
@@ -464,9 +452,14 @@ mod tests {
             restarts: 0,
             living,
         };
-        let mut cpu = BTreeMap::from([(1, Cpu { gone_ms: 500, living_ms: [(7, 1500)].into() })]);
-        let (times, memory) = used(&[view(vec![(8, u32::MAX)])], &mut cpu);
+        let mut figures = Figures::default();
+        figures.slots.entry(1).or_default().cpu_of_ended = Duration::from_millis(2000);
+        let mut cpu = BTreeMap::new();
+        let gone = [view(vec![(8, u32::MAX)])];
+        let (times, memory) = used(&gone, &mut cpu, Some(&figures));
         assert_eq!((times[0], memory[0]), ((1, 2.0), (1, 0.0)));
-        assert!(used(&[], &mut cpu).0.is_empty() && cpu.is_empty());
+        // Nobody could ask the primary, or a worker has just ended and was not counted yet.
+        assert_eq!(used(&gone, &mut cpu, None).0[0], (1, 2.0));
+        assert!(used(&[], &mut cpu, Some(&figures)).0.is_empty() && cpu.is_empty());
     }
 }

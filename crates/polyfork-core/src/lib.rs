@@ -38,8 +38,9 @@ pub use listeners::{Decision, ListenerId, Listeners};
 pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
 pub use seats::{Seat, Seats};
 pub use supervisor::{
-    Action, Exit, Inconsistent, Input, NotNow, Outcome, Plan, Reason, ReloadFault, ReloadPlan,
-    Report, SlotState, SlotView, Snapshot, Supervisor, SupervisorLimits, WorkerState, WorkerView,
+    Action, Exit, Inconsistent, Input, NotNow, Outcome, Plan, READY_LIMIT, Reason, ReloadFault,
+    ReloadPlan, Report, SlotState, SlotView, Snapshot, Supervisor, SupervisorLimits, WorkerState,
+    WorkerView,
 };
 pub use time::Time;
 pub use turn::Turn;

@@ -35,7 +35,7 @@
 //!
 //! Behaviour follows the section "Nothing lost" of the design; restart intensity as in Erlang/OTP's supervisor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::id::{SlotId, WorkerId};
@@ -53,8 +53,8 @@ pub use api::{
 };
 pub use carry::{Inconsistent, NotNow, Snapshot};
 use record::{Manner, Pending, Slot, Wait, Worker};
-use reload::Reload;
 pub use reload::{READY_LIMIT, ReloadFault, ReloadPlan};
+use reload::{Reload, Unfit};
 
 /// How long [`Input::Drained`] is waited for.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -106,6 +106,9 @@ pub struct Supervisor {
     /// Asked for while a slot was being renewed.
     #[serde(skip)]
     queued_reload: Option<(ReloadPlan, u32)>,
+    /// Workers that wait to be renewed, each once.
+    #[serde(skip)]
+    unfit: VecDeque<Unfit>,
 }
 
 impl Supervisor {
@@ -127,6 +130,7 @@ impl Supervisor {
             latest_generation: 1,
             reload: None,
             queued_reload: None,
+            unfit: VecDeque::new(),
         }
     }
 

@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use polyfork_core::{
-    Action, Exit, Input, Plan, Reason, ReloadFault, ReloadPlan, RestartPolicy, SlotId, SlotState,
-    Supervisor, Time, WorkerId, WorkerState,
+    Action, Exit, Input, Plan, READY_LIMIT, Reason, ReloadFault, ReloadPlan, RestartPolicy, SlotId,
+    SlotState, Supervisor, Time, WorkerId, WorkerState,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -354,13 +354,118 @@ fn an_unfit_worker_does_not_stay_when_its_successor_does_not_come_up() {
     assert_eq!(cluster.live(), [0u64; 0]);
 }
 
+/// Who is started beside a worker that serves.
+fn beside(out: &[Action]) -> Vec<u64> {
+    let beside = out.iter().filter_map(|action| match action {
+        Action::Spawn { worker, candidate: true, .. } => Some(worker.0),
+        _ => None,
+    });
+    beside.collect()
+}
+
+fn replace(cluster: &mut Cluster, n: u64) -> Vec<Action> {
+    cluster.feed(Input::Replace { worker: w(n), reason: Reason::Watchdog })
+}
+
+fn terminates(out: &[Action]) -> bool {
+    out.iter().any(|action| matches!(action, Action::Terminate { .. }))
+}
+
 #[test]
-fn an_unfit_worker_ends_at_once_where_no_successor_can_come_first() {
+fn unfit_workers_have_their_successors_first_one_after_the_other() {
+    let mut cluster = Cluster::ready(3);
+    assert_eq!(beside(&replace(&mut cluster, 1)), [4]);
+    // They wait, told once or twice.
+    for n in [2, 3, 2, 1] {
+        assert_eq!(replace(&mut cluster, n), []);
+    }
+    let out = cluster.come_up(4);
+    assert_eq!((beside(&out), terminates(&out)), (vec![5], false), "{out:?}");
+    let out = cluster.come_up(5);
+    assert_eq!((beside(&out), terminates(&out)), (vec![6], false), "{out:?}");
+    let out = cluster.come_up(6);
+    assert_eq!((beside(&out), terminates(&out)), (vec![], false), "{out:?}");
+    assert_eq!(cluster.live(), [4, 5, 6]);
+    for n in 1..=3 {
+        let out = cluster.exit(n, 0);
+        let told =
+            |action: &Action| matches!(action, Action::Gone { reason: Reason::Watchdog, .. });
+        assert!(out.iter().any(told), "{out:?}");
+    }
+}
+
+#[test]
+fn a_successor_that_does_not_come_up_costs_the_next_one_in_line_nothing() {
     let mut cluster = Cluster::ready(2);
-    cluster.feed(Input::Replace { worker: w(1), reason: Reason::Watchdog });
-    // One renewal at a time.
-    let out = cluster.feed(Input::Replace { worker: w(2), reason: Reason::Watchdog });
+    replace(&mut cluster, 1);
+    replace(&mut cluster, 2);
+    let out = cluster.exit(3, 1);
+    assert!(out.contains(&Action::Terminate { worker: w(1) }), "{out:?}");
+    assert!(!out.contains(&Action::Terminate { worker: w(2) }), "{out:?}");
+    assert_eq!(cluster.live(), [2]);
+    let next = beside(&out)[0];
+    cluster.come_up(next);
+    assert!(!cluster.live().contains(&2));
+}
+
+#[test]
+fn an_unfit_worker_whose_turn_does_not_come_ends_in_the_end() {
+    let mut cluster = Cluster::ready(2);
+    replace(&mut cluster, 1);
+    replace(&mut cluster, 2);
+    // A shell that never tells what became of the start.
+    assert!(!terminates(&cluster.pass(READY_LIMIT - SECOND)));
+    assert!(cluster.supervisor.deadline().is_some());
+    let out = cluster.pass(SECOND);
     assert!(out.contains(&Action::Terminate { worker: w(2) }), "{out:?}");
+}
+
+#[test]
+fn an_unfit_worker_waits_for_a_reload_that_replaces_it() {
+    let mut cluster = Cluster::ready(2);
+    assert_eq!(beside(&cluster.reload(0, Duration::ZERO)), [3, 4]);
+    assert_eq!(replace(&mut cluster, 1), []);
+    cluster.come_up(3);
+    let out = cluster.come_up(4);
+    assert_eq!((beside(&out), terminates(&out)), (vec![], false), "{out:?}");
+    assert_eq!(cluster.live(), [3, 4]);
+    cluster.exit(2, 0);
+    let out = cluster.exit(1, 0);
+    assert!(!out.iter().any(|action| matches!(action, Action::Spawn { .. })), "{out:?}");
+}
+
+#[test]
+fn an_unfit_worker_is_renewed_when_the_reload_fails_or_was_asked_for_later() {
+    let mut cluster = Cluster::ready(2);
+    cluster.reload(0, Duration::ZERO);
+    replace(&mut cluster, 1);
+    let out = cluster.exit(3, 1);
+    assert!(out.iter().any(|action| matches!(action, Action::ReloadFailed { .. })), "{out:?}");
+    assert_eq!((beside(&out), terminates(&out)), (vec![5], false), "{out:?}");
+    // One that is asked for now comes after it.
+    assert_eq!(cluster.reload(0, Duration::ZERO), []);
+    assert_eq!(beside(&cluster.come_up(5)), [6, 7]);
+}
+
+#[test]
+fn an_unfit_worker_that_nobody_replaces_ends_at_once() {
+    let plan = Plan { workers: 1, supervise: false, ..Plan::default() };
+    let mut cluster = Cluster::of(plan);
+    let out = replace(&mut cluster, 1);
+    assert!(out.contains(&Action::Terminate { worker: w(1) }), "{out:?}");
+}
+
+#[test]
+fn who_waits_in_line_and_goes_by_itself_is_forgotten() {
+    let mut cluster = Cluster::ready(2);
+    replace(&mut cluster, 1);
+    replace(&mut cluster, 2);
+    let out = cluster.exit(2, 1);
+    assert!(!terminates(&out), "{out:?}");
+    let out = cluster.come_up(3);
+    assert!(out.contains(&Action::Renewed { slot: SlotId(1) }), "{out:?}");
+    assert_eq!(beside(&out), [0_u64; 0], "there is nobody to renew");
+    assert_eq!(cluster.supervisor.renewing(), None);
 }
 
 #[test]

@@ -56,6 +56,8 @@ mod leaving;
 mod life;
 #[path = "node/listening.rs"]
 mod listening;
+#[path = "node/measures.rs"]
+mod measures;
 #[path = "node/others.rs"]
 mod others;
 #[path = "node/probes.rs"]

@@ -1,15 +1,21 @@
 //! What a worker still holds when another one takes over: it is told, it is given its time, and it gets nothing new.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::process::{ChildStdin, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+use rustix::process::Signal;
 
-use super::support::{Events, PATIENCE, Place, get};
+use super::support::{Events, Lines, PATIENCE, Place, Running, command, get};
 
-/// How many idle connections; 100,000 takes a few minutes and as many descriptors.
+/// How many idle connections. 100,800 take about a minute and 2 GiB.
 const IDLE: &str = "POLYFORK_TEST_IDLE_CONNECTIONS";
+const DEFAULT_IDLE: usize = 20_000;
+/// Longer than that many connections take on a busy machine.
+const LONG: Duration = Duration::from_secs(600);
 
 /// Echoes lines, and says who it is at first. Connections are idle in between, of no protocol that anybody else knows.
 const ECHO: &str = "
@@ -34,9 +40,19 @@ const UPGRADES: &str = "
     server.listen(0, '127.0.0.1');";
 
 fn start(app: &str, mechanism: &str, grace: &str) -> (Place, Events, SocketAddr) {
+    start_many(2, app, mechanism, grace)
+}
+
+fn start_many(
+    workers: usize,
+    app: &str,
+    mechanism: &str,
+    grace: &str,
+) -> (Place, Events, SocketAddr) {
     let place = Place::new();
     place.file("app.js", app);
-    let words = ["-w", "2", "--mechanism", mechanism, "--grace", grace, "app.js"];
+    let workers = workers.to_string();
+    let words = ["-w", &workers, "--mechanism", mechanism, "--grace", grace, "app.js"];
     let mut events = place.events(words);
     let address = events.address();
     events.wait_for("ready");
@@ -100,32 +116,144 @@ fn fault_20_slow_upgraded_connections_are_told_and_cut_at_the_limit_and_not_befo
     assert_eq!(events.end().0, 0);
 }
 
-#[test]
-fn fault_22_idle_connections_stay_open_through_a_reload() {
-    let wanted = std::env::var(IDLE).ok().and_then(|text| text.parse().ok()).unwrap_or(2_000);
-    let limit = getrlimit(Resource::Nofile);
-    let room = limit.maximum.unwrap_or(u64::MAX);
-    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: limit.maximum, ..limit })
-        .expect("as many as may be");
-    let clients = usize::try_from(room.saturating_sub(200)).unwrap_or(usize::MAX).min(wanted);
-    let (_place, mut events, address) = start(ECHO, "auto", "10m");
-    // A source has some 28,000 ports for one destination.
-    let to = |number: usize| {
-        let last = u8::try_from(1 + number / 20_000).expect("not that many");
-        SocketAddr::from(([127, 0, 0, last], address.port()))
+/// Connections that one process holds, on either side: fewer than it may open anywhere.
+const A_PROCESS_HOLDS: usize = 8_400;
+
+/// Connects, tells the pids that answered, and each time it is asked how many connections echo.
+const HOLDER: &str = r#"
+import json, resource, socket, sys
+first, count, port = map(int, sys.argv[1:])
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def line(s):
+    text = b''
+    while not text.endswith(b'\n'):
+        more = s.recv(64)
+        if not more:
+            return None
+        text += more
+    return text
+def echoes(s):
+    s.sendall(b'there?\n')
+    return line(s) == b'there?\n'
+held = []
+for number in range(first, first + count):
+    # An address has some 28,000 ports for one destination, and looks long for one when most are taken.
+    held.append(socket.create_connection(('127.0.0.%d' % (1 + number // 5000), port), 60))
+print(json.dumps(sorted({int(line(s)) for s in held})), flush=True)
+while sys.stdin.readline():
+    print(sum(echoes(s) for s in held), flush=True)
+"#;
+
+/// Processes that hold idle connections; they let go when their input ends.
+struct Holders(Vec<(Running, ChildStdin, Lines)>);
+
+impl Holders {
+    fn connect(connections: usize, port: u16) -> Holders {
+        let starts = (0..connections).step_by(A_PROCESS_HOLDS);
+        let of = |first: usize| {
+            let count = A_PROCESS_HOLDS.min(connections - first).to_string();
+            let mut holder = command("python3");
+            holder.args(["-c", HOLDER, &first.to_string(), &count, &port.to_string()]);
+            holder.stdin(Stdio::piped());
+            let mut running = Running::start(holder);
+            let (ask, answers) = (running.take_in(), Lines::of(running.take_out()));
+            (running, ask, answers)
+        };
+        Holders(starts.map(of).collect())
+    }
+
+    /// Who holds the other ends.
+    fn pids(&mut self) -> BTreeSet<u64> {
+        let of = |text: String| serde_json::from_str::<Vec<u64>>(&text).expect("pids");
+        self.0.iter_mut().flat_map(|(_, _, answers)| of(answers.next_within(LONG))).collect()
+    }
+
+    /// How many echo.
+    fn open(&mut self) -> usize {
+        for (_, ask, _) in &mut self.0 {
+            ask.write_all(b"\n").expect("asked");
+        }
+        let of = |text: String| text.parse::<usize>().expect("a number");
+        self.0.iter_mut().map(|(_, _, answers)| of(answers.next_within(LONG))).sum()
+    }
+}
+
+/// Between two new connections: those who come are to be there, not to take the machine.
+const PACE: Duration = Duration::from_millis(5);
+
+/// Connects again and again until `done`: who answered, and how long that took.
+fn new_connections(address: SocketAddr, done: &AtomicBool) -> (BTreeSet<u64>, Vec<Duration>) {
+    let connect = |_| {
+        let begun = Instant::now();
+        let pid = Client::connect(address).line();
+        let waited = begun.elapsed();
+        std::thread::sleep(PACE);
+        (pid.parse::<u64>().expect("a pid"), waited)
     };
-    let mut idle: Vec<Client> = (0..clients).map(|number| Client::connect(to(number))).collect();
-    let before: Vec<String> = idle.iter_mut().map(Client::line).collect();
+    (0..).take_while(|_| !done.load(Ordering::Relaxed)).map(connect).unzip()
+}
+
+/// Ends it, also when the test fails.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// New connections while that happens: who served them. Each is served.
+fn meanwhile(what: &str, address: SocketAddr, happens: impl FnOnce()) -> BTreeSet<u64> {
+    let done = AtomicBool::new(false);
+    let (pids, mut waits) = std::thread::scope(|scope| {
+        let new = scope.spawn(|| new_connections(address, &done));
+        let is_done = Done(&done);
+        happens();
+        drop(is_done);
+        new.join().expect("each is served")
+    });
+    waits.sort();
+    let p99 = waits[(waits.len() - 1) * 99 / 100];
+    let longest = waits[waits.len() - 1];
+    println!("{what}: {} new connections, p99 {p99:?}, longest {longest:?}", waits.len());
+    pids
+}
+
+#[test]
+fn fault_22_idle_connections_stay_open_through_an_upgrade_and_a_reload() {
+    let wanted = std::env::var(IDLE).ok().and_then(|text| text.parse().ok());
+    let wanted = wanted.unwrap_or(DEFAULT_IDLE);
+    let workers = wanted.div_ceil(A_PROCESS_HOLDS).max(2);
+    let (_place, mut events, address) = start_many(workers, ECHO, "auto", "10m");
+    let fresh = SocketAddr::from(([127, 0, 0, 254], address.port()));
+    let begun = Instant::now();
+    let mut idle = Holders::connect(wanted, address.port());
+    let before = idle.pids();
+    assert_eq!(before.len(), workers, "they are everywhere");
     let primary = events.running.pid();
+    println!(
+        "{wanted} idle connections to {workers} workers after {:?}; primary {} KiB",
+        begun.elapsed(),
+        status_of_kib(primary)
+    );
+    let served = meanwhile("upgrade", fresh, || {
+        events.running.signal(Signal::USR2);
+        events.wait_until("notice", |notice| notice["code"] == "upgraded");
+    });
+    assert!(served.is_subset(&before), "an upgrade keeps the workers");
+    assert_eq!(idle.open(), wanted, "after the upgrade");
+    meanwhile("reload", fresh, || {
+        events.running.signal_again(Signal::HUP);
+        events.wait_for("switched");
+    });
+    let served = meanwhile("after it", fresh, || {
+        assert_eq!(idle.open(), wanted, "after the switch");
+    });
+    assert!(served.is_disjoint(&before), "{served:?}");
     let resident = status_of_kib(primary);
-    events.running.signal(Signal::HUP);
-    events.wait_for("switched");
-    let new: Vec<String> = (0..20).map(|number| Client::connect(to(number)).line()).collect();
-    assert!(new.iter().all(|pid| !before.contains(pid)), "{new:?}");
-    let open = idle.iter_mut().filter_map(|client| client.echoes().then_some(())).count();
-    println!("{clients} idle connections, {open} open after the switch; primary {resident} KiB");
-    assert_eq!(open, clients);
-    assert!(status_of_kib(primary) < 32 * 1024, "the primary holds nothing of them");
+    println!("all open; primary {resident} KiB");
+    assert!(resident < 32 * 1024, "the primary holds nothing of them");
     drop(idle);
     events.wait_for("reloaded");
     events.running.signal(Signal::TERM);

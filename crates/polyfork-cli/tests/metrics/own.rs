@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
+use serde_json::Value;
+
 use super::desk::{Desk, eventually};
 use super::scrape::{Told, connect, exchange, place, scrape, told};
 use super::support::get;
@@ -50,6 +52,38 @@ fn every_figure_has_its_series() {
     ] {
         assert_eq!(told.types[name], kind);
     }
+}
+
+/// Works for a second and a half of processor time, and ends.
+const BURNS: &str = "
+const burn = () => {
+  for (const from = process.cpuUsage(); ;) {
+    const used = process.cpuUsage(from);
+    if (used.user + used.system > 1.5e6) process.exit(7);
+  }
+};
+require('http').createServer((request, response) => {
+  response.end('burning', request.url === '/burn' ? burn : undefined);
+}).listen(0, '127.0.0.1');
+";
+
+#[test]
+fn what_a_worker_used_after_the_last_look_is_counted_when_it_ends() {
+    let mut desk = Desk::new();
+    desk.place.file("server.js", BURNS);
+    let app = desk.start(&["-w", "1", "server.js"]);
+    let series = "polyfork_slot_cpu_seconds_total{slot=\"1\"}";
+    let before = told(&desk, "server").of(series);
+    get(Desk::address(&app), "/burn");
+    let replaced =
+        |status: &Value| status["workers"][0]["worker"] == 2 && status["state"] == "ready";
+    eventually("another worker", || desk.status("server"), replaced);
+    let after = told(&desk, "server").of(series);
+    assert!(after - before >= 1.4, "{before}, then {after}");
+    // And for good, also when the next one is asked to leave.
+    desk.did(&["restart", "server"]);
+    let later = told(&desk, "server").of(series);
+    assert!(later >= after, "{after}, then {later}");
 }
 
 #[test]

@@ -105,6 +105,14 @@ pub(crate) fn scrape(address: SocketAddr) -> Told {
     Told::read(&body)
 }
 
+/// A program that `cargo xtask setup` has installed.
+pub(crate) fn peer(name: &str) -> Option<String> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let manifest = std::fs::read_to_string(root.join(".peers/manifest.json")).ok()?;
+    let manifest: Value = serde_json::from_str(&manifest).ok()?;
+    manifest[name]["path"].as_str().map(str::to_owned)
+}
+
 /// prom-client, if set-up has brought it.
 pub(crate) fn prom_client() -> Option<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..");

@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -139,6 +139,11 @@ impl Running {
         Running { child }
     }
 
+    /// Its standard input, if that is a pipe.
+    pub(crate) fn take_in(&mut self) -> ChildStdin {
+        self.child.stdin.take().expect("standard input")
+    }
+
     pub(crate) fn take_out(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("standard output")
     }
@@ -212,9 +217,18 @@ impl Lines {
         Lines { lines, seen: Vec::new() }
     }
 
+    /// The next line, of something that may take that long.
+    pub(crate) fn next_within(&mut self, patience: Duration) -> String {
+        self.line_within(patience).expect("a line")
+    }
+
     /// The next line; `None` at the end.
     pub(crate) fn next(&mut self) -> Option<String> {
-        match self.lines.recv_timeout(PATIENCE) {
+        self.line_within(PATIENCE)
+    }
+
+    fn line_within(&mut self, patience: Duration) -> Option<String> {
+        match self.lines.recv_timeout(patience) {
             Ok(line) => {
                 self.seen.push(line.clone());
                 Some(line)

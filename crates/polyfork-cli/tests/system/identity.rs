@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::desk::{Desk, read};
-use super::support::{Ended, Events, PATIENCE, command, ended, get, skip};
+use super::desk::{Desk, pidfd, read, signal};
+use super::support::{Events, command, ended, get, skip};
 
 const NOBODY: u32 = 65534;
 
@@ -223,54 +223,121 @@ fn who_cannot_be_is_refused_before_anything_runs() {
     assert!(told.err.contains("only root may become another user"), "{}", told.err);
 }
 
-/// Root connects, and leaves the connection to somebody else.
+/// What a connection that root made, and that has root's credentials for ever, is asked to do by somebody else.
+const DANGEROUS: [&str; 8] = [
+    r#"{"verb":"kill"}"#,
+    r#"{"verb":"stop","grace_ms":0}"#,
+    r#"{"verb":"reload"}"#,
+    r#"{"verb":"restart"}"#,
+    r#"{"verb":"restart_slot","slot":1}"#,
+    r#"{"verb":"scale","to":3}"#,
+    r#"{"verb":"upgrade","binary":"/bin/true"}"#,
+    r#"{"verb":"status"}"#,
+];
+
+/// Root connects and forks; the child, which has the connection, becomes somebody else and asks.
 #[test]
 fn fault_97_a_connection_passed_on_to_somebody_else() {
     let test = "fault_97_a_connection_passed_on_to_somebody_else";
     let mut desk = Desk::new();
     desk.start(&["-w", "1", "server.js"]);
-    let stream = desk.socket("server");
-    rustix::io::fcntl_setfd(&stream, rustix::io::FdFlags::empty()).unwrap();
-    let asks = |verb: &str| -> Ended {
-        let script = format!(
-            "import socket, sys
-s = socket.socket(fileno={})
-s.sendall(b'{{\"verb\":\"{verb}\"}}\\n')
-sys.stdout.write(s.recv(65536).decode())
-s.detach()
-",
-            stream.as_raw_fd()
-        );
-        let mut other = command("setpriv");
-        other.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
-        other.args(["/usr/bin/python3", "-c", &script]);
-        ended(other)
-    };
-    // We may ask, on this very connection.
-    let mut ours = stream.try_clone().unwrap();
-    assert_eq!(line_of(&mut ours, b"{\"verb\":\"brief\"}\n")["ok"], true);
-    let told = asks("kill");
-    if told.err.contains("setpriv") {
-        return skip(test, "may not become another user");
+    let before = workers(&desk);
+    for request in DANGEROUS {
+        let mut stream = desk.socket("server");
+        // We may ask, on this very connection.
+        write(&mut stream, "{\"verb\":\"brief\"}\n");
+        assert_eq!(line_of(&mut stream)["ok"], true);
+        if !nobody_sends(&stream, &format!("{request}\n")) {
+            return skip(test, "may not become another user");
+        }
+        is_refused_and_closed(stream, request);
     }
-    assert_eq!(told.code, Some(0), "{told:?}");
-    let answer = read(&told.out);
-    assert_eq!((&answer["ok"], &answer["error"]["code"]), (&false.into(), &"refused".into()));
-    assert!(answer["error"]["text"].as_str().unwrap().contains("sent by somebody else"));
-    // Half a request of ours cannot be ended by somebody else either.
-    let mut half = desk.socket("server");
-    half.write_all(b"{\"verb\":").unwrap();
-    drop(half);
-    assert_eq!(desk.status("server")["state"], "ready", "nothing was done");
-    // The connection is closed: whoever had it is no friend.
-    let mut rest = Vec::new();
-    let _reset = ours.read_to_end(&mut rest);
-    assert!(rest.is_empty(), "{rest:?}");
+    assert_eq!(workers(&desk), before, "nothing was done");
 }
 
-fn line_of(stream: &mut UnixStream, request: &[u8]) -> Value {
-    stream.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-    stream.write_all(request).expect("ask");
+/// Root writes the first half, and the child that has become somebody else the second.
+#[test]
+fn fault_97_half_a_request_of_ours_is_not_ended_by_somebody_else() {
+    let test = "fault_97_half_a_request_of_ours_is_not_ended_by_somebody_else";
+    let mut desk = Desk::new();
+    let app = desk.start(&["-w", "1", "server.js"]);
+    let primary = pidfd(app["pid"].as_u64().expect("a pid"));
+    let before = workers(&desk);
+    let whole = "{\"verb\":\"kill\"}\n";
+    // The first byte, the verb, all but the newline.
+    for cut in [1, 8, whole.len() - 1] {
+        // It comes to read when the first half is there, and when both are.
+        for both_wait in [false, true] {
+            let mut stream = desk.socket("server");
+            let (ours, theirs) = whole.split_at(cut);
+            if both_wait {
+                signal(&primary, Signal::STOP);
+            }
+            write(&mut stream, ours);
+            if !both_wait {
+                // Who asked later is answered: what was there before has been read.
+                assert_eq!(workers(&desk), before);
+            }
+            let sent = nobody_sends(&stream, theirs);
+            signal(&primary, Signal::CONT);
+            if !sent {
+                return skip(test, "may not become another user");
+            }
+            is_refused_and_closed(stream, theirs);
+        }
+    }
+    // The other way round, what we end is not ours either.
+    let mut stream = desk.socket("server");
+    assert!(nobody_sends(&stream, "{\"verb\":"));
+    // It may be closed before we get to it.
+    let _closed = stream.write_all(b"\"kill\"}\n");
+    is_refused_and_closed(stream, "a half of somebody else's");
+    assert_eq!(workers(&desk), before, "nothing was done");
+}
+
+/// The workers of `server`: their numbers and pids.
+fn workers(desk: &Desk) -> Vec<(Value, Value)> {
+    let status = desk.status("server");
+    assert_eq!(status["state"], "ready");
+    let workers = status["workers"].as_array().expect("workers");
+    workers.iter().map(|worker| (worker["worker"].clone(), worker["pid"].clone())).collect()
+}
+
+fn write(stream: &mut UnixStream, text: &str) {
+    stream.write_all(text.as_bytes()).expect("written");
+}
+
+/// A child with this connection becomes another user and writes to it; false when it may not become one.
+fn nobody_sends(stream: &UnixStream, text: &str) -> bool {
+    let inherited = stream.try_clone().expect("a copy");
+    rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty()).expect("inherited");
+    let script =
+        "import os, sys; os.write(int(sys.argv[1]), sys.argv[2].encode()); print(os.getuid())";
+    let mut other = command("setpriv");
+    other.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    other.args(["/usr/bin/python3", "-c", script, &inherited.as_raw_fd().to_string(), text]);
+    let done = ended(other);
+    if done.err.contains("setpriv") {
+        return false;
+    }
+    assert_eq!((done.code, done.out.trim()), (Some(0), "65534"), "{done:?}");
+    true
+}
+
+/// Whoever had it is no friend: the last answer says why, and nothing comes after it.
+fn is_refused_and_closed(mut stream: UnixStream, request: &str) {
+    let answer = line_of(&mut stream);
+    assert_eq!(answer["ok"], false, "{request}: {answer}");
+    assert_eq!(answer["error"]["code"], "refused", "{request}: {answer}");
+    let text = answer["error"]["text"].as_str().expect("a text");
+    assert!(text.contains("sent by somebody else"), "{request}: {answer}");
+    let mut rest = Vec::new();
+    // A reset, if it has not read everything.
+    let _reset = stream.read_to_end(&mut rest);
+    assert!(rest.is_empty(), "{request}: {rest:?}");
+}
+
+fn line_of(stream: &mut UnixStream) -> Value {
     let mut answer = Vec::new();
     let mut byte = [0];
     while answer.last() != Some(&b'\n') {

@@ -249,7 +249,8 @@ pub enum Input {
         grace: Duration,
     },
     /// The worker, which may serve, must be replaced for this reason, and it is better to have its successor first: as
-    /// [`Input::Renew`] where that can be done, else, or when the successor does not come up, as [`Input::Unfit`].
+    /// [`Input::Renew`], once whatever is under way is over. Where that cannot be done, when its turn does not come in time, or
+    /// when the successor does not come up, as [`Input::Unfit`].
     Replace {
         /// Which.
         worker: WorkerId,

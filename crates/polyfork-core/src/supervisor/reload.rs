@@ -14,6 +14,10 @@
 //! memory, too old) has its successor before it is told to stop. It is over with the switch; a reload that is asked for
 //! meanwhile waits that long.
 //!
+//! A worker that *cannot stay* and serves (silent, its probe fails) is renewed as well, and ends first only when its successor
+//! does not come up. While something of the kind is under way it waits in line, as long as a successor may take to get
+//! ready and a minute at least; a reload that switches its slot meanwhile is its renewal.
+//!
 //! The surprising rule: until it is admitted a candidate has nothing to do with its slot's restarts. Its death is the
 //! reload's failure, never a strike against the slot; and the old worker may die and be replaced beside it.
 
@@ -52,6 +56,15 @@ pub enum ReloadFault {
     },
     /// The cluster is stopping.
     Stopping,
+}
+
+/// A worker that cannot stay, and waits for its renewal to begin.
+#[derive(Copy, Clone, Debug)]
+pub(super) struct Unfit {
+    worker: WorkerId,
+    reason: Reason,
+    /// No longer than this.
+    until: Time,
 }
 
 /// A reload under way.
@@ -111,7 +124,9 @@ impl Supervisor {
 
     /// When a reload goes on by itself.
     pub(super) fn reload_deadline(&self) -> Option<Time> {
-        self.reload.as_ref()?.until
+        let probation = self.reload.as_ref().and_then(|reload| reload.until);
+        let in_line = self.unfit.iter().map(|unfit| unfit.until);
+        in_line.chain(probation).min()
     }
 
     pub(super) fn ask_reload(&mut self, plan: ReloadPlan) {
@@ -140,27 +155,68 @@ impl Supervisor {
         };
         let current = slot.current.and_then(|worker| self.workers.get(&worker));
         if current.is_some_and(|worker| worker.view.state == WorkerState::Ready) {
-            let plan = ReloadPlan { at_a_time: 0, probation: Duration::ZERO };
-            self.reload = Some(Reload::new(plan, slot.generation, vec![id], Some(id)));
+            self.begin_renewal(id);
         }
     }
 
-    /// Renews the slot of a worker that cannot stay; where that cannot be done, the worker ends first.
+    fn begin_renewal(&mut self, id: SlotId) {
+        let Some(slot) = self.slots.get(&id) else { return };
+        let plan = ReloadPlan { at_a_time: 0, probation: Duration::ZERO };
+        self.reload = Some(Reload::new(plan, slot.generation, vec![id], Some(id)));
+    }
+
+    /// Has the slot of a worker that cannot stay renewed, in its turn; where that cannot be, the worker ends first.
     pub(super) fn replace_gently(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        let (slot, serves) = (worker.view.slot, worker.view.state == WorkerState::Ready);
-        if serves && self.slots.get(&slot).is_some_and(|slot| slot.current == Some(id)) {
-            self.renew(slot);
+        if !self.can_be_renewed(id) {
+            return self.unfit(id, reason, out);
         }
-        match &mut self.reload {
-            Some(reload) if serves && reload.renews == Some(slot) => {
+        if let Some(worker) = self.workers.get_mut(&id) {
+            worker.note(reason);
+            let slot = worker.view.slot;
+            if let Some(reload) = self.reload.as_mut().filter(|r| r.renews == Some(slot)) {
+                // Its successor is on its way already.
                 reload.unfit.get_or_insert((id, reason));
-                if let Some(worker) = self.workers.get_mut(&id) {
-                    worker.note(reason);
-                }
+                return;
             }
-            _ => self.unfit(id, reason, out),
         }
+        if self.unfit.iter().all(|unfit| unfit.worker != id) {
+            let limit = self.plan.ready_timeout.map_or(READY_LIMIT, |limit| limit.max(READY_LIMIT));
+            self.unfit.push_back(Unfit { worker: id, reason, until: self.now + limit });
+        }
+    }
+
+    /// Whether it is the one that serves in a slot whose workers are replaced.
+    fn can_be_renewed(&self, id: WorkerId) -> bool {
+        let Some(worker) = self.workers.get(&id) else { return false };
+        let slot = self.slots.get(&worker.view.slot);
+        worker.view.state == WorkerState::Ready
+            && self.phase == Phase::Running
+            && slot.is_some_and(|s| s.wanted && s.supervised && s.current == Some(id))
+    }
+
+    /// Looks at those that wait in line: who has gone, was replaced otherwise, or has waited too long; and begins the first
+    /// one's renewal where nothing else is under way. True if that was anything.
+    fn advance_the_line(&mut self, out: &mut Vec<Action>) -> bool {
+        let mut line = std::mem::take(&mut self.unfit);
+        line.retain(|unfit| self.can_be_renewed(unfit.worker));
+        let too_long = line.iter().position(|unfit| unfit.until <= self.now);
+        let too_long = too_long.and_then(|at| line.remove(at));
+        let next =
+            if too_long.is_none() && self.reload.is_none() { line.pop_front() } else { None };
+        self.unfit = line;
+        if let Some(unfit) = too_long {
+            self.unfit(unfit.worker, unfit.reason, out);
+            return true;
+        }
+        let Some(Unfit { worker, reason, .. }) = next else { return false };
+        let Some(slot) = self.workers.get(&worker).map(|worker| worker.view.slot) else {
+            return false;
+        };
+        self.begin_renewal(slot);
+        if let Some(reload) = &mut self.reload {
+            reload.unfit = Some((worker, reason));
+        }
+        true
     }
 
     /// A slot was opened: the reload is to have it as well.
@@ -204,7 +260,8 @@ impl Supervisor {
 
     /// Does what can be done by now; true if that was anything.
     ///
-    /// It ends: each round ends the reload, or empties the batch, or begins one of the slots that are left.
+    /// It ends: each round takes one out of the line, ends the reload, empties the batch, or begins one of the slots that are
+    /// left.
     pub(super) fn advance_reload(&mut self, out: &mut Vec<Action>) -> bool {
         let before = out.len();
         while self.step_reload(out) {}
@@ -212,6 +269,9 @@ impl Supervisor {
     }
 
     fn step_reload(&mut self, out: &mut Vec<Action>) -> bool {
+        if self.advance_the_line(out) {
+            return true;
+        }
         if self.reload.is_none() {
             self.begin_reload();
         }

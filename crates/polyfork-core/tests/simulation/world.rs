@@ -42,6 +42,7 @@ pub(crate) struct Sums {
     pub(crate) switched: u64,
     pub(crate) renewed: u64,
     pub(crate) renewals_failed: u64,
+    pub(crate) in_line: u64,
     pub(crate) clock_jumps: u64,
     pub(crate) calms: u64,
     pub(crate) offered: u64,
@@ -85,6 +86,8 @@ pub(crate) struct Life {
     suspended: Vec<WorkerId>,
     ledger: Ledger,
     book: Book,
+    /// Served and are to be replaced, by their successors if that can be.
+    unfit: BTreeSet<WorkerId>,
     /// Everybody behaves.
     calm: bool,
     /// Carry what is tested to another process after every so many events; zero for never.
@@ -108,6 +111,7 @@ impl Life {
             suspended: Vec::new(),
             ledger: Ledger::default(),
             book: Book::new(plan.clone()),
+            unfit: BTreeSet::new(),
             calm: false,
             carry_every: 0,
             sums: Sums::default(),
@@ -216,7 +220,8 @@ impl Life {
             12 if self.one_in(8) => Input::StopNow,
             13 => Input::Unfit { worker, reason: Reason::Watchdog },
             16 => Input::Renew { slot },
-            17 => Input::Replace { worker, reason: Reason::Watchdog },
+            17 => return self.somebody_is_unfit(worker),
+            19 => return self.many_are_unfit(),
             18 => Input::Extend { worker, by: Duration::from_millis(250) },
             14 | 15 => {
                 let (at_a_time, probation) = (self.draw(4) as u32, self.draw(1500));
@@ -226,6 +231,29 @@ impl Life {
         };
         self.sums.scaled += u64::from(matches!(input, Input::Scale { .. }));
         self.feed(input);
+    }
+
+    /// Whoever serves is not ended before its successor is there, whatever is under way.
+    fn somebody_is_unfit(&mut self, worker: WorkerId) {
+        // What is due is not this one's doing.
+        self.feed(Input::Tick);
+        let serves = self.supervisor.worker(worker).filter(|w| w.state == WorkerState::Ready);
+        let slot = serves.and_then(|w| self.supervisor.slot(w.slot));
+        let replaceable = slot.is_some_and(|slot| slot.supervised && slot.wanted)
+            && !self.supervisor.is_stopping();
+        let busy = self.supervisor.renewing().is_some() || self.supervisor.reloading().is_some();
+        self.feed(Input::Replace { worker, reason: Reason::Watchdog });
+        if replaceable {
+            let state = self.supervisor.worker(worker).map(|worker| worker.state);
+            assert_eq!(state, Some(WorkerState::Ready), "it has no successor yet");
+            self.unfit.insert(worker);
+            self.sums.in_line += u64::from(busy);
+        }
+    }
+
+    fn many_are_unfit(&mut self) {
+        let serve: Vec<WorkerId> = self.supervisor.live_workers().map(|w| w.id).collect();
+        serve.into_iter().for_each(|worker| self.somebody_is_unfit(worker));
     }
 
     fn something_rare(&mut self) {
@@ -730,6 +758,8 @@ impl Life {
             self.pass_to_the_next_deadline();
         }
         assert!(self.is_whole() || self.book.finished.is_some(), "{}", self.describe());
+        let stays = self.supervisor.live_workers().find(|worker| self.unfit.contains(&worker.id));
+        assert!(stays.is_none(), "was to be replaced: {stays:?}");
         self.calm = false;
     }
 
@@ -863,6 +893,7 @@ impl Life {
         sums.switched += mine.switched;
         sums.renewed += mine.renewed;
         sums.renewals_failed += mine.renewals_failed;
+        sums.in_line += mine.in_line;
         sums.clock_jumps += mine.clock_jumps;
         sums.calms += mine.calms;
         sums.offered += counters.offered;

@@ -90,6 +90,22 @@ pub fn available_memory() -> Option<u64> {
     [machine, cgroup::memory_room(Path::new("/"))].into_iter().flatten().min()
 }
 
+/// CPU time of a process, in user mode and in the kernel, of all its threads, also of those that have ended. `None` when there
+/// is none; one that has ended and was not waited for yet still tells.
+///
+/// # References
+///
+/// proc_pid_stat(5): `utime`, `stime`. Its unit is a tick of the clock, as a rule 10 ms.
+pub fn cpu_time(pid: Pid) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // The name in parentheses may contain anything; behind it comes field 3.
+    let fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let mut times = fields.skip(14 - 3).map_while(|field| field.parse::<u64>().ok());
+    let ticks = times.next()?.checked_add(times.next()?)?;
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    Some(Duration::from_millis(ticks.saturating_mul(1000) / per_second))
+}
+
 /// When a process started, in ticks of the machine's clock since it was booted; with the process id this names a process
 /// for ever. `None` when there is none, or it has ended and only its status is left.
 pub fn started_at(pid: Pid) -> Option<u64> {

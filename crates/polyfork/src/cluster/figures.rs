@@ -38,6 +38,8 @@ pub struct SlotFigures {
     /// Connections that it was given; `None` where nobody counts them, see
     /// [`WorkerStatus::connections`](super::WorkerStatus::connections).
     pub connections: Option<u64>,
+    /// CPU time of its workers that have ended, of all their threads; what living ones have used so far comes on top.
+    pub cpu_of_ended: Duration,
     /// Messages that its workers sent to the primary.
     pub messages_in: u64,
     /// Messages that the primary sent to its workers.
@@ -134,6 +136,11 @@ impl Tally {
         }
     }
 
+    /// A worker of this slot has ended, and had used so much.
+    pub(crate) fn used(&mut self, slot: u32, cpu: Duration) {
+        self.slots.entry(slot).or_default().cpu_of_ended += cpu;
+    }
+
     pub(crate) fn retired(&mut self, slot: u32) {
         self.slots.remove(&slot);
     }
@@ -202,7 +209,10 @@ mod tests {
         tally.had(1, None);
         tally.had(1, Some(4));
         tally.message_in(1);
+        tally.used(1, Duration::from_secs(2));
+        tally.used(1, Duration::from_secs(1));
         assert_eq!(tally.slots[&1].connections, Some(7));
+        assert_eq!(tally.slots[&1].cpu_of_ended, Duration::from_secs(3));
         tally.retired(1);
         assert!(tally.slots.is_empty());
     }

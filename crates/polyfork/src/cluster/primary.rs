@@ -80,6 +80,8 @@ pub(crate) enum FromIo {
     Exited {
         worker: WorkerId,
         status: std::io::Result<std::process::ExitStatus>,
+        /// What it had used by then, where the system tells.
+        cpu: Option<Duration>,
     },
     Acceptable {
         port: ListenerId,
@@ -740,7 +742,7 @@ impl Primary {
                 }
                 self.flush(worker);
             }
-            FromIo::Exited { worker, status } => self.on_exited(worker, status),
+            FromIo::Exited { worker, status, cpu } => self.on_exited(worker, status, cpu),
             FromIo::Acceptable { port } => self.ports.acceptable(port),
             FromIo::Notified { worker, text } => self.on_notified(worker, &text),
             FromIo::Stirred => self.stirred(),
@@ -1048,10 +1050,16 @@ impl Primary {
         }
     }
 
-    fn on_exited(&mut self, worker: WorkerId, status: std::io::Result<std::process::ExitStatus>) {
+    fn on_exited(
+        &mut self,
+        worker: WorkerId,
+        status: std::io::Result<std::process::ExitStatus>,
+        cpu: Option<Duration>,
+    ) {
         let Some(w) = self.workers.get_mut(&worker) else { return };
         w.status = Some(status);
         w.running.link.process_ended();
+        self.tally.used(w.who.slot, cpu.unwrap_or_default());
         self.settle(worker);
     }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use polyfork_core::{SlotId, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
-use polyfork_sys::system::{LimitGroup, prefer_as_oom_victim};
+use polyfork_sys::system::{LimitGroup, cpu_time, prefer_as_oom_victim};
 use polyfork_wire::env::{self as names, NODE_OPTIONS};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
@@ -253,7 +253,8 @@ impl Running {
     /// Waits for its end, unless somebody does.
     fn watch(&mut self, worker: WorkerId, io: &ToLoop) {
         if !std::mem::replace(&mut self.watched, true) {
-            tokio::spawn(watch(worker, Arc::clone(&self.pidfd), io.clone(), io.rest()));
+            let pidfd = Arc::clone(&self.pidfd);
+            tokio::spawn(watch(worker, self.pid, pidfd, io.clone(), io.rest()));
         }
     }
 
@@ -529,8 +530,15 @@ pub(crate) fn first_free_number(dialect: Dialect, inherited: usize) -> u32 {
     }
 }
 
-/// Waits for the end of the process and reports it, once.
-async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: ToLoop, mut rest: Rest) {
+/// Waits for the end of the process and reports it, once, with the CPU time that it had used by then.
+async fn watch(
+    worker: WorkerId,
+    pid: Pid,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    io: ToLoop,
+    mut rest: Rest,
+) {
+    let mut cpu = None;
     let status = loop {
         let ready = tokio::select! {
             biased;
@@ -545,6 +553,8 @@ async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: ToLoop, mut r
             Ok(ready) => ready,
             Err(e) => break Err(e),
         };
+        // Nobody tells any more once it was waited for.
+        cpu = cpu_time(pid);
         match try_wait(pidfd.get_ref().as_fd()) {
             Ok(Some(status)) => break Ok(status),
             Ok(None) => ready.clear_ready(),
@@ -552,7 +562,7 @@ async fn watch(worker: WorkerId, pidfd: Arc<AsyncFd<OwnedFd>>, io: ToLoop, mut r
         }
     };
     // The loop is gone only when the whole primary ends.
-    let _ = io.send(FromIo::Exited { worker, status }).await;
+    let _ = io.send(FromIo::Exited { worker, status, cpu }).await;
 }
 
 /// The tasks that read what workers write. They outlive their worker until its pipes end.

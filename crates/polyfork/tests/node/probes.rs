@@ -7,7 +7,7 @@ use polyfork::cluster::{Event, Probe, Ready, Reason, Settings, StartError};
 use tempfile::TempDir;
 
 use super::client::{Load, get, reach};
-use super::support::{Mode, Rig, Runtime};
+use super::support::{Mode, Rig, Runtime, play};
 
 /// Well only once it was asked three times; ill from `/ill` on. Tells who asked.
 const SERVER: &str = "
@@ -21,6 +21,65 @@ const SERVER: &str = "
         if (request.url === '/ill') ill = true;
         response.end(JSON.stringify({ pid: process.pid, asked }));
     }).listen(process.env.SOCKET || 0, '127.0.0.1');";
+
+/// The same for a runtime whose programs are modules.
+const MODULE: &str = "
+    import http from 'node:http';
+    import process from 'node:process';
+    let asked = 0, ill = false;
+    http.createServer((request, response) => {
+        if (request.url === '/health') {
+            asked += 1;
+            response.statusCode = ill || asked < 3 ? 503 : 204;
+            return response.end();
+        }
+        if (request.url === '/ill') ill = true;
+        response.end(JSON.stringify({ pid: process.pid, asked }));
+    }).listen(0, '127.0.0.1');";
+
+/// Connections of Deno's workers are handed over, and so are probes.
+#[test]
+fn a_deno_worker_is_ready_once_it_answers_and_replaced_when_it_does_not() {
+    play(module_path!(), "deno", async |runtime| {
+        let folder = tempfile::tempdir().expect("a folder");
+        let program = folder.path().join("app.mjs");
+        fs::write(&program, MODULE).expect("written");
+        let program = program.to_str().expect("UTF-8");
+        for text in ["/health", "tcp"] {
+            let probed = |s: Settings| s.probe(Some(probe(text)));
+            let rig = Rig::serving(&runtime, program, Mode::Handoff, 2, probed);
+            rig.all_ready(2).await;
+            let to = reach(&rig.listening(1).await.0);
+            if text == "/health" {
+                let ill = get(to, "/ill").await.expect("an answer").json();
+                assert!(ill["asked"].as_u64() >= Some(3), "{ill}\n{}", rig.story());
+                let old = if ill["pid"] == rig.pid(1).await { 1 } else { 2 };
+                let load = Load::short(to, 2, "/");
+                assert_eq!(rig.ended(old).await.reason, Reason::ProbeFailed, "{}", rig.story());
+                let counts = load.finish("deno").await;
+                assert_eq!(counts.failed(), 0, "{counts:?}\n{}", rig.story());
+            }
+            assert!(get(to, "/").await.is_ok(), "{text}");
+            rig.end().await;
+        }
+    });
+}
+
+/// Bun binds for itself: a probe cannot be brought to one of its workers, and that is said before anything starts.
+#[test]
+fn probing_workers_of_bun_is_refused() {
+    play(module_path!(), "bun", async |runtime| {
+        for text in ["/health", "tcp"] {
+            let settings = Settings::new(&runtime.path).arg("x.js").probe(Some(probe(text)));
+            match polyfork::cluster::Cluster::start(settings) {
+                Err(StartError::Settings(text)) => {
+                    assert!(text.contains("probe them from outside"), "{text}");
+                }
+                other => panic!("{:?}", other.err()),
+            }
+        }
+    });
+}
 
 on_nodes_20_and_26! {
     a_worker_is_ready_once_it_answers_its_probe,

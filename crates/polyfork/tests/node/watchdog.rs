@@ -28,6 +28,7 @@ const SERVER: &str = "
 on_every_node! {
     a_loop_that_is_blocked_is_told_of_and_replaced_once_its_successor_is_ready,
     how_late_a_loop_is_is_known_and_user_code_sees_nothing_of_it,
+    two_loops_that_are_blocked_at_once_have_their_successors_first,
 }
 
 on_nodes_20_and_26! {
@@ -42,9 +43,19 @@ fn start(
     mode: Mode,
     change: impl FnOnce(Settings) -> Settings,
 ) -> Rig {
+    start_many(2, runtime, folder, mode, change)
+}
+
+fn start_many(
+    workers: u32,
+    runtime: &Runtime,
+    folder: &TempDir,
+    mode: Mode,
+    change: impl FnOnce(Settings) -> Settings,
+) -> Rig {
     let program = folder.path().join("app.cjs");
     fs::write(&program, SERVER).expect("written");
-    Rig::serving(runtime, program.to_str().expect("UTF-8"), mode, 2, change)
+    Rig::serving(runtime, program.to_str().expect("UTF-8"), mode, workers, change)
 }
 
 fn position(rig: &Rig, wanted: impl Fn(&Event) -> bool) -> Option<usize> {
@@ -82,6 +93,50 @@ async fn a_loop_that_is_blocked_is_told_of_and_replaced_once_its_successor_is_re
         assert_eq!(counts.failed(), 0, "{counts:?}\n{}", rig.story());
         // Only what it was doing is lost.
         drop(blocked.await.expect("a client"));
+        rig.stop().await;
+    }
+}
+
+async fn two_loops_that_are_blocked_at_once_have_their_successors_first(runtime: Runtime) {
+    let folder = tempfile::tempdir().expect("a folder");
+    for mode in Mode::TURNS {
+        let watched = |s: Settings| {
+            s.watchdog(Some(Duration::from_secs(2))).grace(Duration::from_millis(500))
+        };
+        let rig = start_many(3, &runtime, &folder, mode, watched);
+        rig.all_ready(3).await;
+        let to = reach(&rig.listening(1).await.0);
+        let block = || tokio::spawn(async move { get(to, "/block=600000").await });
+        let blocked = [block(), block()];
+        let mut old = Vec::new();
+        while old.len() < 2 {
+            let next = rig.event("a blocked worker", |event| match event {
+                Event::Blocked { who, .. } if !old.contains(&who.worker) => Some(who.worker),
+                _ => None,
+            });
+            let next = next.await;
+            old.push(next);
+        }
+        let load = Load::start(to, 4, "/");
+        for worker in &old {
+            let ended = rig.ended(*worker).await;
+            assert_eq!(ended.reason, Reason::Watchdog, "{}", rig.story());
+            assert_eq!(ended.signal.map(Exit::Signal), Some(Exit::Signal(15)), "{ended:?}");
+        }
+        // Who leaves has its successor: the first one the first, the second one the second.
+        let story = rig.events().clone();
+        let at = |wanted: &dyn Fn(&Event) -> bool| -> Vec<usize> {
+            (0..story.len()).filter(|at| wanted(&story[*at])).collect()
+        };
+        let ready = at(&|event| matches!(event, Event::Ready(who) if who.worker > 3));
+        let left = at(&|e| matches!(e, Event::Draining(who) if old.contains(&who.worker)));
+        assert_eq!((ready.len(), left.len()), (2, 2), "{}", rig.story());
+        assert!(ready[0] < left[0] && ready[1] < left[1], "{}", rig.story());
+        let counts = load.finish(&format!("{} {mode:?}", runtime.name)).await;
+        assert_eq!(counts.failed(), 0, "{counts:?}\n{}", rig.story());
+        for blocked in blocked {
+            drop(blocked.await.expect("a client"));
+        }
         rig.stop().await;
     }
 }

@@ -94,3 +94,76 @@ pub(crate) fn events() -> mpsc::Receiver<io::Result<Event>> {
     });
     events
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::process::{Command, Stdio};
+
+    use rustix::fs::{Mode, OFlags};
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use rustix::termios::{LocalModes, tcgetattr};
+
+    use super::*;
+
+    /// Set in a process of the test below.
+    const IN_A_TERMINAL: &str = "POLYFORK_TEST_PANICS_IN_A_TERMINAL";
+    const TEST: &str =
+        "operate::top::terminal::tests::a_panic_gives_the_terminal_back_before_it_is_told";
+
+    /// In a process of its own, which has the terminal.
+    fn panic_with_the_terminal() {
+        // What is dropped gives it back as well, and is not what is tried here: in another thread, nothing is dropped.
+        std::mem::forget(Taken::new().expect("a terminal"));
+        let panics = std::thread::spawn(|| panic!("told on the screen before"));
+        assert!(panics.join().is_err());
+    }
+
+    /// A terminal, and its other end.
+    fn terminal() -> (File, OwnedFd) {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let ours = openpt(flags).expect("a terminal");
+        grantpt(&ours).expect("grantpt");
+        unlockpt(&ours).expect("unlockpt");
+        let path = ptsname(&ours, Vec::new()).expect("its name");
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let line = rustix::fs::open(&path, flags, Mode::empty()).expect("its line");
+        (File::from(ours), line)
+    }
+
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "a test starts itself as a shell would")]
+    fn a_panic_gives_the_terminal_back_before_it_is_told() {
+        if std::env::var_os(IN_A_TERMINAL).is_some() {
+            return panic_with_the_terminal();
+        }
+        let (mut ours, line) = terminal();
+        let copy = || Stdio::from(line.try_clone().expect("a copy"));
+        // With this terminal as its own, whatever terminal the tests have.
+        let mut itself = Command::new("setsid");
+        itself.args(["--ctty", "--wait"]).arg(std::env::current_exe().expect("this program"));
+        itself.args(["--exact", TEST, "--nocapture"]).env(IN_A_TERMINAL, "1");
+        itself.env("TERM", "xterm-256color").stdin(copy()).stdout(copy()).stderr(copy());
+        let mut running = itself.spawn().expect("setsid");
+        // Read to the end, which comes when nobody has the line any more but we.
+        let read = std::thread::spawn(move || {
+            let (mut told, mut bytes) = (Vec::new(), [0; 4096]);
+            while let Ok(read @ 1..) = ours.read(&mut bytes) {
+                told.extend_from_slice(&bytes[..read]);
+            }
+            String::from_utf8_lossy(&told).into_owned()
+        });
+        let ended = running.wait().expect("its end");
+        let modes = tcgetattr(&line).expect("modes").local_modes;
+        drop((line, itself));
+        let told = read.join().expect("a reader");
+        assert!(ended.success(), "{told}");
+        assert!(modes.contains(LocalModes::ECHO | LocalModes::ICANON | LocalModes::ISIG), "{told}");
+        let at = |what: &str| told.find(what).unwrap_or_else(|| panic!("no {what:?}: {told:?}"));
+        let (entered, left) = (at("\u{1b}[?1049h"), at("\u{1b}[?1049l"));
+        let panic = at("told on the screen before");
+        assert!(entered < left && at("\u{1b}[?25h") < panic && left < panic, "{told:?}");
+    }
+}
