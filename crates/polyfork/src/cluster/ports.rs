@@ -287,9 +287,8 @@ impl Ports {
         let mut port = match back {
             Some(Waiting { name, socket }) => {
                 let copy = socket.try_clone();
-                let opened = copy.and_then(|copy| {
-                    self.open_over(id, address, want, (given, Some(copy)), how)
-                });
+                let opened = copy
+                    .and_then(|copy| self.open_over(id, address, want, (given, Some(copy)), how));
                 match opened {
                     Ok(port) => Port { kept: Some(name), ..port },
                     Err(error) => {
@@ -351,8 +350,9 @@ impl Ports {
                         rustix::net::listen(&back, want.backlog)?;
                         store::with_file(back)
                     }
-                    None => reuseport::bind_unix(path, want.backlog, want.unix_mode)
-                        .map_err(into_io)?,
+                    None => {
+                        reuseport::bind_unix(path, want.backlog, want.unix_mode).map_err(into_io)?
+                    }
                 };
                 let address = Address::Unix(path.clone());
                 if want.sockets_only || self.policy == Policy::Shared {

@@ -106,11 +106,9 @@ impl Ports {
             given_before,
             stored,
         } = self;
-        let waiting = |waiting: &Waiting| {
-            Ok((waiting.name.clone(), packing.name(waiting.socket.as_fd())?))
-        };
         let waiting =
-            stored.waiting().iter().map(waiting).collect::<Result<_, FreezeError>>()?;
+            |waiting: &Waiting| Ok((waiting.name.clone(), packing.name(waiting.socket.as_fd())?));
+        let waiting = stored.waiting().iter().map(waiting).collect::<Result<_, FreezeError>>()?;
         let open = open.iter().map(|(id, port)| Ok((*id, port.pack(packing)?)));
         Ok(PortsState {
             book: book.clone(),

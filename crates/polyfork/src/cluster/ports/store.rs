@@ -80,9 +80,15 @@ pub(super) struct Waiting {
 /// Where a socket listens, as far as it matters for who may have it.
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
-    Tcp { at: SocketAddr, ipv6_only: bool },
+    Tcp {
+        at: SocketAddr,
+        ipv6_only: bool,
+    },
     /// With its file as it is now; an abstract name has none.
-    Unix { path: Vec<u8>, file: Option<(u64, u64)> },
+    Unix {
+        path: Vec<u8>,
+        file: Option<(u64, u64)>,
+    },
 }
 
 impl Stored {
@@ -163,7 +169,10 @@ impl Stored {
         let some = !gone.is_empty();
         for Waiting { name, socket } in gone {
             self.remarks.push(match Place::of(socket.as_fd()) {
-                Ok(place) => format!("nobody listens on {} any more: the socket that was kept is let go", place.address()),
+                Ok(place) => format!(
+                    "nobody listens on {} any more: the socket that was kept is let go",
+                    place.address()
+                ),
                 Err(_) => format!("the socket that was kept as {name} is let go"),
             });
             remove_file(socket.as_fd());
@@ -238,11 +247,7 @@ impl Stored {
     }
 
     /// As another image of this process has left it.
-    pub(super) fn back(
-        store: Option<StoreHandle>,
-        waiting: Vec<Waiting>,
-        held: usize,
-    ) -> Stored {
+    pub(super) fn back(store: Option<StoreHandle>, waiting: Vec<Waiting>, held: usize) -> Stored {
         Stored { store, waiting, held, remarks: Vec::new() }
     }
 }
