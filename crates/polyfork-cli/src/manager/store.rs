@@ -70,6 +70,10 @@ impl Store for ManagerStore {
     }
 
     fn forget(&self, name: &str) -> io::Result<()> {
+        // It came from the environment: a line of its own would say something else.
+        if name.contains(char::is_control) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "that is no name"));
+        }
         self.tell(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None)
     }
 

@@ -16,11 +16,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::desk::eventually;
 use super::load::{Class, Counts, Load, count};
@@ -212,16 +213,27 @@ fn ask(path: &Path) -> std::io::Result<String> {
     Ok(text)
 }
 
-/// The processes that a primary has started.
-fn children(pid: u32) -> Vec<i32> {
+/// The processes that a primary has started, to be signalled and waited for after its end.
+fn workers(events: &Events) -> Vec<OwnedFd> {
+    let pid = events.running.pid();
     let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    list.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    let list = list.expect("children");
+    let pids = list.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?));
+    pids.filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()).collect()
 }
 
-fn kill(pid: i32) {
-    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+fn signal(worker: &OwnedFd, signal: Signal) {
     // It may have ended.
-    let _ = rustix::process::kill_process(pid, Signal::KILL);
+    let _ = pidfd_send_signal(worker, signal);
+}
+
+/// Waits for their end.
+fn wait_for(workers: &[OwnedFd]) {
+    let limit = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    for worker in workers {
+        let mut ready = [PollFd::new(worker, PollFlags::IN)];
+        assert_eq!(poll(&mut ready, Some(&limit)), Ok(1), "a worker is there still");
+    }
 }
 
 /// How the primary ends, each time.
@@ -255,10 +267,10 @@ fn ends_under_load(end: End, args: &dyn Fn(u64) -> Vec<String>) -> Counts {
     let load = Load::start(address, CLIENTS, "/");
     for round in 1..=ENDS {
         load.wait_for_ok(150);
-        let workers = children(events.running.pid());
+        let workers = workers(&events);
         events.running.signal(if end == End::Asked { Signal::TERM } else { Signal::KILL });
         if end == End::AllKilled {
-            workers.into_iter().for_each(kill);
+            workers.iter().for_each(|worker| signal(worker, Signal::KILL));
         }
         events.running.end();
         assert_eq!(manager.names(), names);
@@ -374,11 +386,10 @@ fn a_unix_socket_waits_with_its_file() {
         assert_eq!(manager.names().len(), 1, "{:?}", manager.names());
         for signal in [Signal::KILL, Signal::TERM] {
             assert!(ask(&path).expect("an answer").starts_with("HTTP/1.1 200"));
-            let workers = children(events.running.pid());
+            let workers = workers(&events);
             events.running.signal(signal);
             events.running.end();
-            let gone = || workers.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-            eventually("no worker", gone, |gone| *gone);
+            wait_for(&workers);
             let waits = {
                 let path = path.clone();
                 std::thread::spawn(move || ask(&path))
@@ -425,11 +436,10 @@ fn without_a_store_nothing_is_kept() {
         let address = free();
         let mut events = manager.serve(&KERNEL, &[("PORT", address.port().to_string())]);
         assert!(get(address, "/").contains("slot"));
-        let workers = children(events.running.pid());
+        let workers = workers(&events);
         events.running.signal(Signal::KILL);
         events.running.end();
-        let gone = || workers.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-        eventually("no worker", gone, |gone| *gone);
+        wait_for(&workers);
         assert!(TcpStream::connect(address).is_err(), "nobody listens");
         assert_eq!(manager.names(), [""; 0]);
     }
@@ -507,9 +517,7 @@ fn a_socket_that_its_last_worker_closes_is_let_go() {
     let env = [("ONE", one.port().to_string()), ("TWO", two.port().to_string())];
     let mut events = manager.serve(&["-w", "1", "server.js"], &env);
     eventually("both", || manager.names().len(), |count| *count == 2);
-    let worker = children(events.running.pid())[0];
-    let worker = rustix::process::Pid::from_raw(worker).expect("a pid");
-    rustix::process::kill_process(worker, Signal::USR2).expect("signal");
+    signal(&workers(&events)[0], Signal::USR2);
     events.wait_for("closed");
     eventually("one", || manager.names().len(), |count| *count == 1);
     assert!(TcpStream::connect(two).is_err());
@@ -531,7 +539,7 @@ fn names_that_are_made_up_do_no_harm() {
     manager.put(&name, mine.try_clone().expect("dup").into());
     manager.put("polyfork.unix.1.2./x.sock", unix.into());
     manager.put("polyfork.", std::fs::File::open("/dev/null").expect("open").into());
-    manager.put("polyfork.tcp.%s%n%00 \u{7f}../../etc", UnixStream::pair().expect("pair").0.into());
+    manager.put("polyfork.tcp.%s%n%00 ../../etc", UnixStream::pair().expect("pair").0.into());
     manager.put(&format!("polyfork.{}", "x".repeat(500)), mine.try_clone().expect("dup").into());
     let mut events = manager.serve(&KERNEL, &[("PORT", address.port().to_string())]);
     for _ in 0..5 {

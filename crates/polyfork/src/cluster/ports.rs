@@ -486,7 +486,7 @@ impl Ports {
             return Ok(());
         }
         if port.kept.is_none() {
-            port.kept = match port.to_keep() {
+            port.kept = match port.for_keeping() {
                 Some(Ok(socket)) => self.stored.keep(socket),
                 Some(Err(error)) => {
                     self.stored.cannot(&error.to_string());
@@ -1152,7 +1152,7 @@ impl Port {
     // ---- outliving this process ----
 
     /// The socket to keep, made if need be. `None` when there can be none.
-    fn to_keep(&mut self) -> Option<io::Result<BorrowedFd<'_>>> {
+    fn for_keeping(&mut self) -> Option<io::Result<BorrowedFd<'_>>> {
         if let Kind::Slots { group, .. } = &mut self.kind {
             match group.add_keeper() {
                 Ok(_) => {}

@@ -121,7 +121,7 @@ impl Stored {
     }
 
     fn reject(&mut self, name: &str, why: &str) {
-        let shown: String = name.chars().take(LONGEST).flat_map(char::escape_debug).collect();
+        let shown = name.escape_debug();
         self.remarks.push(format!("a socket of the store is not used and let go: {shown}: {why}"));
         self.forget(name);
     }
@@ -150,7 +150,10 @@ impl Stored {
     /// Lets go of what is in the way of an address. True when there was something.
     pub(super) fn make_way(&mut self, address: &Address) -> bool {
         let in_the_way = |waiting: &Waiting| match (Place::of(waiting.socket.as_fd()), address) {
-            (Ok(Place::Tcp { at, .. }), Address::Tcp(wanted)) => at.port() == wanted.port(),
+            (Ok(Place::Tcp { at, .. }), Address::Tcp(wanted)) => {
+                let all = at.ip().is_unspecified() || wanted.ip().is_unspecified();
+                at.port() == wanted.port() && (all || at.ip() == wanted.ip())
+            }
             (Ok(place @ Place::Unix { .. }), Address::Unix(wanted)) => place.is_at(wanted),
             _ => false,
         };
@@ -193,6 +196,7 @@ impl Stored {
         self.held = self.held.saturating_sub(1);
         let Some(StoreHandle(store)) = &self.store else { return };
         if let Err(error) = store.forget(name) {
+            let name = name.escape_debug();
             self.remarks.push(format!("cannot tell the store to let {name} go: {error}"));
         }
     }
