@@ -25,7 +25,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::desk::eventually;
 use super::load::{Class, Counts, Load, count};
-use super::support::{Events, PATIENCE, Place, command, ended, get};
+use super::support::{Events, PATIENCE, Place, command, ended, get, skip};
 
 /// What it was told, and what it holds.
 #[derive(Default)]
@@ -162,6 +162,9 @@ null = os.open('/dev/null', os.O_RDONLY)
 s.detach()
 os.dup2(null, 0)
 if null != 0: os.close(null)
+if os.environ.pop('WITHOUT_EBPF', None):
+    import ctypes
+    for capability in (12, 21, 39): ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 os.environ['LISTEN_PID'] = str(os.getpid())
 os.environ['LISTEN_FDS'] = count
 os.environ['LISTEN_FDNAMES'] = names
@@ -248,7 +251,7 @@ enum End {
 }
 
 const CLIENTS: usize = 4;
-const ENDS: u64 = 4;
+const ENDS: u64 = 3;
 
 /// The primary ends and is started again, several times. `args` of each start may differ.
 fn ends_under_load(end: End, args: &dyn Fn(u64) -> Vec<String>) -> Counts {
@@ -445,6 +448,40 @@ fn without_a_store_nothing_is_kept() {
     }
 }
 
+/// A group with a classic program cannot be left to anybody; a socket that another mechanism has left is used all the same.
+#[test]
+fn without_ebpf_a_group_is_not_kept_and_what_was_kept_is_handed_over() {
+    let manager = Manager::new(Place::with_server());
+    let address = free();
+    let port = ("PORT", address.port().to_string());
+    let without = [port.clone(), ("WITHOUT_EBPF", "1".to_owned())];
+    let mut events = manager.start(&KERNEL, &without);
+    let bound = events.wait_for("bound");
+    assert!(bound["why"].to_string().contains("classic"), "{bound}");
+    events.wait_for("ready");
+    assert_eq!(manager.names(), [""; 0]);
+    events.running.signal(Signal::KILL);
+    events.running.end();
+    let mut events = manager.serve(&KERNEL, &[port]);
+    let bound = events.wait_for("bound");
+    if bound["why"].to_string().contains("classic") {
+        return skip("without_ebpf_a_group_is_not_kept_and_what_was_kept_is_handed_over", "eBPF");
+    }
+    let load = Load::start(address, CLIENTS, "/");
+    load.wait_for_ok(50);
+    events.running.signal(Signal::TERM);
+    events.running.end();
+    let names = manager.names();
+    let mut events = manager.serve(&KERNEL, &without);
+    let bound = events.wait_for("bound");
+    assert!(bound["why"].to_string().contains("the primary accepts"), "{bound}");
+    load.wait_for_ok(50);
+    assert_eq!(failed(&load.stop()), 0);
+    assert_eq!(manager.names(), names);
+    events.running.signal(Signal::TERM);
+    assert_eq!(events.end().0, 0);
+}
+
 #[test]
 fn a_full_store_is_told_of_and_does_no_harm() {
     let mut manager = Manager::new(Place::new());
@@ -492,7 +529,9 @@ fn another_address_on_the_same_port_can_be_had() {
     let text = "require('http').createServer((q, a) => a.end('{}')).listen(process.env.PORT, process.env.HOST);";
     manager.place.file("server.js", text);
     let address = free();
-    for (host, listens) in [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("", "[__]")] {
+    for (host, listens) in
+        [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("", "[__]"), ("", "[__]")]
+    {
         let env = [("PORT", address.port().to_string()), ("HOST", host.to_owned())];
         let mut events = manager.serve(&KERNEL, &env);
         assert_eq!(get(address, "/"), "{}");

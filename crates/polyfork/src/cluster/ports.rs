@@ -783,8 +783,14 @@ impl Ports {
     }
 
     /// Every worker has been told to stop: the primary lets go of its sockets, so that new clients are refused
-    /// at once. Who listens on what is still known.
+    /// at once. Who listens on what is still known. A group that is kept refuses nobody: its keeper gets them all.
     pub(crate) fn close_all(&mut self) {
+        let refuses = |port: &Port| !matches!(port.kind, Kind::Slots { .. }) || port.kept.is_none();
+        self.open.retain(|_, port| !refuses(port));
+    }
+
+    /// This is the end: all is closed here. What is kept is the next process's from now on.
+    pub(crate) fn leave(&mut self) {
         for port in self.open.values_mut() {
             if let (Kind::Slots { group, .. }, Some(_)) = (&mut port.kind, &port.kept) {
                 group.leave_keeper();
@@ -833,7 +839,8 @@ impl Ports {
                 }
                 if let Kind::Slots { group, .. } = &port.kind {
                     port.dropped_before += group.dropped(seat.0).unwrap_or(0);
-                    if group.live().is_empty() || group.selection() == Selection::Classic {
+                    let alone = group.live().is_empty() && group.keeper().is_none();
+                    if alone || group.selection() == Selection::Classic {
                         self.reset += u64::from(group.queue_depth(seat.0).unwrap_or(0));
                     }
                 }

@@ -480,8 +480,7 @@ impl Primary {
         while self.outcome.is_none() {
             self.turn().await;
         }
-        // What is kept is the next process's from now on.
-        self.ports.close_all();
+        self.ports.leave();
         self.output.finish(OUTPUT_LINGER).await;
         if let Some(outcome) = self.outcome.take() {
             self.emit(Event::End(outcome.clone()));
