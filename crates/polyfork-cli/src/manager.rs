@@ -1,4 +1,5 @@
-//! What the primary tells its own service manager: `NOTIFY_SOCKET`, `WATCHDOG_USEC`, and the sockets of `LISTEN_FDS`.
+//! What the primary tells its own service manager: `NOTIFY_SOCKET`, `WATCHDOG_USEC`, and the sockets of `LISTEN_FDS`. What
+//! the manager holds for it is in `manager/store`.
 //!
 //! | when | what |
 //! | --- | --- |
@@ -17,6 +18,8 @@
 //!
 //! References: sd_notify(3), sd_watchdog_enabled(3), sd_listen_fds(3).
 
+mod store;
+
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -31,6 +34,8 @@ use polyfork::cluster::{Cluster, Event};
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
+
+pub(crate) use store::{store, with_store};
 
 /// The first descriptor of `LISTEN_FDS`.
 const FIRST: i32 = 3;
@@ -230,8 +235,14 @@ fn watchdog() -> Option<Duration> {
 }
 
 /// The listening sockets that this process was given (`LISTEN_FDS`), if they are meant for it. Without a `LISTEN_PID` they
-/// are not, as for sd_listen_fds(3): the variable may have come a long way.
+/// are not, as for sd_listen_fds(3): the variable may have come a long way. What it had the manager hold is not among them.
 pub(crate) fn sockets() -> Vec<i32> {
+    let kept = store::kept();
+    given().into_iter().filter(|number| !kept.iter().any(|(_, kept)| kept == number)).collect()
+}
+
+/// All descriptors of `LISTEN_FDS`.
+fn given() -> Vec<i32> {
     let number = |name| std::env::var(name).ok()?.parse::<i32>().ok();
     if number("LISTEN_PID").and_then(|pid| u32::try_from(pid).ok()) != Some(std::process::id()) {
         return Vec::new();

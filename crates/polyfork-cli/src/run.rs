@@ -634,13 +634,17 @@ pub(crate) fn supervise<F: FnMut(&Event)>(
         let Prepared { settings, mut start, show, mut place } = prepared;
         let door = place.open_metrics()?;
         let (settings, lines) = with_output(settings, show.output);
+        // Whoever runs `start` is no manager of what stays behind.
+        let settings = match place.background {
+            Some(_) => settings,
+            None => manager::with_store(settings),
+        };
         let started = Cluster::start_detected(settings, start.detected.clone());
         let cluster = match started {
             Ok(cluster) => cluster,
             Err(error) => return Err(place.refuse(not_started(&error))),
         };
         let control = place.open(&cluster, &mut start)?;
-        // Whoever runs `start` is no manager of what stays behind.
         let (manager, warning) = match place.background {
             Some(_) => (Manager::default(), None),
             None => Manager::take(),
@@ -724,9 +728,16 @@ async fn go_on_with(
     let (output, lines) = what_becomes_of(show.output);
     let live = state.live.map(Live::back);
     let source = live.clone();
-    let anew = |settings: Settings| match source {
-        Some(live) => settings.output(output).reload_from(move || read_again(&live)),
-        None => settings.output(output),
+    let store = state.manager.as_ref().and_then(|_| manager::store());
+    let anew = |settings: Settings| {
+        let settings = match store {
+            Some(store) => settings.store(store),
+            None => settings,
+        };
+        match source {
+            Some(live) => settings.output(output).reload_from(move || read_again(&live)),
+            None => settings.output(output),
+        }
     };
     let cluster = Cluster::resume(&state.cluster, unpacking, anew)?;
     let claim = state.claim.map(|claim| Claim::unpack(claim, unpacking)).transpose()?;

@@ -62,6 +62,22 @@ fn inherited_descriptors_are_those_without_close_on_exec() {
     assert!(found.iter().all(|number| *number >= 3));
 }
 
+#[test]
+fn only_what_was_inherited_is_taken_over_and_only_once() {
+    let (own, other) = pipe();
+    assert!(system::take_inherited_fd(own.as_raw_fd()).is_err(), "it has an owner");
+    assert!(system::take_inherited_fd(1).is_err());
+    let closed = other.as_raw_fd();
+    drop(other);
+    assert!(system::take_inherited_fd(closed).is_err());
+    // As exec leaves it: open, without the flag, and nobody's.
+    let inherited = std::os::fd::IntoRawFd::into_raw_fd(rustix::io::dup(&own).unwrap());
+    let taken = system::take_inherited_fd(inherited).unwrap();
+    assert!(rustix::io::fcntl_getfd(&taken).unwrap().contains(rustix::io::FdFlags::CLOEXEC));
+    drop(taken);
+    assert!(system::take_inherited_fd(inherited).is_err());
+}
+
 /// As process 1 does: orphans are given to us, and ended ones of both kinds lie about in any order.
 #[test]
 fn orphans_are_collected_and_our_own_children_are_not() {

@@ -1049,6 +1049,8 @@ impl Control {
 
     async fn stop(&self, grace: Option<Duration>, wait: bool) -> Vec<u8> {
         self.note(Book::stops);
+        // Whoever asks here wants an end; a service manager that starts it again asks by signal.
+        self.0.cluster.forget_kept().await;
         match grace {
             Some(grace) => self.0.cluster.stop_within(grace).await,
             None => self.0.cluster.stop().await,
@@ -1058,6 +1060,7 @@ impl Control {
 
     async fn kill(&self, wait: bool) -> Vec<u8> {
         self.note(Book::stops);
+        self.0.cluster.forget_kept().await;
         self.0.cluster.stop_now().await;
         self.end(wait).await
     }

@@ -29,6 +29,8 @@ const POLICY: &str = "content-security-policy: default-src 'none'; style-src 'un
                       script-src 'unsafe-inline'; connect-src 'self'; img-src data:\r\n";
 /// How long a client may take for a request, or between two, or to read an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a client that has just connected may take to ask when the worker stops.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// What all requests of this worker share.
 struct Shared {
@@ -94,20 +96,23 @@ async fn converse(mut connection: TcpStream, worker: Worker, shared: Arc<Shared>
     // Answers are small and complete; waiting for more would only delay them.
     let _as_before = connection.set_nodelay(true);
     let mut received = Vec::new();
+    let mut asked = false;
     loop {
         let (answer, used, stays) = match http::read(&received) {
             Read::Part => {
                 let idle = received.is_empty();
                 let more = receive(&mut connection, &mut received);
                 tokio::select! {
+                    biased;
                     more = tokio::time::timeout(PATIENCE, more) => match more {
                         Ok(Ok(1..)) => continue,
                         _ => return,
                     },
-                    () = worker.shutdown(), if idle => return,
+                    () = end_of_patience(&worker, asked), if idle => return,
                 }
             }
             Read::Whole(request, used) => {
+                asked = true;
                 let stays = request.keep_alive && !worker.is_stopping();
                 let (answer, stays) = shared.respond(&request, stays);
                 (answer, used, stays)
@@ -119,6 +124,15 @@ async fn converse(mut connection: TcpStream, worker: Worker, shared: Arc<Shared>
             return leave(connection).await;
         }
         received.drain(..used);
+    }
+}
+
+/// Waits until nothing more is expected of a client that has asked nothing, or nothing else. One that has just connected is
+/// about to ask: its first request may be on its way when the worker is told to stop.
+async fn end_of_patience(worker: &Worker, asked: bool) {
+    worker.shutdown().await;
+    if !asked {
+        tokio::time::sleep(FIRST_REQUEST).await;
     }
 }
 

@@ -23,6 +23,8 @@ use crate::exit::Code;
 const BEYOND_GRACE: Duration = Duration::from_secs(10);
 /// Beyond the time that a worker has to get ready: slots are given up after a few attempts.
 const BEYOND_READY: Duration = Duration::from_secs(300);
+/// More addresses than a program listens on.
+const MOST_KEPT: u32 = 64;
 /// What `--user` needs: to bind, to load, and to become somebody else.
 const CAPABILITIES: &str = "CAP_NET_BIND_SERVICE CAP_BPF CAP_NET_ADMIN CAP_SETUID CAP_SETGID CAP_SETPCAP CAP_CHOWN \
                             CAP_DAC_OVERRIDE CAP_FOWNER";
@@ -109,7 +111,7 @@ fn service(app: &App, stem: &str) -> String {
     lines.set("KillMode", "mixed");
     lines.set("OOMPolicy", "continue");
     lines.set("LimitNOFILE", "65536");
-    lines.set("FileDescriptorStoreMax", "0");
+    lines.set("FileDescriptorStoreMax", &MOST_KEPT.to_string());
     harden(&mut lines, app);
     lines.add("");
     lines.add("[Install]");

@@ -9,6 +9,9 @@
 #[allow(dead_code, reason = "a desk for other tests as well")]
 #[path = "../operate/desk.rs"]
 mod desk;
+#[allow(dead_code, reason = "a load for other tests as well")]
+#[path = "../faults/load.rs"]
+mod load;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -20,3 +23,4 @@ mod manager;
 mod pages;
 mod service;
 mod stopping;
+mod store;

@@ -187,12 +187,14 @@ fn workers_do_not_get_what_is_the_primarys() {
     let place = Place::new();
     place.file(
         "app.js",
-        "const names = ['NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID', 'LISTEN_FDS', 'LISTEN_PID'];
+        "const names = ['NOTIFY_SOCKET', 'WATCHDOG_USEC', 'WATCHDOG_PID', 'LISTEN_FDS', 'LISTEN_PID',
+                        'LISTEN_FDNAMES', 'FDSTORE'];
          console.log('seen ' + names.filter(name => name in process.env));
          require('http').createServer(() => {}).listen(0, '127.0.0.1');",
     );
     let mut run = place.polyfork(["run", "--json", "-w", "1", "app.js"]);
     run.env("WATCHDOG_USEC", "60000000").env("WATCHDOG_PID", "1").env("LISTEN_FDS", "0");
+    run.env("LISTEN_FDNAMES", "").env("FDSTORE", "8");
     let mut manager = Manager::of(&place, &mut run);
     let mut cluster = Events::of(run);
     let line = cluster.wait_for("output")["line"].as_str().expect("a line").to_owned();

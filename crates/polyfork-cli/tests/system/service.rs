@@ -83,6 +83,7 @@ fn a_unit_says_all_that_a_service_of_this_kind_needs() {
         ("NotifyAccess", "main"),
         ("Restart", "on-failure"),
         ("KillMode", "mixed"),
+        ("FileDescriptorStoreMax", "64"),
         ("TimeoutStopSec", "15s"),
         ("WatchdogSec", "30s"),
         ("NoNewPrivileges", "yes"),

@@ -273,6 +273,13 @@ impl UnixSocket {
         UnixSocket { socket, file }
     }
 
+    /// Whether the file stays when this is dropped: somebody else has the socket, too.
+    pub fn leave_file(&mut self, stays: bool) {
+        if let Some(file) = &mut self.file {
+            file.gone = stays;
+        }
+    }
+
     /// The socket alone. The file stays when it is closed.
     pub fn into_fd_keeping_file(self) -> OwnedFd {
         if let Some(file) = self.file {
@@ -306,6 +313,7 @@ struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
+    /// It is not ours to remove, or is removed.
     gone: bool,
 }
 

@@ -19,6 +19,9 @@
 //! Between bind and listen the option is on for a moment, because the kernel makes the group and takes its
 //! program only then (`reuseport_attach_prog`): so even a group of one has its program from the start.
 //!
+//! A group that is built over a socket which outlived its process (`keeper`) needs no such door: that socket has held the port
+//! all the time.
+//!
 //! What remains possible: a program of the same user that itself binds with `SO_REUSEPORT` joins the
 //! group. It gets no connection while a slot is live (the program names our sockets only).
 //!
@@ -44,6 +47,7 @@ mod bind;
 mod classic;
 mod closing;
 mod ebpf;
+mod keeper;
 mod parts;
 
 pub use bind::{
@@ -52,6 +56,7 @@ pub use bind::{
 };
 use classic::Positions;
 pub use closing::refuse_new;
+pub use keeper::reuse_alone;
 pub use parts::{Parts, Picks, Place, Spare, adopt_spare, spare_parts};
 
 /// How the sockets of a port are made.
@@ -224,7 +229,7 @@ impl Group {
 
     /// All slots, ascending.
     pub fn slots(&self) -> impl Iterator<Item = u32> {
-        self.members.keys().copied()
+        self.members.keys().copied().filter(|slot| *slot != keeper::KEEPER)
     }
 
     /// The slot's listening socket (non-blocking, close-on-exec).
@@ -247,7 +252,7 @@ impl Group {
     ///
     /// `InvalidInput`: the slot exists, or there are too many. Else those of bind and listen.
     pub fn add_slot(&mut self, slot: u32) -> io::Result<()> {
-        if self.members.contains_key(&slot) {
+        if self.members.contains_key(&slot) || slot == keeper::KEEPER {
             return Err(invalid(format!("slot {slot} exists already")));
         }
         if self.members.len() >= ebpf::CAPACITY {
@@ -492,7 +497,11 @@ impl Group {
         match &mut self.mechanism {
             Mechanism::Ebpf(selector) => {
                 let indices: Vec<u32> = self.live.iter().filter_map(index).collect();
-                selector.set_live(&indices);
+                match self.members.get(&keeper::KEEPER) {
+                    Some(keeper) if indices.is_empty() => keeper.steps_in(selector),
+                    Some(keeper) => keeper.steps_back(selector, &indices),
+                    None => selector.set_live(&indices),
+                }
                 Ok(())
             }
             Mechanism::Classic(positions) => {
@@ -544,6 +553,9 @@ fn check_slots(slots: &[u32]) -> io::Result<()> {
     if slots.is_empty() || slots.len() > ebpf::CAPACITY {
         let text = format!("{} slots, 1 to {} are possible", slots.len(), ebpf::CAPACITY);
         return Err(invalid(text));
+    }
+    if slots.contains(&keeper::KEEPER) {
+        return Err(invalid(format!("a slot cannot have the number {}", keeper::KEEPER)));
     }
     let mut seen = BTreeSet::new();
     match slots.iter().find(|slot| !seen.insert(**slot)) {

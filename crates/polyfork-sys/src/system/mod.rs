@@ -5,10 +5,12 @@
 //!
 //! Behaviour follows: sched_getaffinity(2), waitid(2), proc(5), cgroups(7).
 
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::ExitStatus;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -197,6 +199,38 @@ fn state_and_parent(stat: &str) -> Option<(char, i32)> {
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
     Some((state, fields.next()?.parse().ok()?))
+}
+
+/// Takes over a descriptor that this process was started with. It becomes close-on-exec.
+///
+/// Once per number in the life of a process. Call it early: a library may open descriptors without the flag later, and
+/// those are its own.
+///
+/// # Errors
+///
+/// - `InvalidInput`: a standard stream, or a number that was not inherited (whatever is opened here is close-on-exec, and
+///   belongs to whoever opened it), or is taken already.
+/// - `EBADF`: nothing is open under this number.
+pub fn take_inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+    let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    if number < 3 {
+        return refused("a standard stream belongs to nobody");
+    }
+    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    if taken.contains(&number) {
+        return refused("this descriptor has been taken already");
+    }
+    // SAFETY: only asked for its flags, and marked below if it was inherited; EBADF if it is not open.
+    let fd = unsafe { BorrowedFd::borrow_raw(number) };
+    if rustix::io::fcntl_getfd(fd)?.contains(rustix::io::FdFlags::CLOEXEC) {
+        return refused("this descriptor was not inherited");
+    }
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)?;
+    taken.insert(number);
+    // SAFETY: open, as just seen, and inherited, so that nothing in this process owns it unless an owner was made here before;
+    // the set, from which nothing is ever removed, says that none was.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Descriptors from 3 up that were open without close-on-exec when this was called: what whoever

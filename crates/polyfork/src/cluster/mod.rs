@@ -61,6 +61,7 @@ pub use listener::{RemoteAddr, serve};
 pub use measures::{Measured, Measures};
 pub use polyfork_core::{Exit, Reason, RestartPolicy};
 pub use polyfork_wire::limits::Limits;
+pub use ports::store::{STORE_PREFIX, Store};
 pub use probe::{Probe, ProbeError};
 pub use reload::{ReloadError, ReloadOptions, ReloadReport};
 pub use settings::{
@@ -309,6 +310,12 @@ impl Cluster {
     /// Ends all workers at once, with SIGKILL.
     pub async fn stop_now(&self) {
         self.command(Command::StopNow).await;
+    }
+
+    /// Nothing outlives this process: what its [`Store`] holds of it is let go. To be called before a stop that is meant to be
+    /// the end, and not the first half of a start.
+    pub async fn forget_kept(&self) {
+        self.command(Command::ForgetKept).await;
     }
 
     /// Changes the number of workers. Those too many finish what they serve first.

@@ -39,8 +39,10 @@ use super::register::register;
 use super::settings::{Address, Mechanism, Policy};
 use super::to_loop::ToLoop;
 use crate::channel::socket::is_shortage;
+use store::{Stored, Waiting};
 
 pub(super) mod carry;
+pub(super) mod store;
 
 /// Most connections accepted in one go, before other events get a turn.
 const ACCEPT_BATCH: usize = 64;
@@ -108,6 +110,8 @@ pub(crate) struct Port {
     pub(crate) data: Option<RawJson>,
     /// It was given to this process and outlives it: what waits there at the end is for whoever has it next.
     given: bool,
+    /// Somebody holds a copy under this name and gives it to the next process: what waits there at the end is for that one.
+    kept: Option<String>,
     /// What sockets of it that are closed by now had dropped.
     dropped_before: u64,
     kind: Kind,
@@ -118,10 +122,19 @@ enum Kind {
         group: Group,
         /// Connections accepted here from queues that the kernel cannot move (classic BPF), passed on by hand.
         stranded: Handoff<Arc<OwnedFd>>,
+        /// Sees what reaches the keeper, if there is one.
+        look: Option<Look>,
     },
     Shared(Arc<OwnedFd>),
     SharedUnix(UnixSocket),
     Turns(Turns),
+}
+
+/// A task that waits for connections on a keeper, which nobody accepts from.
+struct Look {
+    /// The queue has been moved.
+    again: Arc<Notify>,
+    task: AbortHandle,
 }
 
 struct Turns {
@@ -192,6 +205,8 @@ pub(crate) struct Ports {
     activated: Vec<i32>,
     /// What a worker's seat had been given by the kernel before it was this worker's.
     given_before: BTreeMap<WorkerId, u64>,
+    /// What outlives this process.
+    stored: Stored,
 }
 
 impl Ports {
@@ -202,8 +217,9 @@ impl Ports {
         mechanism: Mechanism,
         by_hand: bool,
         activated: Vec<i32>,
+        stored: Stored,
     ) -> Self {
-        Ports { policy, mechanism, by_hand, activated, ..Ports::default() }
+        Ports { policy, mechanism, by_hand, activated, stored, ..Ports::default() }
     }
 
     /// A worker's place in the reuse-port groups.
@@ -255,15 +271,57 @@ impl Ports {
     }
 
     fn try_open(
-        &self,
+        &mut self,
         id: ListenerId,
         address: &Address,
         want: &Want4Port,
         config: &HandoffConfig,
         io: &ToLoop,
     ) -> io::Result<Port> {
-        let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
         let given = self.activated.iter().copied().find(|fd| listens_on(*fd, address));
+        let back = match given {
+            Some(_) => None,
+            None => self.stored.take(address, want.ipv6_only),
+        };
+        let how = (config, io);
+        let mut port = match back {
+            Some(Waiting { name, socket }) => {
+                let copy = socket.try_clone();
+                let opened = copy
+                    .and_then(|copy| self.open_over(id, address, want, (given, Some(copy)), how));
+                match opened {
+                    Ok(port) => Port { kept: Some(name), ..port },
+                    Err(error) => {
+                        self.stored.put_back(Waiting { name, socket });
+                        return Err(error);
+                    }
+                }
+            }
+            None => match self.open_over(id, address, want, (given, None), how) {
+                // By a socket that was kept of an address that is not asked for any more?
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EADDRINUSE)
+                        && self.stored.make_way(address) =>
+                {
+                    self.open_over(id, address, want, (given, None), how)?
+                }
+                opened => opened?,
+            },
+        };
+        self.have_kept(id, &mut port, address, io)?;
+        Ok(port)
+    }
+
+    /// Opens a socket, or takes the one that this process was given, or the one that has come back.
+    fn open_over(
+        &self,
+        id: ListenerId,
+        address: &Address,
+        want: &Want4Port,
+        (given, back): (Option<i32>, Option<OwnedFd>),
+        (config, io): (&HandoffConfig, &ToLoop),
+    ) -> io::Result<Port> {
+        let options = Options { ipv6_only: want.ipv6_only, backlog: want.backlog };
         let (kind, address, carried, why) = match address {
             _ if given.is_some() => {
                 let number = given.unwrap_or_default();
@@ -284,10 +342,18 @@ impl Ports {
                 let why = "one UDP socket, shared by all workers".to_owned();
                 (Kind::Shared(Arc::new(fd)), Address::Udp(real), Carried::SharedSocket, why)
             }
-            Address::Tcp(at) => self.open_tcp(id, *at, &options, want, config, io)?,
+            Address::Tcp(at) => self.open_tcp(id, *at, (&options, want, back), config, io)?,
             Address::Unix(path) => {
-                let listener =
-                    reuseport::bind_unix(path, want.backlog, want.unix_mode).map_err(into_io)?;
+                let listener = match back {
+                    Some(back) => {
+                        channel::set_nonblocking(back.as_fd(), true)?;
+                        rustix::net::listen(&back, want.backlog)?;
+                        store::with_file(back)
+                    }
+                    None => {
+                        reuseport::bind_unix(path, want.backlog, want.unix_mode).map_err(into_io)?
+                    }
+                };
                 let address = Address::Unix(path.clone());
                 if want.sockets_only || self.policy == Policy::Shared {
                     let why =
@@ -313,6 +379,7 @@ impl Ports {
             via: Arc::new(Via { policy, mechanism: carried, why }),
             data: None,
             given: given.is_some(),
+            kept: None,
             dropped_before: 0,
             kind,
         })
@@ -322,19 +389,18 @@ impl Ports {
         &self,
         id: ListenerId,
         at: SocketAddr,
-        options: &Options,
-        want: &Want4Port,
+        (options, want, back): (&Options, &Want4Port, Option<OwnedFd>),
         config: &HandoffConfig,
         io: &ToLoop,
     ) -> io::Result<(Kind, Address, Carried, String)> {
         if self.policy == Policy::Shared && !want.handoff_only {
-            let fd = reuseport::bind_listener(at, options).map_err(into_io)?;
+            let fd = alone(at, options, back)?;
             let address = Address::Tcp(local_address(fd.as_fd())?);
             let why = "asked for: one socket, whichever worker wakes first accepts".to_owned();
             return Ok((Kind::Shared(Arc::new(fd)), address, Carried::SharedSocket, why));
         }
         if self.mechanism == Mechanism::Handoff || want.handoff_only {
-            let fd = reuseport::bind_listener(at, options).map_err(into_io)?;
+            let fd = alone(at, options, back)?;
             let address = Address::Tcp(local_address(fd.as_fd())?);
             let why = if want.handoff_only {
                 "exact turns: this runtime accepts no connection from a socket it is given"
@@ -346,7 +412,17 @@ impl Ports {
             return Ok((Kind::Turns(turns), address, Carried::Handoff, why));
         }
         let seats: Vec<u32> = self.seats.all().map(|seat| seat.0).collect();
-        let group = Group::bind(at, options, &seats, Want::Auto).map_err(into_io)?;
+        let group = match back {
+            None => Group::bind(at, options, &seats, Want::Auto).map_err(into_io)?,
+            Some(back) => {
+                channel::set_nonblocking(back.as_fd(), true)?;
+                match Group::over(back, options, &seats) {
+                    Ok(group) => group,
+                    // The socket and who waits on it are worth more than the mechanism.
+                    Err(failed) => return self.without_group(id, *failed, options, config, io),
+                }
+            }
+        };
         let (carried, why) = match group.selection() {
             Selection::Ebpf => (
                 Carried::KernelExact,
@@ -366,7 +442,63 @@ impl Ports {
         };
         let address = Address::Tcp(group.address());
         let stranded = Handoff::new(config.clone());
-        Ok((Kind::Slots { group, stranded }, address, carried, why))
+        Ok((Kind::Slots { group, stranded, look: None }, address, carried, why))
+    }
+
+    /// A socket that has come back and that no group can be built over.
+    fn without_group(
+        &self,
+        id: ListenerId,
+        (error, back): (BindError, OwnedFd),
+        options: &Options,
+        config: &HandoffConfig,
+        io: &ToLoop,
+    ) -> io::Result<(Kind, Address, Carried, String)> {
+        let address = Address::Tcp(local_address(back.as_fd())?);
+        let fd = reuse(back, options)?;
+        if !self.by_hand {
+            let why = format!("one socket that was kept, shared, because {error}");
+            return Ok((Kind::Shared(Arc::new(fd)), address, Carried::SharedSocket, why));
+        }
+        let why = format!(
+            "exact turns: the socket was kept, and the primary accepts from it, because {error}"
+        );
+        let turns = Turns::new(id, fd, None, config, io)?;
+        Ok((Kind::Turns(turns), address, Carried::Handoff, why))
+    }
+
+    /// Has somebody hold a copy of what another process will need to go on listening. A port that the system chose is not
+    /// asked for again, datagrams belong to nobody, and a group with a classic program cannot be left to anybody.
+    fn have_kept(
+        &mut self,
+        id: ListenerId,
+        port: &mut Port,
+        asked: &Address,
+        io: &ToLoop,
+    ) -> io::Result<()> {
+        let lasts = match asked {
+            Address::Tcp(at) => at.port() != 0,
+            Address::Unix(_) => true,
+            Address::Udp(_) | Address::Inherited(_) => false,
+        };
+        if port.given || !lasts || !self.stored.exists() {
+            port.kept = None;
+            return Ok(());
+        }
+        if port.kept.is_none() {
+            port.kept = match port.for_keeping() {
+                Some(Ok(socket)) => self.stored.keep(socket),
+                Some(Err(error)) => {
+                    self.stored.cannot(&error.to_string());
+                    None
+                }
+                None => None,
+            };
+        }
+        if port.kept.is_none() {
+            return port.is_kept_no_more();
+        }
+        port.is_kept(id, io)
     }
 
     /// A descriptor that the primary itself inherited: never one of ours, which are all close-on-exec, and
@@ -410,9 +542,41 @@ impl Ports {
     /// Closes a socket. Connections that wait on it and belong to nobody are dropped, as when a server closes.
     pub(crate) fn close(&mut self, id: ListenerId) -> Option<Address> {
         self.book.remove(id);
-        let port = self.open.remove(&id)?;
+        let mut port = self.open.remove(&id)?;
         self.refused_before += port.dropped().unwrap_or(0);
+        if let Some(name) = port.kept.take() {
+            port.owns_its_file(true);
+            match port.kept_socket() {
+                Some(socket) => self.stored.end(&name, socket),
+                None => self.stored.forget(&name),
+            }
+        }
         Some(port.address)
+    }
+
+    /// Nothing outlives this process any more. Gives what went wrong.
+    pub(crate) fn forget_kept(&mut self) -> Vec<String> {
+        let mut failures = Vec::new();
+        for port in self.open.values_mut() {
+            if let Some(name) = port.kept.take() {
+                self.stored.forget(&name);
+                if let Err(error) = port.is_kept_no_more() {
+                    failures.push(format!("{}: {error}", port.address));
+                }
+            }
+        }
+        self.stored.release();
+        failures
+    }
+
+    /// What came back and nobody has asked for is let go.
+    pub(crate) fn release_kept(&mut self) {
+        self.stored.release();
+    }
+
+    /// What there is to tell people about sockets that are kept.
+    pub(crate) fn store_remarks(&mut self) -> Vec<String> {
+        self.stored.take_remarks()
     }
 
     /// Connections that the kernel turned away so far because a queue was full.
@@ -580,11 +744,11 @@ impl Ports {
         for port in self.open.values_mut() {
             let refused = match (&mut port.kind, &port.address) {
                 // A filter would stay on it; here it is enough to accept nothing more.
-                (Kind::Turns(turns), _) if port.given => {
+                (Kind::Turns(turns), _) if port.given || port.kept.is_some() => {
                     (turns.more, turns.paused) = (false, true);
                     Ok(())
                 }
-                _ if port.given => Ok(()),
+                _ if port.given || port.kept.is_some() => Ok(()),
                 (Kind::Slots { group, .. }, _) => group.refuse_new(),
                 (Kind::Shared(fd), Address::Tcp(_)) => reuseport::refuse_new(fd.as_fd()),
                 (Kind::Turns(turns), Address::Tcp(_)) => {
@@ -611,7 +775,7 @@ impl Ports {
     pub(crate) fn is_dry(&self) -> bool {
         self.open.values().all(|port| match (&port.kind, &port.address) {
             (Kind::Turns(turns), _) => !turns.more && turns.handoff.counters().queued == 0,
-            (Kind::Shared(fd), Address::Tcp(_)) if !port.given => {
+            (Kind::Shared(fd), Address::Tcp(_)) if !port.given && port.kept.is_none() => {
                 reuseport::queue_depth(fd.as_fd()).unwrap_or(0) == 0
             }
             _ => true,
@@ -619,8 +783,19 @@ impl Ports {
     }
 
     /// Every worker has been told to stop: the primary lets go of its sockets, so that new clients are refused
-    /// at once. Who listens on what is still known.
+    /// at once. Who listens on what is still known. A group that is kept refuses nobody: its keeper gets them all.
     pub(crate) fn close_all(&mut self) {
+        let refuses = |port: &Port| !matches!(port.kind, Kind::Slots { .. }) || port.kept.is_none();
+        self.open.retain(|_, port| !refuses(port));
+    }
+
+    /// This is the end: all is closed here. What is kept is the next process's from now on.
+    pub(crate) fn leave(&mut self) {
+        for port in self.open.values_mut() {
+            if let (Kind::Slots { group, .. }, Some(_)) = (&mut port.kind, &port.kept) {
+                group.leave_keeper();
+            }
+        }
         self.open.clear();
     }
 
@@ -656,7 +831,7 @@ impl Ports {
         let mut failures = Vec::new();
         for seat in self.seats.trim(wanted) {
             for port in self.open.values_mut() {
-                if let Kind::Slots { group, stranded } = &mut port.kind
+                if let Kind::Slots { group, stranded, .. } = &mut port.kind
                     && self.by_hand
                     && group.selection() == Selection::Classic
                 {
@@ -664,7 +839,8 @@ impl Ports {
                 }
                 if let Kind::Slots { group, .. } = &port.kind {
                     port.dropped_before += group.dropped(seat.0).unwrap_or(0);
-                    if group.live().is_empty() || group.selection() == Selection::Classic {
+                    let alone = group.live().is_empty() && group.keeper().is_none();
+                    if alone || group.selection() == Selection::Classic {
                         self.reset += u64::from(group.queue_depth(seat.0).unwrap_or(0));
                     }
                 }
@@ -763,7 +939,7 @@ impl Ports {
                     handoff.join(*worker, window);
                 }
             }
-            if let Kind::Slots { group, stranded } = &mut port.kind {
+            if let Kind::Slots { group, stranded, look } = &mut port.kind {
                 let all = ready.iter();
                 let well = all.filter(|(worker, _)| !self.aside.contains(worker));
                 let mut live: Vec<u32> = well.map(|(_, seat)| seat.0).collect();
@@ -778,6 +954,14 @@ impl Ports {
                         failures.push(format!("cannot switch slots on {}: {e}", port.address))
                     }
                 }
+                if let Some(look) = look
+                    && !group.live().is_empty()
+                {
+                    if let Err(e) = group.empty_keeper() {
+                        failures.push(format!("cannot move what waits on {}: {e}", port.address));
+                    }
+                    look.again.notify_one();
+                }
             }
         }
         failures
@@ -790,7 +974,7 @@ impl Ports {
             seat.and_then(|seat| group.queue_depth(seat.0).ok()).unwrap_or(0)
         };
         self.open.iter().all(|(id, port)| match &port.kind {
-            Kind::Slots { group, stranded } => {
+            Kind::Slots { group, stranded, .. } => {
                 stranded.in_flight(worker) == 0
                     && (self.book.member(worker, *id).is_none() || depth(group) == 0)
             }
@@ -801,10 +985,16 @@ impl Ports {
 
     // ---- handing over ----
 
-    /// The task found the socket readable.
-    pub(crate) fn acceptable(&mut self, id: ListenerId) {
-        if let Some(Port { kind: Kind::Turns(turns), .. }) = self.open.get_mut(&id) {
-            turns.more = true;
+    /// The task found the socket readable. True when it is one that nobody accepts from, and [`Ports::refresh`] has to move
+    /// what waits there.
+    pub(crate) fn acceptable(&mut self, id: ListenerId) -> bool {
+        match self.open.get_mut(&id).map(|port| &mut port.kind) {
+            Some(Kind::Turns(turns)) => {
+                turns.more = true;
+                false
+            }
+            Some(Kind::Slots { .. }) => true,
+            _ => false,
         }
     }
 
@@ -940,7 +1130,9 @@ impl Port {
         let now = match (&self.kind, &self.address) {
             (Kind::SharedUnix(_), _) | (_, Address::Unix(_)) => return None,
             (Kind::Slots { group, .. }, _) => {
-                group.slots().filter_map(|seat| group.dropped(seat).ok()).sum()
+                let keeper = group.keeper().and_then(|keeper| reuseport::dropped(keeper).ok());
+                let seats = group.slots().filter_map(|seat| group.dropped(seat).ok());
+                seats.chain(keeper).sum()
             }
             (Kind::Shared(fd), _) => reuseport::dropped(fd.as_fd()).ok()?,
             (Kind::Turns(turns), _) => reuseport::dropped(turns.socket.get_ref().as_fd()).ok()?,
@@ -961,6 +1153,62 @@ impl Port {
                 let here = turns.handoff.counters().queued;
                 Some(here + waiting(turns.socket.get_ref().as_fd()).unwrap_or(0))
             }
+        }
+    }
+
+    // ---- outliving this process ----
+
+    /// The socket to keep, made if need be. `None` when there can be none.
+    fn for_keeping(&mut self) -> Option<io::Result<BorrowedFd<'_>>> {
+        if let Kind::Slots { group, .. } = &mut self.kind {
+            match group.add_keeper() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => return None,
+                Err(error) => return Some(Err(error)),
+            }
+        }
+        self.kept_socket().map(Ok)
+    }
+
+    /// The socket that is kept.
+    fn kept_socket(&self) -> Option<BorrowedFd<'_>> {
+        match &self.kind {
+            Kind::Slots { group, .. } => group.keeper(),
+            Kind::Shared(fd) => Some(fd.as_fd()),
+            Kind::SharedUnix(socket) => Some(socket.as_fd()),
+            Kind::Turns(turns) => Some(turns.socket.get_ref().as_fd()),
+        }
+    }
+
+    /// Somebody has a copy.
+    fn is_kept(&mut self, id: ListenerId, io: &ToLoop) -> io::Result<()> {
+        self.owns_its_file(false);
+        if let Kind::Slots { group, look, .. } = &mut self.kind
+            && let Some(keeper) = group.keeper()
+        {
+            *look = Some(Look::at(id, keeper.try_clone_to_owned()?, io)?);
+        }
+        Ok(())
+    }
+
+    /// Nobody else is to have a copy.
+    fn is_kept_no_more(&mut self) -> io::Result<()> {
+        self.owns_its_file(true);
+        match &mut self.kind {
+            Kind::Slots { group, look, .. } => {
+                *look = None;
+                group.remove_keeper()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the file of a Unix socket goes when the socket is closed here.
+    fn owns_its_file(&mut self, owns: bool) {
+        if let Kind::SharedUnix(socket) | Kind::Turns(Turns { file: Some(socket), .. }) =
+            &mut self.kind
+        {
+            socket.leave_file(!owns);
         }
     }
 
@@ -1070,6 +1318,36 @@ impl Turns {
     }
 }
 
+impl Look {
+    fn at(id: ListenerId, keeper: OwnedFd, io: &ToLoop) -> io::Result<Look> {
+        let socket = register(keeper, Interest::READABLE)?;
+        let again = Arc::new(Notify::new());
+        let task = tokio::spawn(wait_kept(id, socket, Arc::clone(&again), io.clone()));
+        Ok(Look { again, task: task.abort_handle() })
+    }
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Tells when something waits on a keeper.
+async fn wait_kept(port: ListenerId, socket: AsyncFd<OwnedFd>, again: Arc<Notify>, io: ToLoop) {
+    loop {
+        match socket.readable().await {
+            // What comes from now on is told again.
+            Ok(mut guard) => guard.clear_ready(),
+            Err(_) => return,
+        }
+        if io.send(FromIo::Acceptable { port }).await.is_err() {
+            return;
+        }
+        again.notified().await;
+    }
+}
+
 impl Drop for Turns {
     fn drop(&mut self) {
         self.task.abort();
@@ -1092,6 +1370,20 @@ async fn wait_acceptable(
         }
         again.notified().await;
     }
+}
+
+/// A listening socket of its own, or the one that has come back.
+fn alone(at: SocketAddr, options: &Options, back: Option<OwnedFd>) -> io::Result<OwnedFd> {
+    match back {
+        Some(back) => reuse(back, options),
+        None => reuseport::bind_listener(at, options).map_err(into_io),
+    }
+}
+
+fn reuse(back: OwnedFd, options: &Options) -> io::Result<OwnedFd> {
+    channel::set_nonblocking(back.as_fd(), true)?;
+    reuseport::reuse_alone(back.as_fd(), options.backlog)?;
+    Ok(back)
 }
 
 fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {

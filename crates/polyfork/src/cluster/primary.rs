@@ -31,6 +31,7 @@ use super::health::{Allowance, Health};
 use super::link::{self, Item};
 use super::measures::{Asked, Habit, Questions};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
+use super::ports::store::Stored;
 use super::ports::{self, Ports};
 use super::probe::Probing;
 use super::process::{self, Environment, Running, Stdio};
@@ -122,6 +123,7 @@ pub(crate) enum Command {
     Stop,
     StopWithin(Duration),
     StopNow,
+    ForgetKept,
     Scale(u32),
     AddOne,
     RemoveOne,
@@ -362,6 +364,7 @@ impl Primary {
             restart: settings.restart.clone(),
             seed: process::random_seed(),
         };
+        let stored = Stored::new(settings.store.clone(), std::mem::take(&mut settings.kept));
         let environment = Environment::new(&settings, &detected);
         let spoken = Arc::new(Spoken::default());
         spoken.note(Encoding::of(detected.dialect, settings.serialization));
@@ -371,6 +374,7 @@ impl Primary {
                 settings.mechanism,
                 detected.dialect != Dialect::Sockets,
                 settings.activated.clone(),
+                stored,
             ),
             supervisor: Supervisor::new(plan),
             launches: BTreeMap::new(),
@@ -412,6 +416,7 @@ impl Primary {
         if let Some(text) = without_group {
             primary.notice("cgroup", None, text);
         }
+        primary.tell_of_store();
         primary.bind_pinned(supervised)?;
         primary.check_probe()?;
         tokio::spawn(primary.run(end_tx));
@@ -449,6 +454,8 @@ impl Primary {
             mechanism: old.mechanism,
             listen: old.listen.clone(),
             activated: old.activated.clone(),
+            store: old.store.clone(),
+            kept: Vec::new(),
             supervise: old.supervise,
             restart: old.restart.clone(),
             grace: old.grace,
@@ -475,6 +482,7 @@ impl Primary {
         while self.outcome.is_none() {
             self.turn().await;
         }
+        self.ports.leave();
         self.output.finish(OUTPUT_LINGER).await;
         if let Some(outcome) = self.outcome.take() {
             self.emit(Event::End(outcome.clone()));
@@ -680,6 +688,7 @@ impl Primary {
                 self.closing_doors = None;
                 self.feed(Input::StopNow);
             }
+            Command::ForgetKept => self.forget_kept(),
             Command::Scale(workers) => self.feed(Input::Scale { workers }),
             Command::AddOne => self.feed(Input::AddOne),
             Command::RemoveOne => self.feed(Input::RemoveOne),
@@ -743,7 +752,11 @@ impl Primary {
                 self.flush(worker);
             }
             FromIo::Exited { worker, status, cpu } => self.on_exited(worker, status, cpu),
-            FromIo::Acceptable { port } => self.ports.acceptable(port),
+            FromIo::Acceptable { port } => {
+                if self.ports.acceptable(port) {
+                    self.refresh_ports();
+                }
+            }
             FromIo::Notified { worker, text } => self.on_notified(worker, &text),
             FromIo::Stirred => self.stirred(),
             FromIo::Probed { worker, number, answer } => self.probed(worker, number, answer),
@@ -949,6 +962,8 @@ impl Primary {
         for address in self.ports.close_unused() {
             self.emit(Event::Closed { address });
         }
+        self.ports.release_kept();
+        self.tell_of_store();
     }
 
     fn suspend(&mut self, worker: WorkerId) {

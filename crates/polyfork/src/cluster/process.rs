@@ -86,7 +86,7 @@ enum Preload {
 
 /// Our parent's, and not for workers: sockets, the way to tell it that we are ready, how often it wants a sign of life, and
 /// what the image of the primary before this one has left.
-const NOT_INHERITED: [&str; 7] = [
+const NOT_INHERITED: [&str; 8] = [
     names::LISTEN_FDS,
     names::LISTEN_PID,
     names::LISTEN_FDNAMES,
@@ -94,6 +94,7 @@ const NOT_INHERITED: [&str; 7] = [
     names::POLYFORK_STATE,
     "WATCHDOG_USEC",
     "WATCHDOG_PID",
+    "FDSTORE",
 ];
 
 impl Environment {

@@ -17,6 +17,7 @@ use polyfork_wire::limits::Limits;
 use tokio::sync::mpsc;
 
 use super::detect::Detected;
+use super::ports::store::{Store, StoreHandle};
 use super::probe::Probe;
 use crate::shared_memory::SharedArrayBuffer;
 
@@ -199,6 +200,12 @@ pub struct Settings {
     pub(crate) env: Vec<(OsString, OsString)>,
     pub(crate) env_allow: Option<Vec<OsString>>,
     pub(crate) activated: Vec<i32>,
+    /// Never carried: whoever goes on says who it is.
+    #[serde(skip)]
+    pub(crate) store: Option<StoreHandle>,
+    /// Taken at the start.
+    #[serde(skip)]
+    pub(crate) kept: Vec<(String, i32)>,
     pub(crate) cwd: Option<PathBuf>,
     pub(crate) grace: Duration,
     pub(crate) ready: Ready,
@@ -250,6 +257,8 @@ impl Settings {
             env: Vec::new(),
             env_allow: None,
             activated: Vec::new(),
+            store: None,
+            kept: Vec::new(),
             cwd: None,
             grace: Duration::from_secs(30),
             ready: Ready::default(),
@@ -354,6 +363,27 @@ impl Settings {
     #[must_use]
     pub fn activated(mut self, descriptors: impl IntoIterator<Item = i32>) -> Self {
         self.activated.extend(descriptors);
+        self
+    }
+
+    /// Who holds copies of the listening sockets, so that they outlive this process: whoever connects after a crash waits
+    /// for the next process instead of being refused. Sockets that this process was given are not among them, nor are
+    /// datagram sockets, ports that the system chose, and groups of sockets with a classic program. Default: nobody.
+    ///
+    /// When the cluster stops, what is kept takes connections on, and the next process serves them; unless
+    /// [`Cluster::forget_kept`](super::Cluster::forget_kept) was called before.
+    #[must_use]
+    pub fn store(mut self, store: Arc<dyn Store>) -> Self {
+        self.store = Some(StoreHandle(store));
+        self
+    }
+
+    /// What this process inherited of what a [`Store`] held: names and descriptors, which belong to the cluster from its start
+    /// on. The socket of an address is used again when somebody asks for that address; what nobody has asked for a while
+    /// after all workers are ready is let go, and so is what is not a listening socket of ours.
+    #[must_use]
+    pub fn kept(mut self, sockets: impl IntoIterator<Item = (String, i32)>) -> Self {
+        self.kept.extend(sockets);
         self
     }
 

@@ -66,7 +66,9 @@ impl Primary {
             ..HandoffConfig::default()
         };
         let opened = self.ports.open(id, want, config, &self.io);
-        match opened.map(|port| (port.address.clone(), Arc::clone(&port.via))) {
+        let opened = opened.map(|port| (port.address.clone(), Arc::clone(&port.via)));
+        self.tell_of_store();
+        match opened {
             Ok((address, by)) => {
                 self.emit(Event::Bound { address, by });
                 Ok(())
@@ -76,6 +78,21 @@ impl Primary {
                 Err(failure)
             }
         }
+    }
+
+    /// Tells what became of sockets that are kept for the next process.
+    pub(crate) fn tell_of_store(&mut self) {
+        for text in self.ports.store_remarks() {
+            self.notice("store", None, text);
+        }
+    }
+
+    /// The cluster will not be followed by another one.
+    pub(crate) fn forget_kept(&mut self) {
+        for failure in self.ports.forget_kept() {
+            self.notice("store", None, failure);
+        }
+        self.tell_of_store();
     }
 
     pub(crate) fn bind_failed(

@@ -16,6 +16,7 @@ use polyfork_sys::reuseport::{
 use polyfork_wire::RawJson;
 use serde::{Deserialize, Serialize};
 
+use super::store::{StoreHandle, Stored, Waiting};
 use super::{Key, Kind, Port, Ports, Turns};
 use crate::cluster::event::Via;
 use crate::cluster::settings::{Address, Mechanism, Policy};
@@ -38,6 +39,9 @@ pub(crate) struct PortsState {
     refused_before: u64,
     activated: Vec<i32>,
     given_before: BTreeMap<WorkerId, u64>,
+    /// What came back from a store and nobody has asked for yet, and how much the store holds.
+    waiting: Vec<(String, Name)>,
+    held: usize,
     /// Programs for sockets to come, of a process that may load none any more.
     spare: Vec<Spare<Name>>,
 }
@@ -48,6 +52,7 @@ struct PortState {
     via: Via,
     data: Option<String>,
     given: bool,
+    kept: Option<String>,
     dropped_before: u64,
     kind: KindState,
 }
@@ -99,7 +104,11 @@ impl Ports {
             refused_before,
             activated,
             given_before,
+            stored,
         } = self;
+        let waiting =
+            |waiting: &Waiting| Ok((waiting.name.clone(), packing.name(waiting.socket.as_fd())?));
+        let waiting = stored.waiting().iter().map(waiting).collect::<Result<_, FreezeError>>()?;
         let open = open.iter().map(|(id, port)| Ok((*id, port.pack(packing)?)));
         Ok(PortsState {
             book: book.clone(),
@@ -115,6 +124,8 @@ impl Ports {
             refused_before: *refused_before,
             activated: activated.clone(),
             given_before: given_before.clone(),
+            waiting,
+            held: stored.held(),
             spare: spare_parts(|program| packing.name(program))?,
         })
     }
@@ -123,6 +134,7 @@ impl Ports {
         state: PortsState,
         unpacking: &mut Unpacking,
         io: &ToLoop,
+        store: Option<StoreHandle>,
     ) -> Result<Ports, ResumeError> {
         let PortsState {
             book,
@@ -138,6 +150,8 @@ impl Ports {
             refused_before,
             activated,
             given_before,
+            waiting,
+            held,
             spare,
         } = state;
         let program = |(program, sockets, state): Spare<Name>| {
@@ -145,6 +159,10 @@ impl Ports {
             Ok::<_, ResumeError>((program, sockets, unpacking.take(state)?))
         };
         adopt_spare(spare.into_iter().map(program).collect::<Result<_, _>>()?)?;
+        let came_back = |(name, socket): (String, Name)| {
+            Ok::<_, ResumeError>(Waiting { name, socket: unpacking.take(socket)? })
+        };
+        let waiting = waiting.into_iter().map(came_back).collect::<Result<_, _>>()?;
         let port = |(id, port): (ListenerId, PortState)| {
             Ok::<_, ResumeError>((id, Port::unpack(id, port, unpacking, io)?))
         };
@@ -162,6 +180,7 @@ impl Ports {
             refused_before,
             activated,
             given_before,
+            stored: Stored::back(store, waiting, held),
         })
     }
 }
@@ -213,9 +232,9 @@ fn owned(
 
 impl Port {
     fn pack(&self, packing: &mut Packing) -> Result<PortState, FreezeError> {
-        let Port { address, via, data, given, dropped_before, kind } = self;
+        let Port { address, via, data, given, kept, dropped_before, kind } = self;
         let kind = match kind {
-            Kind::Slots { group, stranded } => KindState::Slots {
+            Kind::Slots { group, stranded, look: _ } => KindState::Slots {
                 group: GroupState::of(group, packing)?,
                 stranded: named(stranded, packing)?,
             },
@@ -230,8 +249,8 @@ impl Port {
         };
         let data = data.as_ref().map(|data| data.as_str().to_owned());
         let (address, via) = (address.clone(), Via::clone(via));
-        let (given, dropped_before) = (*given, *dropped_before);
-        Ok(PortState { address, via, data, given, dropped_before, kind })
+        let (given, dropped_before, kept) = (*given, *dropped_before, kept.clone());
+        Ok(PortState { address, via, data, given, kept, dropped_before, kind })
     }
 
     fn unpack(
@@ -240,11 +259,12 @@ impl Port {
         unpacking: &mut Unpacking,
         io: &ToLoop,
     ) -> Result<Port, ResumeError> {
-        let PortState { address, via, data, given, dropped_before, kind } = state;
+        let PortState { address, via, data, given, kept, dropped_before, kind } = state;
         let kind = match kind {
             KindState::Slots { group, stranded } => Kind::Slots {
                 group: group.back(unpacking)?,
                 stranded: owned(&stranded, unpacking)?,
+                look: None,
             },
             KindState::Shared(name) => Kind::Shared(Arc::new(unpacking.take(name)?)),
             KindState::SharedUnix(socket) => Kind::SharedUnix(socket.back(unpacking)?),
@@ -259,7 +279,12 @@ impl Port {
         };
         let wrong = |_| ResumeError::inside("what workers said of a socket");
         let data = data.map(|data| RawJson::new(&data)).transpose().map_err(wrong)?;
-        Ok(Port { address, via: Arc::new(via), data, given, dropped_before, kind })
+        let via = Arc::new(via);
+        let mut port = Port { address, via, data, given, kept, dropped_before, kind };
+        if port.kept.is_some() {
+            port.is_kept(id, io)?;
+        }
+        Ok(port)
     }
 }
 

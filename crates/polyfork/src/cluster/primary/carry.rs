@@ -366,7 +366,7 @@ impl Primary {
             (1_u64..).zip(timers).map(|(number, (at, timer))| ((at.0, number), timer)).collect();
         let spoken = Arc::new(Spoken::default());
         let mut primary = Primary {
-            ports: Ports::unpack(ports, unpacking, &io)?,
+            ports: Ports::unpack(ports, unpacking, &io, settings.store.clone())?,
             supervisor: Supervisor::restore(supervisor)?,
             launches: of_generations,
             reloading: None,
