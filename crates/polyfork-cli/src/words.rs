@@ -259,6 +259,12 @@ pub(crate) fn reloaded(report: &ReloadReport) -> String {
     )
 }
 
+/// `a reload`, `an upgrade`.
+pub(crate) fn with_article(word: &str) -> String {
+    let article = if word.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+    format!("{article} {word}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

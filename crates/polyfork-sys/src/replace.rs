@@ -280,7 +280,7 @@ pub fn exec_keeping(
         return io::Error::other("only the main thread can do that");
     }
     if crate::spawn::exec_ends_children() {
-        return io::Error::other("children live only as long as a thread that would end");
+        return io::Error::other("a child runs that would end with its thread; wait for its end");
     }
     let words = argv.iter().map(|word| text(word.as_bytes())).collect::<io::Result<Vec<CString>>>();
     let pair = |(key, value): &(OsString, OsString)| {

@@ -1079,6 +1079,6 @@ fn busy(with: &str) -> Refusal {
     Refusal {
         word: "busy",
         code: crate::exit::Code::Refused,
-        text: format!("a {with} is under way; wait for its end"),
+        text: format!("{} is under way; wait for its end", crate::words::with_article(with)),
     }
 }

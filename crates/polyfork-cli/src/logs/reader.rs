@@ -59,6 +59,8 @@ struct Lines {
     pending: Vec<u8>,
     /// Ended by the end of the file.
     last: bool,
+    /// So many bytes.
+    read: u64,
 }
 
 impl Lines {
@@ -77,13 +79,13 @@ impl Lines {
     }
 
     fn over(from: Box<dyn BufRead>, slot: u32) -> Lines {
-        Lines { from, slot, stamp: String::new(), pending: Vec::new(), last: true }
+        Lines { from, slot, stamp: String::new(), pending: Vec::new(), last: true, read: 0 }
     }
 
     /// The next line. What does not end with a newline yet is kept for later, unless nothing will be added any more.
     fn next(&mut self) -> io::Result<Option<Entry>> {
         let mut limited = (&mut self.from).take(LONGEST_LINE);
-        limited.read_until(b'\n', &mut self.pending)?;
+        self.read += limited.read_until(b'\n', &mut self.pending)? as u64;
         let ended = self.pending.last() == Some(&b'\n');
         let long = self.pending.len() as u64 >= LONGEST_LINE;
         if self.pending.is_empty() || !(ended || long || self.last) {
@@ -199,15 +201,39 @@ struct SlotLines<'a> {
     files: Snapshot,
     lines: Option<Lines>,
     next: Option<Entry>,
+    /// Where the file that is written to is being read, for who follows it from there on.
+    tail: Option<Tail>,
+    /// How long that file was at the beginning: a writer that is faster than its reader would never be read to the end.
+    end: u64,
 }
 
-impl SlotLines<'_> {
+impl<'a> SlotLines<'a> {
+    fn new(folder: &'a Folder, mut files: Snapshot, follow: bool) -> io::Result<SlotLines<'a>> {
+        let (mut tail, mut end) = (None, 0);
+        if follow && let Some((file, identity)) = files.current.take() {
+            end = file.metadata()?.len();
+            tail = Some(Tail::new(file, files.slot, identity, files.latest()));
+        }
+        Ok(SlotLines { folder, files, lines: None, next: None, tail, end })
+    }
+
     fn advance(&mut self, filter: &Filter) -> io::Result<()> {
         loop {
             if let Some(lines) = &mut self.lines {
                 while let Some(entry) = lines.next()? {
                     if filter.takes(&entry) {
                         self.next = Some(entry);
+                        return Ok(());
+                    }
+                }
+            }
+            if self.files.full.is_empty()
+                && let Some(Tail { lines, .. }) = &mut self.tail
+            {
+                while lines.read < self.end {
+                    let Some(entry) = lines.next()? else { break };
+                    if filter.takes(&entry) {
+                        (self.lines, self.next) = (None, Some(entry));
                         return Ok(());
                     }
                 }
@@ -241,15 +267,39 @@ pub(crate) fn read(
     folder: &Folder,
     filter: &Filter,
     last: Option<usize>,
-    mut take: impl FnMut(Entry) -> io::Result<()>,
+    take: impl FnMut(Entry) -> io::Result<()>,
 ) -> io::Result<()> {
+    read_to_tails(folder, filter, last, false, take).map(drop)
+}
+
+/// ... and then goes on where that has ended: no line is missed, and none comes twice.
+///
+/// # Errors
+/// The system's, and those of `take`.
+pub(crate) fn read_and_follow(
+    folder: Folder,
+    filter: &Filter,
+    last: Option<usize>,
+    take: impl FnMut(Entry) -> io::Result<()>,
+) -> io::Result<Follow> {
+    let slots = read_to_tails(&folder, filter, last, true, take)?;
+    Ok(Follow { folder, filter: filter.clone(), slots })
+}
+
+fn read_to_tails(
+    folder: &Folder,
+    filter: &Filter,
+    last: Option<usize>,
+    follow: bool,
+    mut take: impl FnMut(Entry) -> io::Result<()>,
+) -> io::Result<BTreeMap<u32, Tail>> {
     let mut heads = Vec::new();
     for slot in slots(folder, filter)? {
         let mut files = Snapshot::of(folder, slot)?;
         if let Some(last) = last {
             files.keep_last(folder, filter, last)?;
         }
-        heads.push(SlotLines { folder, files, lines: None, next: None });
+        heads.push(SlotLines::new(folder, files, follow)?);
     }
     for head in &mut heads {
         head.advance(filter)?;
@@ -274,7 +324,9 @@ pub(crate) fn read(
             }
         }
     }
-    kept.into_iter().try_for_each(take)
+    kept.into_iter().try_for_each(take)?;
+    let tails = heads.into_iter().filter_map(|head| Some((head.files.slot, head.tail?)));
+    Ok(tails.collect())
 }
 
 fn stamp_of<'a>(head: &'a SlotLines<'_>) -> &'a str {
@@ -298,23 +350,6 @@ struct Tail {
 }
 
 impl Follow {
-    /// From the present end of every file.
-    ///
-    /// # Errors
-    /// The system's.
-    pub(crate) fn new(folder: Folder, filter: Filter) -> io::Result<Follow> {
-        let mut tails = BTreeMap::new();
-        for slot in slots(&folder, &filter)? {
-            let files = Snapshot::of(&folder, slot)?;
-            let after = files.latest();
-            if let Some((mut file, identity)) = files.current {
-                io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
-                tails.insert(slot, Tail::new(file, slot, identity, after));
-            }
-        }
-        Ok(Follow { folder, filter, slots: tails })
-    }
-
     /// All that came since the last call, in the order of time.
     ///
     /// # Errors

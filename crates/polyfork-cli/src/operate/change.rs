@@ -19,6 +19,8 @@ use crate::ledger::Verdict;
 
 /// Between two looks at whether an ended primary has given its name back.
 const PAUSE: Duration = Duration::from_millis(2);
+/// In this time a primary that is there shows it, on a busy machine as well.
+const PRESENCE: Duration = Duration::from_secs(10);
 /// A primary that has told its end is gone within this.
 const LEAVING: Duration = Duration::from_secs(5);
 
@@ -253,7 +255,13 @@ fn tell(answers: Vec<Answer>, change: &Change, one: bool) -> Code {
 }
 
 async fn one_app(app: &App, request: Raw, wait: bool, ends: bool) -> Result<Value, Verdict> {
-    // What it asks for takes as long as it takes; that somebody is there shows at once.
+    // What it asks for takes as long as it takes; whether anybody is there is asked before.
+    if wait {
+        match ask(app, plain("brief"), Some(PRESENCE)).await {
+            Ok(_) | Err(NoAnswer::Gone) => {}
+            Err(error) => return Err(told(app, &error)),
+        }
+    }
     let limit = (!wait).then_some(super::ANSWER_TIME);
     match ask(app, request, limit).await {
         Ok(result) if ends && wait => {

@@ -78,12 +78,15 @@ async fn show_all(
     };
     let mut follows = Vec::new();
     for Log { name, folder } in logs {
+        let tell = |entry: Entry| show.line(&name, &entry);
+        if !follow {
+            reader::read(&folder, &filter, last, tell)?;
+            continue;
+        }
         // From before the reading on, so that nothing falls between the two.
-        let notify = follow.then(|| watch(&folder)).transpose()?;
-        let again = follow.then(|| Folder::find(&folder.path)).flatten();
-        let tail = again.map(|again| Follow::new(again, filter.clone())).transpose()?;
-        reader::read(&folder, &filter, last, |entry| show.line(&name, &entry))?;
-        follows.extend(notify.zip(tail).map(|(notify, tail)| (name, notify, tail)));
+        let notify = watch(&folder)?;
+        let tail = reader::read_and_follow(folder, &filter, last, tell)?;
+        follows.push((name, notify, tail));
     }
     follow_all(follows, show).await
 }

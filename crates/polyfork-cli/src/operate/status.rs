@@ -85,7 +85,7 @@ fn draw(status: &Value) -> String {
         line("logs", format!("{}{lost}", words::harmless(logs)));
     }
     if let Some(busy) = status["busy"].as_str() {
-        line("busy", format!("a {busy} is under way"));
+        line("busy", format!("{} is under way", words::with_article(busy)));
     }
     drawn.push('\n');
     let rows: Vec<Vec<Cell>> =

@@ -118,7 +118,8 @@ impl Watch {
                 () = signalled(&mut asked) => match self.begin() {
                     Ok(()) => Wish { binary: own.clone(), limit: None, asker: None },
                     Err(refusal) => {
-                        remark(cluster, "upgrade-failed", refusal.text);
+                        let text = format!("not upgraded: {}", refusal.text);
+                        remark(cluster, "upgrade-failed", text);
                         continue;
                     }
                 },

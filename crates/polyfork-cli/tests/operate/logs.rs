@@ -165,6 +165,29 @@ fn following_goes_on_through_full_files() {
     are(&numbers(&lines.seen.join("\n")), 0..5000);
 }
 
+/// Writes without a pause.
+const CHATTERS: &str = "
+let number = 0;
+require('http').createServer((request, response) => response.end()).listen(0, '127.0.0.1');
+setInterval(() => { for (let i = 0; i < 200; i++) console.log('line ' + number++ + ' of many'); }, 1);
+";
+
+#[test]
+fn following_begins_where_the_last_lines_end() {
+    let mut desk = Desk::new();
+    desk.place.file("chatters.js", CHATTERS);
+    desk.start(&["-w", "1", "chatters.js"]);
+    for _ in 0..3 {
+        let follow = ["logs", "chatters", "-f", "--slot", "1", "-n", "5"];
+        let mut follow = Running::start(desk.command(&follow));
+        let mut lines = Lines::of(follow.take_out());
+        let first = lines.wait_for("line ");
+        let first = numbers(&first)[0];
+        lines.wait_for(&format!("line {} ", first + 5000));
+        are(&numbers(&lines.seen.join("\n")), first..first + 5001);
+    }
+}
+
 #[test]
 fn a_file_that_somebody_takes_away_is_made_anew() {
     let mut desk = Desk::new();

@@ -77,6 +77,9 @@ fn the_next_image_reads_the_configuration_again() {
     configure(&app.desk, "blue");
     app.desk.did(&["reload", "--probation", "0", "shop"]);
     assert_eq!(colour(), "blue");
+    // What the configuration was read with has ended.
+    app.upgrade();
+    assert_eq!(colour(), "blue");
 }
 
 #[test]

@@ -347,9 +347,9 @@ impl Child {
     }
 }
 
-/// Whether children with a parent-death signal were started by a thread that exec(2) would end: it would end them.
+/// Whether children with a parent-death signal run that were started by a thread which exec(2) would end: it would end them.
 pub fn exec_ends_children() -> bool {
-    thread::has_thread()
+    thread::has_children()
 }
 
 /// [`Child::try_wait`] for a bare pidfd.

@@ -38,6 +38,8 @@ struct Request {
 
 /// The way to the thread. Requests are bounded by their callers: each waits for its answer.
 static REQUESTS: Mutex<Option<mpsc::Sender<Request>>> = Mutex::new(None);
+/// Children of the thread that may still run.
+static STARTED: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 /// The process the thread belongs to; zero before the first spawn. After a bare `fork(2)` the copy has
 /// this number but not the thread, and the lock above may be held by nobody who could free it.
 static OWNER: AtomicI32 = AtomicI32::new(0);
@@ -77,9 +79,32 @@ pub(super) fn spawn(plan: Box<Plan>) -> Reply {
     }
 }
 
-/// Whether there is a thread whose end would end children.
-pub(super) fn has_thread() -> bool {
-    REQUESTS.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+/// Whether a child lives that would end with the thread.
+pub(super) fn has_children() -> bool {
+    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    started.retain(|pid| is_child(*pid));
+    !started.is_empty()
+}
+
+/// Remembers a child of the thread. Those that have ended are forgotten each time there are twice as many as before.
+fn note(pid: Pid) {
+    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    if started.len() == started.capacity() {
+        started.retain(|pid| is_child(*pid));
+    }
+    started.push(pid);
+}
+
+/// Whether this process has a child of this number that runs. A number that another child has got since counts as well: to
+/// be wrong there is to refuse what could be done.
+fn is_child(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    // Behind the name, which may have anything in it: state, parent.
+    let fields = stat.ok().and_then(|stat| Some(stat.rsplit_once(')')?.1.to_owned()));
+    let Some(fields) = fields else { return false };
+    let mut fields = fields.split_ascii_whitespace();
+    let (state, parent) = (fields.next(), fields.next().and_then(|parent| parent.parse().ok()));
+    !matches!(state, Some("Z" | "X")) && parent == Some(rustix::process::getpid().as_raw_nonzero())
 }
 
 /// Passes the request on, starting the thread if there is none (or none any more).
@@ -106,8 +131,12 @@ fn start() -> io::Result<mpsc::Sender<Request>> {
     let (sender, requests) = mpsc::channel::<Request>();
     let run = move || {
         for Request { plan, reply } in requests {
+            let done = carry_out(plan, &stack);
+            if let Ok(child) = &done {
+                note(child.pid());
+            }
             // The caller waits for this; it cannot have gone.
-            let _gone = reply.send(carry_out(plan, &stack));
+            let _gone = reply.send(done);
         }
     };
     // A new thread starts with its maker's mask, so block first: no signal of the process lands here.

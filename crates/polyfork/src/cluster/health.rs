@@ -65,7 +65,7 @@ impl Allowance {
         const MIB: u64 = 1 << 20;
         if let Some(most) = self.age.filter(|most| age >= *most) {
             return Some(format!(
-                "it has lived {} s, its limit is {}",
+                "it has lived {} s, its limit is {} s",
                 age.as_secs(),
                 most.as_secs()
             ));
