@@ -524,3 +524,29 @@ fn the_primary_stays_small() {
     }
     println!("primary: {kib} KiB resident");
 }
+
+/// The fault: a program that cannot tell what it inherits leaves the delay of small writes on, and answers on kept-alive
+/// connections wait for acknowledgements.
+#[test]
+fn connections_of_inherited_listeners_write_without_delay() {
+    for policy in ["round-robin", "shared"] {
+        let place = Place::new();
+        place.file(
+            "delay.py",
+            "import socket\n\
+             listener = socket.socket(fileno=3)\n\
+             while True:\n    \
+                 connection, _ = listener.accept()\n    \
+                 connection.recv(65536)\n    \
+                 set = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)\n    \
+                 connection.sendall(b'HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\nnodelay %d' % (set != 0))\n    \
+                 connection.close()\n",
+        );
+        let words = ["-w", "1", "--policy", policy, "--listen", "127.0.0.1:0", "delay.py"];
+        let mut events = place.events(words);
+        let address = events.address();
+        assert_eq!(get(address, "/"), "nodelay 1", "{policy}");
+        events.running.signal(Signal::TERM);
+        assert_eq!(events.end().0, 0);
+    }
+}

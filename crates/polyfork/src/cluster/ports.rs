@@ -875,6 +875,11 @@ impl Ports {
                 // As systemd passes them on: a program that just accepts need not know better. The primary
                 // itself never accepts from these.
                 channel::set_nonblocking(fd, false)?;
+                if matches!(port.address, Address::Tcp(_)) {
+                    // Connections have it from their listener (tcp(7)). asyncio does not know that an inherited socket is TCP and
+                    // leaves it off: each answer of uvicorn on a kept-alive connection then waits 40 ms for an acknowledgement.
+                    rustix::net::sockopt::set_tcp_nodelay(fd, true)?;
+                }
                 // Colons separate names in LISTEN_FDNAMES.
                 let name = port.address.to_string().replace(':', "_");
                 sockets.push((fd.try_clone_to_owned()?, name));
