@@ -317,6 +317,17 @@ impl App {
         Ok(if value.is_array() { value[0].clone() } else { value })
     }
 
+    /// Processes of workers that are ready, as `polyfork status` tells.
+    ///
+    /// # Errors
+    /// See [`App::status`].
+    pub(super) fn ready_workers(&self) -> Result<Vec<i32>> {
+        let status = self.status()?;
+        let workers = status["workers"].as_array().context("no workers")?;
+        let ready = workers.iter().filter(|worker| worker["state"] == "ready");
+        Ok(ready.filter_map(|worker| worker["pid"].as_i64()?.try_into().ok()).collect())
+    }
+
     /// Lists apps as an operator does, in the folder of this one.
     ///
     /// # Errors

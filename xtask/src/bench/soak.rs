@@ -247,14 +247,19 @@ fn operate(app: &App, primary: i32, deed: Deed, settings: &Settings, seen: &Seen
     Ok(times)
 }
 
-/// Kills one worker, when all are there.
+/// Kills one worker, when all are there. One of ours is one that serves: to be killed on the way up is a strike, and such a
+/// slot rests for longer each time.
 fn kill_one(app: &App, primary: i32, number: u32) -> Result<()> {
     let until = Instant::now() + SETTLE;
-    let mut workers = app.worker_pids(primary);
+    let all = || match app.is_ours() {
+        true => app.ready_workers(),
+        false => Ok(app.worker_pids(primary)),
+    };
+    let mut workers = all()?;
     while workers.len() < app.workers() as usize {
         ensure!(Instant::now() < until, "no new worker came after a kill");
         thread::sleep(Duration::from_millis(5));
-        workers = app.worker_pids(primary);
+        workers = all()?;
     }
     let victim = workers.get(number as usize % workers.len()).context("no worker to kill")?;
     proc::signal(*victim, Signal::KILL);

@@ -194,10 +194,11 @@ fn programs_that_inherit_sockets_are_probed_one_by_one() {
     }
     events.wait_for("ready");
     place.file("ill", "");
+    // A successor comes first, and has to be well to take over.
+    events.wait_for("fork");
+    fs::remove_file(place.path().join("ill")).expect("well again");
     let exit = events.wait_for("exit");
     assert_eq!(exit["reason"], "probe_failed", "{exit}");
-    fs::remove_file(place.path().join("ill")).expect("well again");
-    events.wait_for("ready");
     events.running.signal(Signal::TERM);
     events.wait_for("end");
 }
