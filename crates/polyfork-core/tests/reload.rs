@@ -468,6 +468,20 @@ fn who_waits_in_line_and_goes_by_itself_is_forgotten() {
     assert_eq!(cluster.supervisor.renewing(), None);
 }
 
+/// The fault: the renewal knew the worker that it was begun for, and the one in its place was unfit for ever.
+#[test]
+fn an_unfit_worker_in_the_place_of_one_that_was_unfit_does_not_stay() {
+    let mut cluster = Cluster::ready(1);
+    assert_eq!(beside(&replace(&mut cluster, 1)), [2]);
+    cluster.exit(1, 1);
+    cluster.pass(60 * SECOND);
+    cluster.come_up(3);
+    assert_eq!(cluster.live(), [3]);
+    assert_eq!(replace(&mut cluster, 3), []);
+    let out = cluster.exit(2, 1);
+    assert!(out.contains(&Action::Terminate { worker: w(3) }), "{out:?}");
+}
+
 #[test]
 fn more_time_is_given_to_what_has_a_limit_and_never_less() {
     let limit = Some(10 * SECOND);

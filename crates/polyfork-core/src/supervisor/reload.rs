@@ -174,8 +174,10 @@ impl Supervisor {
             worker.note(reason);
             let slot = worker.view.slot;
             if let Some(reload) = self.reload.as_mut().filter(|r| r.renews == Some(slot)) {
-                // Its successor is on its way already.
-                reload.unfit.get_or_insert((id, reason));
+                // Its successor is on its way already, begun for it or for the one that was there before.
+                if reload.unfit.is_none_or(|(before, _)| before != id) {
+                    reload.unfit = Some((id, reason));
+                }
                 return;
             }
         }
