@@ -99,3 +99,18 @@ impl AppState {
         Ok(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use polyfork_wire::state::shape;
+
+    use super::*;
+
+    #[test]
+    fn fault_37_the_shape_of_the_state_belongs_to_its_version() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/upgrade/shape.txt");
+        shape::hold(&shape::of::<AppState>(), &file);
+    }
+}

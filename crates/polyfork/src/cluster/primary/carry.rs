@@ -555,3 +555,18 @@ impl WorkerState {
         Ok((self.id, worker))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use polyfork_wire::state::shape;
+
+    use super::*;
+
+    #[test]
+    fn fault_37_the_shape_of_the_state_belongs_to_its_version() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cluster/upgrade/shape.txt");
+        shape::hold(&shape::of::<State>(), &file);
+    }
+}
