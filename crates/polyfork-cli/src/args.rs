@@ -1060,6 +1060,10 @@ fn not_run(error: &clap::Error, help: &str) -> NotRun {
                 near if near.is_empty() => String::new(),
                 near => format!("; did you mean {near}?"),
             };
+            let near = match option.as_str() {
+                "--config" => "; the file is given without it".to_owned(),
+                _ => near,
+            };
             let theirs = if runs_programs(help) { "the program's own come after it; " } else { "" };
             format!("unknown option {option}{near} ({theirs}see {help})")
         }
@@ -1102,7 +1106,7 @@ fn one_line(screen: &str) -> String {
     let told = told.strip_prefix("error: ").unwrap_or(told);
     let parts = told.lines().map(str::trim).filter(|part| !part.is_empty());
     let parts: Vec<&str> = parts.map(|part| part.strip_prefix("tip: ").unwrap_or(part)).collect();
-    parts.join("; ")
+    parts.join("; ").replace(":; ", ": ")
 }
 
 #[cfg(test)]

@@ -185,9 +185,13 @@ enum Meant {
 }
 
 /// Why there is nothing to run.
-pub(crate) const NO_PROGRAM: &str = "no program given: `polyfork run PROGRAM`, as in `polyfork run server.js`; or write polyfork.toml (`polyfork init`)";
+pub(crate) fn nothing_to(verb: &str) -> String {
+    format!(
+        "no program given: `polyfork {verb} PROGRAM`, as in `polyfork {verb} server.js`; or write polyfork.toml (`polyfork init`)"
+    )
+}
 
-fn meant(args: &RunArgs) -> Result<Meant, Verdict> {
+fn meant(args: &RunArgs, verb: &str) -> Result<Meant, Verdict> {
     let profile = args.config.profile.as_deref();
     let text = |word: &OsString| word.to_string_lossy().into_owned();
     let words: Vec<String> = args.command.iter().map(text).collect();
@@ -218,7 +222,7 @@ fn meant(args: &RunArgs) -> Result<Meant, Verdict> {
         }
         (Some(_), _) => Ok(Meant::Program),
         (None, Some(file)) => Ok(Meant::Apps(load(&file, profile)?.sound()?, Vec::new())),
-        (None, None) => Err(Verdict { code: Code::Usage, text: NO_PROGRAM.to_owned() }),
+        (None, None) => Err(Verdict { code: Code::Usage, text: nothing_to(verb) }),
     }
 }
 
@@ -257,7 +261,7 @@ fn option_words(command: &[OsString]) -> Vec<OsString> {
 /// # Errors
 /// When there is none, or several.
 pub(crate) fn for_run(args: RunArgs) -> Result<RunArgs, Verdict> {
-    let (loaded, names) = match meant(&args)? {
+    let (loaded, names) = match meant(&args, "run")? {
         Meant::Program => return Ok(args),
         Meant::Apps(loaded, names) => (loaded, names),
     };
@@ -287,7 +291,7 @@ pub(crate) fn for_primary(args: StartArgs) -> Result<StartArgs, Verdict> {
     let config = &args.run.config;
     let (Some(file), Some(app)) = (config.of_config.clone(), config.of_app.clone()) else {
         return match args.run.command.is_empty() {
-            true => Err(Verdict { code: Code::Usage, text: NO_PROGRAM.to_owned() }),
+            true => Err(Verdict { code: Code::Usage, text: nothing_to("start") }),
             false => Ok(args),
         };
     };
@@ -312,7 +316,7 @@ fn with_live(
 /// # Errors
 /// What is wrong with the file, or with what was named.
 pub(crate) fn for_start(args: &StartArgs) -> Result<Option<Vec<Vec<OsString>>>, Verdict> {
-    let (loaded, names) = match meant(&args.run)? {
+    let (loaded, names) = match meant(&args.run, "start")? {
         Meant::Program => return Ok(None),
         Meant::Apps(loaded, names) => (loaded, names),
     };

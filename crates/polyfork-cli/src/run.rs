@@ -198,7 +198,7 @@ fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
             .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
     }
     if args.command.is_empty() {
-        return Err(usage(config::NO_PROGRAM));
+        return Err(usage(config::nothing_to("run")));
     }
     let mut words = args.command.iter();
     let program = words.next().cloned().unwrap_or_default();

@@ -58,7 +58,7 @@ pub enum Handle {
     File(File),
     /// Memory that both processes have from then on. Between two Rust programs only. What comes is this only if
     /// it is sealed as it must be and not longer than
-    /// [`MOST_RECEIVED_BYTES`](crate::shared_memory::MOST_RECEIVED_BYTES), else it is a [`File`](Self::File).
+    /// [`MOST_RECEIVED_BYTES`], else it is a [`File`](Self::File).
     Memory(SharedArrayBuffer),
     /// Anything else that has a descriptor. Between two Rust programs only.
     Fd(OwnedFd),

@@ -344,7 +344,7 @@ impl Settings {
         self
     }
 
-    /// How workers are spoken to. Default: found out from the program file, see [`super::detect`].
+    /// How workers are spoken to. Default: found out from the program file, see [`detect`](super::detect()).
     #[must_use]
     pub fn dialect(mut self, dialect: Dialect) -> Self {
         self.dialect = Some(dialect);

@@ -1,6 +1,6 @@
 //! Internal messages and envelopes in frames.
 //!
-//! What a message says is the business of [`message`](crate::node::message) and
+//! What a message says is the business of [`message`](mod@crate::node::message) and
 //! [`cluster`](crate::node::cluster), for lines and frames alike: an internal message is turned into
 //! JSON on the way in, and from it on the way out. Only what belongs to the user stays a [`Value`].
 //!

@@ -386,7 +386,7 @@ impl Writer {
         self.bytes.len() - 1
     }
 
-    /// Counts and begins an array whose length is said by [`set_length`](Self::set_length).
+    /// Counts and begins an array whose length is said by [`end_array`](Self::end_array).
     pub(super) fn begin_array(&mut self) -> usize {
         let at = self.begin(tag::DENSE);
         self.bytes.extend_from_slice(&UNKNOWN_LENGTH);

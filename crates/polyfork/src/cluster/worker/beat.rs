@@ -3,7 +3,7 @@
 //! A task tells regularly how late the runtime was for its timer. What silence means is the primary's business.
 //!
 //! The rule that surprises: this shows that the runtime goes on, not that every task does. A blocked thread is seen where
-//! there is one thread (a current-thread runtime, as [`run`](super::run) makes); one of many is not missed.
+//! there is one thread (a current-thread runtime, as [`run`](super::run()) makes); one of many is not missed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

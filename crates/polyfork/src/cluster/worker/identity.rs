@@ -34,7 +34,7 @@ pub(super) enum Identity {
 
 /// Whether a primary started this very process as a worker.
 ///
-/// True in a worker of the native dialect, so in a program built on this crate that [`super::run`], a
+/// True in a worker of the native dialect, so in a program built on this crate that [`run`](super::run()), a
 /// [`Cluster`](crate::cluster::Cluster) or `polyfork run` started. False in the children of such a worker,
 /// although they inherit its environment. Does not look at the channel itself; [`super::Worker::from_env`]
 /// does.

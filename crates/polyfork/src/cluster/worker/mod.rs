@@ -461,7 +461,7 @@ impl Worker {
     }
 
     /// Waits until everything said so far has left this process, or the primary is gone. To be called before
-    /// [`std::process::exit`]; [`run`] does it.
+    /// [`std::process::exit`]; [`run`](run()) does it.
     pub async fn flush(&self) {
         if let Some(channel) = &self.shared.channel {
             // The primary is gone: what was said does not matter any more.
