@@ -59,7 +59,11 @@ impl App {
         let brief = ["socket:", "primary.log", "state.json"];
         let differ = || {
             let now = self.descriptors();
-            let more = now.iter().filter(|(target, count)| before.1.get(*target) < Some(count));
+            // Its own log is opened by the first line that an image writes, and stays open.
+            let first_line = |target: &str, count| target.ends_with("primary.log") && count == 1;
+            let more = now.iter().filter(|(target, count)| {
+                before.1.get(*target) < Some(count) && !first_line(target, **count)
+            });
             let less = before.1.iter().filter(|(target, _)| {
                 !brief.iter().any(|part| target.contains(part)) && !now.contains_key(*target)
             });
