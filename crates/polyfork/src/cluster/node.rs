@@ -454,7 +454,7 @@ fn parse_ip(text: &str, port: u16) -> Option<SocketAddr> {
             let ip = ip.parse::<Ipv6Addr>().ok()?;
             let scope = match scope.parse() {
                 Ok(number) => number,
-                Err(_) => super::ports::interface_index(scope)?,
+                Err(_) => super::ports::sockets::interface_index(scope)?,
             };
             Some(SocketAddr::V6(SocketAddrV6::new(ip, port, 0, scope)))
         }

@@ -2,8 +2,9 @@
 //!
 //! What should happen is decided by `polyfork_core::Supervisor` (life of workers) and
 //! `polyfork_core::Handoff` (who gets which connection). This loop feeds them what happened and carries out
-//! what they answer. Starting a process is in `process`, channels in `link`, sockets in `ports`, what Node
-//! workers say in `node`, what native ones say in `native`, `NOTIFY_SOCKET` in `notify`.
+//! what they answer. What that means for one worker is in `starting`, `leaving` and `talk`. Starting a process is
+//! in `process`, channels in `link`, sockets in `ports`, what Node workers say in `node`, what native ones say in
+//! `native`, `NOTIFY_SOCKET` in `notify`.
 //!
 //! The rule that surprises: a worker's end is told to the supervisor only after its channel was read to the
 //! end, because an acknowledgement it wrote just before it died decides who gets a connection.
@@ -16,23 +17,21 @@ use std::time::{Duration, Instant};
 
 use polyfork_core::restart::Jitter;
 use polyfork_core::{
-    Action, Exit, Input, ListenerId, Outcome as Ended, Plan, Reason, Report, Seat, SlotId,
-    Supervisor, Time, Watchdog, WorkerId,
+    Action, Input, ListenerId, Plan, Report, SlotId, Supervisor, Time, Watchdog, WorkerId,
 };
 use polyfork_sys::system::LimitGroup;
 use polyfork_wire::ProtocolError;
-use polyfork_wire::notify::{Notification, Watchdog as Alive};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::detect::{Detected, Runtime};
-use super::event::{Encoded, Event, Message, Notice, Outcome, Who};
+use super::event::{Event, Notice, Outcome, Who};
 use super::figures::{Figures, Tally};
 use super::health::{Allowance, Health};
 use super::link::{self, Item};
 use super::measures::{Asked, Habit, Questions};
 use super::outgoing::{Encoding, Outgoing, Refusal, Spoken};
+use super::ports::Ports;
 use super::ports::store::Stored;
-use super::ports::{self, Ports};
 use super::probe::Probing;
 use super::process::{self, Environment, Running, Stdio};
 use super::reload::{self, Launch, ReloadError, ReloadOptions, Reloading};
@@ -40,27 +39,15 @@ use super::settings::{Address, Dialect, Mechanism, Ready, Settings, StopBy};
 use super::stuck::Watch;
 use super::to_loop::ToLoop;
 use super::upgrade::{FreezeError, Frozen, Packing};
-use super::{SendError, StartError, WorkerStatus, cgroup, probe, watchdog};
+use super::{StartError, WorkerStatus, cgroup, probe, watchdog};
 
 mod carry;
+mod leaving;
+mod starting;
+mod talk;
 
 pub(crate) use carry::State;
 
-/// How often a queue that should run dry is looked at.
-const DRAIN_CHECK: Duration = Duration::from_millis(4);
-/// How long, at most and within the grace period, a stop waits for sockets that workers share to run dry.
-const DOORS_LIMIT: Duration = Duration::from_secs(5);
-/// How often a Node worker that said nothing is looked at for a socket of its own.
-const OWN_SOCKET_CHECK: Duration = Duration::from_millis(150);
-/// A socket that no worker has asked for by then, after the last of them got ready, is a leftover of an
-/// earlier version of the program. A program of several servers gets ready with the first of them.
-const UNUSED_AFTER: Duration = Duration::from_secs(3);
-/// How long the answer to a worker's good-bye is held back when it has been asked to go as well.
-const GOODBYE_PAUSE: Duration = Duration::from_millis(200);
-/// A sockets worker that does not use `NOTIFY_SOCKET` counts as ready after this.
-const SOCKETS_DELAY: Duration = Duration::from_secs(1);
-/// A process whose channel closed is ending by itself, as a rule, and seen to have ended within this.
-const ENDING: Duration = Duration::from_millis(250);
 /// How long the last output of ended workers is waited for (a grandchild may hold the pipe for ever).
 const OUTPUT_LINGER: Duration = Duration::from_millis(500);
 
@@ -252,15 +239,6 @@ pub(crate) struct Worker {
     pub(crate) habit: Habit,
     oom_kills: Option<u64>,
     waiting_senders: VecDeque<Answer>,
-}
-
-/// What its settings ask of a worker, as they were when it was started.
-struct Terms {
-    ready_by: Ready,
-    stop_by: StopBy,
-    watchdog: Option<Duration>,
-    allowance: Allowance,
-    probing: Option<Probing>,
 }
 
 /// A fork that was asked for: its variables, and who waits for the worker's id.
@@ -566,17 +544,6 @@ impl Primary {
         }
     }
 
-    /// Whether it is ready once it listens.
-    pub(crate) fn is_ready_by_listening(&self, worker: WorkerId) -> bool {
-        let ready_by = self.workers.get(&worker).map(|w| w.ready_by);
-        matches!(ready_by, Some(Ready::Auto | Ready::Listening))
-    }
-
-    /// Whether it is ready once it has answered its probe.
-    pub(crate) fn is_ready_by_probe(&self, worker: WorkerId) -> bool {
-        self.workers.get(&worker).is_some_and(|w| w.ready_by == Ready::Probe)
-    }
-
     /// Tells the supervisor, and does what it says.
     pub(crate) fn feed(&mut self, input: Input) {
         let now = self.now();
@@ -775,609 +742,14 @@ impl Primary {
 
     // ---- life of a worker ----
 
-    fn spawn(&mut self, slot: SlotId, worker: WorkerId, generation: u32) {
-        // A restart that is due at the same moment is not what was asked for: forked slots are never restarted.
-        let restartable = self.supervisor.slot(slot).is_some_and(|slot| slot.supervised);
-        let forked = if restartable { None } else { self.forking.pop_front() };
-        let extra = forked.as_ref().map(|(env, _)| env.as_slice()).unwrap_or_default();
-        for failure in self.ports.take_seat(worker, Seat(slot.0)) {
-            self.notice("slot", None, failure);
-        }
-        // Only programs that inherit sockets are to get them blocking: a Node worker hangs on such a one.
-        let inherited = match self.detected.dialect {
-            Dialect::Sockets => self.ports.inherited_by(worker),
-            _ => Ok(Vec::new()),
-        };
-        let (settings, detected, environment) = match self.launches.get(&generation) {
-            Some(launch) => (&launch.settings, &launch.detected, &launch.environment),
-            None => (&self.settings, &self.detected, &self.environment),
-        };
-        let (ready_by, watchdog) = (settings.ready_by(), settings.watchdog);
-        let probing = settings.probe.as_ref().map(Probing::new);
-        let stop_by = settings.stop_by;
-        let allowance = Allowance::draw(settings, &mut self.chance);
-        let request = process::Request {
-            slot,
-            worker,
-            settings,
-            detected,
-            environment,
-            extra_env: extra,
-            inherited,
-            io: &self.io,
-            output: &mut self.output,
-            max_requests: allowance.requests(),
-        };
-        match process::start(request) {
-            Ok(running) => {
-                let terms = Terms { ready_by, stop_by, watchdog, allowance, probing };
-                self.spawned(slot, worker, generation, terms, running);
-            }
-            Err(error) => {
-                let transient = error.is_transient();
-                self.notice(
-                    "spawn-failed",
-                    Some(Who { slot: slot.0, worker: worker.0, pid: 0 }),
-                    error.to_string(),
-                );
-                self.feed(Input::SpawnFailed { worker, transient });
-            }
-        }
-        if let Some((_, reply)) = forked {
-            // The asker may have gone.
-            let _ = reply.send(self.workers.contains_key(&worker).then_some(worker));
-        }
-    }
-
-    fn spawned(
-        &mut self,
-        slot: SlotId,
-        worker: WorkerId,
-        generation: u32,
-        terms: Terms,
-        running: Running,
-    ) {
-        let Terms { ready_by, stop_by, watchdog, allowance, probing } = terms;
-        let who = Who { slot: slot.0, worker: worker.0, pid: running.pid() };
-        let has_channel = running.link.exists();
-        self.workers.insert(
-            worker,
-            Worker {
-                who,
-                running,
-                generation,
-                ready_by,
-                stop_by,
-                handed_over: 0,
-                allowance,
-                started: Instant::now(),
-                online: false,
-                ready: false,
-                admitted: false,
-                leaving: false,
-                told: false,
-                disconnected: false,
-                prefixed: false,
-                calls: BTreeMap::new(),
-                bind_failed: false,
-                status: None,
-                channel_ended: !has_channel,
-                fault: false,
-                watchdog,
-                had_requests: None,
-                probing,
-                probes: BTreeMap::new(),
-                beats: false,
-                lag: None,
-                silent: false,
-                last_take_back: None,
-                wants_to_leave: false,
-                habit: Habit::default(),
-                oom_kills: polyfork_sys::system::oom_kills(),
-                waiting_senders: VecDeque::new(),
-            },
-        );
-        self.watch_health();
-        self.emit(Event::Fork(who));
-        if self.supervisor.reloading() == Some(generation) {
-            self.started_anew(worker, who);
-        } else {
-            self.all_ready = false;
-        }
-        if self.runtime().binds_itself() {
-            self.is_bun(worker);
-        }
-        self.feed(Input::Spawned { worker });
-        self.join_pinned(worker);
-        match (ready_by, self.detected.dialect) {
-            (Ready::Delay(delay), _) => self.after(delay, Timer::ReadyByAge(worker)),
-            (Ready::Auto, Dialect::Sockets) => self.after(SOCKETS_DELAY, Timer::ReadyByAge(worker)),
-            (Ready::Auto | Ready::Listening, Dialect::Node) => {
-                self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
-            }
-            _ => {}
-        }
-        if !has_channel {
-            self.on_online(worker);
-        }
-    }
-
-    /// The worker runs and can talk (Node: `online`).
-    pub(crate) fn on_online(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        if std::mem::replace(&mut w.online, true) {
-            return;
-        }
-        let who = w.who;
-        self.emit(Event::Online(who));
-        self.feed(Input::Online { worker });
-    }
-
-    /// The worker may have connections, as far as it is concerned.
-    pub(crate) fn became_ready(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        if w.leaving || std::mem::replace(&mut w.ready, true) {
-            return;
-        }
-        self.feed(Input::Ready { worker });
-    }
-
-    fn admit(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        w.admitted = true;
-        let who = w.who;
-        self.ever_ready = true;
-        self.ports.admit(worker, self.settings.window);
-        self.refresh_ports();
-        self.emit(Event::Ready(who));
-        // As systemd does: signs of life are due from the moment it is ready.
-        self.begin_watch(worker);
-        self.check_all_ready();
-    }
-
-    /// All slots have a ready worker: say so, and see in a while which sockets the present program does not use.
-    fn check_all_ready(&mut self) {
-        let wanted = self.supervisor.slots().count();
-        let ready = self.workers.values().filter(|w| w.admitted).count();
-        let all = wanted > 0 && ready >= wanted;
-        if all && !self.all_ready {
-            self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
-            self.look_for_unused();
-        }
-        self.all_ready = all;
-    }
-
-    /// One look at a time: an earlier one that is planned is replaced.
-    fn look_for_unused(&mut self) {
-        self.timers.retain(|_, timer| !matches!(timer, Timer::Unused));
-        self.after(UNUSED_AFTER, Timer::Unused);
-    }
-
-    /// Closes what nobody asked for, unless somebody who might is about to start. Where nobody is replaced,
-    /// that includes the sockets of a program whose workers have all gone.
-    fn close_unused(&mut self) {
-        if !self.all_ready && (self.settings.supervise || !self.workers.is_empty()) {
-            return;
-        }
-        for address in self.ports.close_unused() {
-            self.emit(Event::Closed { address });
-        }
-        self.ports.release_kept();
-        self.tell_of_store();
-    }
-
-    fn suspend(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        let was_admitted = std::mem::replace(&mut w.admitted, false);
-        let who = w.who;
-        // Its grace period is its limit now.
-        self.watchdog.forget(worker);
-        self.ports.suspend(worker);
-        self.refresh_ports();
-        if was_admitted {
-            self.emit(Event::Draining(who));
-            self.all_ready = false;
-        }
-        self.check_drained(worker);
-    }
-
-    /// Stops, or goes on stopping, with another grace period than it was started with.
-    fn stop_within(&mut self, grace: Duration) {
-        self.settings.grace = grace;
-        self.feed(Input::Grace { grace });
-        if !std::mem::replace(&mut self.stopping, true) {
-            self.emit(Event::Stopping);
-            self.close_doors();
-        }
-    }
-
-    /// The cluster stops. Who is in the queue by now is served; who comes later meets a closed port, not a queue
-    /// that nobody empties.
-    fn close_doors(&mut self) {
-        self.closing_doors = Some(Instant::now());
-        for failure in self.ports.refuse_new() {
-            self.notice("stopping", None, failure);
-        }
-        self.check_doors();
-    }
-
-    /// As long as workers are admitted, they take what waits on sockets that are not one slot's own.
-    fn check_doors(&mut self) {
-        let Some(since) = self.closing_doors else { return };
-        let limit = self.settings.grace.min(DOORS_LIMIT);
-        let nobody = self.workers.values().all(|w| !w.admitted);
-        if nobody || self.ports.is_dry() || since.elapsed() >= limit {
-            self.closing_doors = None;
-            self.feed(Input::Stop);
-        } else {
-            self.after(DRAIN_CHECK, Timer::Doors);
-        }
-    }
-
-    /// What waited for a suspended worker has been taken by it: it can be asked to stop without loss.
-    fn check_drained(&mut self, worker: WorkerId) {
-        if !self.workers.contains_key(&worker) {
-            return;
-        }
-        if self.ports.is_quiet(worker) {
-            self.acknowledge_leaving(worker);
-            self.feed(Input::Drained { worker });
-        } else {
-            self.rescue_from_silent(worker);
-            self.after(DRAIN_CHECK, Timer::Drained(worker));
-        }
-    }
-
-    fn tell_stop(&mut self, worker: WorkerId, grace: Duration) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        // One that said it is going needs no telling; a second word would cut its connections.
-        if std::mem::replace(&mut w.leaving, true) {
-            return;
-        }
-        let (has_channel, prefixed) = (!w.channel_ended, w.prefixed);
-        match (w.stop_by, self.detected.dialect) {
-            (StopBy::Signal(signal), _) => self.signal(worker, signal),
-            (StopBy::Message, Dialect::Node) if has_channel => self.say_shutdown(worker),
-            // Bun closes its channel on `disconnect` and goes on serving: it is asked as any other program is.
-            (_, Dialect::Node) if has_channel && !prefixed => self.tell_node_stop(worker),
-            (_, Dialect::Native) if has_channel => self.tell_native_stop(worker, grace),
-            _ => self.signal(worker, libc::SIGTERM),
-        }
-        if self.stopping && self.workers.values().all(|w| w.leaving) {
-            self.ports.close_all();
-        }
-    }
-
-    /// PM2's way: the program is told, and does the rest.
-    fn say_shutdown(&mut self, worker: WorkerId) {
-        let message = Outgoing::new("shutdown", None, &self.spoken);
-        if self.push_message(worker, &message).is_err() {
-            self.signal(worker, libc::SIGTERM);
-        }
-        self.refresh_ports();
-    }
-
-    fn signal(&mut self, worker: WorkerId, signal: i32) {
-        let Some(w) = self.workers.get(&worker) else { return };
-        if let Err(error) = w.running.signal(signal) {
-            let who = w.who;
-            self.notice("signal", Some(who), format!("cannot send signal {signal}: {error}"));
-        }
-    }
-
-    fn on_exited(
-        &mut self,
-        worker: WorkerId,
-        status: std::io::Result<std::process::ExitStatus>,
-        cpu: Option<Duration>,
-    ) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        w.status = Some(status);
-        w.running.link.process_ended();
-        self.tally.used(w.who.slot, cpu.unwrap_or_default());
-        self.settle(worker);
-    }
-
-    fn on_channel_end(&mut self, worker: WorkerId, fault: Option<ProtocolError>) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        w.channel_ended = true;
-        match fault {
-            Some(fault) => self.protocol_fault(worker, &fault.to_string()),
-            None => self.told_disconnect(worker),
-        }
-        self.settle(worker);
-    }
-
-    /// A worker broke the rules of its channel: it is replaced, and nothing else happens.
-    pub(crate) fn protocol_fault(&mut self, worker: WorkerId, what: &str) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        if std::mem::replace(&mut w.fault, true) {
-            return;
-        }
-        let who = w.who;
-        // What it has not read goes to others. What it has read is its own now: nobody will believe what it
-        // says about it, and nobody else could make sense of the rest.
-        self.take_back(worker);
-        self.ports.abandon(worker);
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        w.running.link.close();
-        w.channel_ended = true;
-        self.notice("protocol-fault", Some(who), format!("{what}; the worker is replaced"));
-        self.feed(Input::Unfit { worker, reason: Reason::ProtocolFault });
-        self.told_disconnect(worker);
-        self.settle(worker);
-    }
-
-    /// Node's `disconnect`, once.
-    fn told_disconnect(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        if std::mem::replace(&mut w.disconnected, true) {
-            return;
-        }
-        let (who, alive, leaving) = (w.who, w.status.is_none(), w.leaving);
-        for waiting in w.waiting_senders.drain(..) {
-            // The sender may have given up.
-            let _ = waiting.send(Err(SendError::Disconnected.into()));
-        }
-        self.emit(Event::Disconnect(who));
-        // The channel of a worker that just ends closes a moment before its end is seen.
-        if alive && !leaving {
-            self.after(ENDING, Timer::StillThere(worker));
-        }
-    }
-
-    /// Its channel has been closed for a while and the process is there: nothing can be asked of it any more.
-    fn still_there(&mut self, worker: WorkerId) {
-        if self.workers.get(&worker).is_some_and(|w| w.status.is_none() && !w.leaving) {
-            self.feed(Input::ChannelClosed { worker });
-        }
-    }
-
-    /// Both the process and its channel have ended: only now is the worker dead to the supervisor.
-    fn settle(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        if !w.channel_ended {
-            return;
-        }
-        let Some(status) = w.status.take() else { return };
-        let before = w.oom_kills;
-        let exit = match &status {
-            Ok(status) => exit_of(*status),
-            Err(_) => Exit::Unknown,
-        };
-        let of_its_own = w.running.group.as_ref().and_then(LimitGroup::oom_kills);
-        let for_memory = || match of_its_own {
-            Some(kills) if kills > 0 => true,
-            // Or the group that all are in was short of it.
-            _ => before.zip(polyfork_sys::system::oom_kills()).is_some_and(|(was, is)| is > was),
-        };
-        let out_of_memory = exit == Exit::Signal(libc::SIGKILL) && for_memory();
-        self.feed(Input::Exited { worker, exit, out_of_memory });
-    }
-
-    fn gone(
-        &mut self,
-        slot: SlotId,
-        worker: WorkerId,
-        exit: Exit,
-        reason: Reason,
-        lived: Duration,
-        will_restart: Option<Duration>,
-    ) {
-        let (who, voluntary, bind_failed) = match self.workers.remove(&worker) {
-            Some(mut w) => {
-                self.count_gone(worker, &w);
-                self.measures_cannot_come(worker, w.who);
-                w.running.link.close();
-                self.give_up_group(w.running.group.take());
-                for waiting in w.waiting_senders.drain(..) {
-                    // The sender may have given up.
-                    let _ = waiting.send(Err(SendError::Disconnected.into()));
-                }
-                if !w.disconnected && self.detected.dialect != Dialect::Sockets {
-                    self.emit(Event::Disconnect(w.who));
-                }
-                (w.who, w.leaving, w.bind_failed)
-            }
-            None => (Who { slot: slot.0, worker: worker.0, pid: 0 }, false, false),
-        };
-        self.all_ready = false;
-        if self.workers.is_empty() {
-            self.look_for_unused();
-        }
-        self.ports.died(worker);
-        self.watch.forget(worker);
-        self.watchdog.forget(worker);
-        self.refresh_ports();
-        self.trim_seats();
-        let (code, signal) = match exit {
-            Exit::Code(code) => (Some(code), None),
-            Exit::Signal(signal) => (None, Some(signal)),
-            Exit::Unknown | Exit::NotStarted => (None, None),
-        };
-        self.emit(Event::Exit {
-            who,
-            code,
-            signal,
-            reason,
-            lived,
-            voluntary,
-            restart_in: will_restart,
-        });
-        // A first start that fails because the address is taken will not get better by trying again.
-        if bind_failed && !self.ever_ready && self.settings.supervise && !self.stopping {
-            self.feed(Input::StopNow);
-        }
-    }
-
-    /// Sockets of places that no worker needs any more are closed.
-    fn trim_seats(&mut self) {
-        let now = self.now();
-        for failure in self.ports.trim_seats(self.supervisor.slots().count(), now) {
-            self.notice("slot", None, failure);
-        }
-    }
-
-    fn told_outcome(&mut self, ended: Ended) -> Outcome {
-        match (ended, self.bind_failure.take()) {
-            (_, Some((address, error))) if !self.ever_ready => {
-                Outcome::BindFailed { address, error }
-            }
-            (Ended::Stopped, _) if self.forced => Outcome::Forced,
-            (Ended::Stopped, _) => Outcome::Stopped,
-            (Ended::AllFailed { last }, _) => Outcome::AllFailed { last },
-            (Ended::NeverReady { first, last }, _) => Outcome::NeverReady { first, last },
-        }
-    }
-
     // ---- messages ----
 
-    fn send(&mut self, to: WorkerId, message: &Outgoing, reply: Answer) {
-        let outcome = self.push_message(to, message);
-        match self.workers.get_mut(&to) {
-            Some(w) if outcome.is_ok() && w.running.link.is_full() => {
-                w.waiting_senders.push_back(reply);
-            }
-            _ => {
-                // The sender may have given up.
-                let _ = reply.send(outcome);
-            }
-        }
-    }
-
-    /// To everybody, or, when somebody speaks what it is not written in yet, to nobody.
-    fn push_to_all(&mut self, message: &Outgoing) -> Result<(), Refusal> {
-        for worker in self.workers.values() {
-            if let Some(encoding) = worker.running.link.encoding()
-                && !message.is_written_in(encoding)
-            {
-                return Err(Refusal::NotEncoded);
-            }
-        }
-        let everybody: Vec<_> = self.workers.keys().copied().collect();
-        let mut outcome = Ok(());
-        for worker in everybody {
-            // One that is gone or has no channel is passed over.
-            let pushed = self.push_message(worker, message);
-            if let Err(Refusal::Error(SendError::Encode(_))) = pushed {
-                outcome = pushed;
-            }
-        }
-        outcome
-    }
-
-    fn push_message(&mut self, to: WorkerId, message: &Outgoing) -> Result<(), Refusal> {
-        let w = self.workers.get_mut(&to).ok_or(SendError::NoSuchWorker)?;
-        if w.channel_ended || w.disconnected {
-            return Err(SendError::Disconnected.into());
-        }
-        w.running.link.push_user_message(message)?;
-        self.tally.message_out(w.who.slot);
-        self.flush(to);
-        Ok(())
-    }
-
-    /// Writes what waits, and releases senders once there is room.
-    pub(crate) fn flush(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get_mut(&worker) else { return };
-        w.running.link.flush();
-        if !w.running.link.is_full() {
-            for waiting in w.waiting_senders.drain(..) {
-                // The sender may have given up.
-                let _ = waiting.send(Ok(()));
-            }
-        }
-    }
-
-    pub(crate) fn on_user_message(&mut self, worker: WorkerId, message: Encoded) {
-        let Some(message) = self.take_measures(worker, message) else { return };
-        let Some(w) = self.workers.get(&worker) else { return };
-        self.tally.message_in(w.who.slot);
-        let (who, ready_by) = (w.who, w.ready_by);
-        if ready_by == Ready::Message
-            && match &message {
-                Encoded::Json(text) => &**text == "\"ready\"",
-                Encoded::Advanced(value) => value.as_str() == Some("ready"),
-                Encoded::Postcard(_) => false,
-            }
-        {
-            self.became_ready(worker);
-        }
-        self.emit(Event::Message { who, message: Message(message) });
-    }
-
     // ---- small things ----
-
-    fn on_notified(&mut self, worker: WorkerId, text: &[u8]) {
-        let Some(w) = self.workers.get(&worker) else { return };
-        let (who, ready_by) = (w.who, w.ready_by);
-        let state = Notification::parse(text);
-        if state.watchdog == Some(Alive::Alive) {
-            self.alive(worker, None);
-        }
-        if let Some(limit) = state.watchdog_usec {
-            self.change_watch(worker, Duration::from_micros(limit));
-        }
-        if let Some(by) = state.extend_timeout_usec {
-            self.feed(Input::Extend { worker, by: Duration::from_micros(by) });
-        }
-        if let Some(text) = state.status {
-            self.emit(Event::Status { who, text });
-        }
-        if state.stopping
-            && let Some(w) = self.workers.get_mut(&worker)
-        {
-            w.leaving = true;
-            self.feed(Input::Leaving { worker });
-        }
-        if state.ready && matches!(ready_by, Ready::Auto | Ready::Notify) {
-            self.became_ready(worker);
-        }
-        if state.watchdog == Some(Alive::Trigger) {
-            self.notice(
-                "watchdog",
-                Some(who),
-                "it asked to be replaced (WATCHDOG=trigger)".to_owned(),
-            );
-            self.feed(Input::Replace { worker, reason: Reason::Watchdog });
-        }
-    }
-
-    /// A program may bind for itself (`exclusive`, `reusePort`) and tell nobody. Then its own listening
-    /// socket is what makes it ready.
-    fn look_for_own_socket(&mut self, worker: WorkerId) {
-        let Some(w) = self.workers.get(&worker) else { return };
-        if w.ready || w.leaving {
-            return;
-        }
-        let who = w.who;
-        // A socket that it was given, but has not said yet that it listens on, is ours.
-        let ours = ports::sockets_of("self");
-        let its = &ports::sockets_of(&who.pid.to_string()) - &ours;
-        // Nearly always it has none, and the table of all connections need not be read.
-        let found =
-            if its.is_empty() { Vec::new() } else { ports::listening_sockets(who.pid, &its) };
-        // Bun says that it is online when its program loads the cluster module, which Bun.serve() does not need.
-        if found.is_empty() || !(w.online || self.runtime().binds_itself()) {
-            self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
-            return;
-        }
-        self.on_online(worker);
-        let by = self.ports.own_socket_via();
-        for address in found {
-            self.emit(Event::Listening { who, address, by: Arc::clone(&by) });
-        }
-        self.became_ready(worker);
-    }
 
     pub(crate) fn next_sequence(&mut self) -> u64 {
         let sequence = self.sequence;
         self.sequence += 1;
         sequence
-    }
-
-    pub(crate) fn answer_goodbye_later(&mut self, worker: WorkerId, seq: u64) {
-        self.after(GOODBYE_PAUSE, Timer::Goodbye(worker, seq));
     }
 
     /// One look at a time: an earlier one that is planned is replaced.
@@ -1493,15 +865,6 @@ async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
-    }
-}
-
-fn exit_of(status: std::process::ExitStatus) -> Exit {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => Exit::Code(code),
-        (None, Some(signal)) => Exit::Signal(signal),
-        (None, None) => Exit::Unknown,
     }
 }
 

@@ -17,7 +17,8 @@ use polyfork_wire::RawJson;
 use serde::{Deserialize, Serialize};
 
 use super::store::{StoreHandle, Stored, Waiting};
-use super::{Key, Kind, Port, Ports, Turns};
+use super::turns::Turns;
+use super::{Key, Kind, Port, Ports};
 use crate::cluster::event::Via;
 use crate::cluster::settings::{Address, Mechanism, Policy};
 use crate::cluster::to_loop::ToLoop;

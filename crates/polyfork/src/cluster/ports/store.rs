@@ -20,7 +20,7 @@ use std::sync::Arc;
 use polyfork_sys::channel::{self, FdKind};
 use polyfork_sys::reuseport::UnixSocket;
 
-use super::local_address;
+use super::sockets::local_address;
 use crate::cluster::settings::Address;
 
 /// What the names of our sockets begin with in a [`Store`].
