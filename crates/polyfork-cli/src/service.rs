@@ -9,7 +9,7 @@
 //!
 //! References: systemd.service(5), systemd.socket(5), systemd.exec(5), systemd.unit(5).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
@@ -187,12 +187,43 @@ fn folder(args: &UnitArgs) -> Result<PathBuf, Verdict> {
     Ok(config.join("systemd/user"))
 }
 
+/// What a unit is made from.
+struct Source {
+    words: Vec<OsString>,
+    directory: PathBuf,
+    secret: bool,
+    /// Options that were given as variables.
+    variables: Vec<(OsString, OsString)>,
+}
+
+/// The variables of an environment that stand for options of `run`. The name is the unit's own.
+fn options_of(
+    environment: impl Iterator<Item = (OsString, OsString)>,
+) -> Vec<(OsString, OsString)> {
+    let whole = args::whole();
+    let known: Vec<&OsStr> = whole
+        .find_subcommand("run")
+        .into_iter()
+        .flat_map(|run| run.get_arguments().filter_map(clap::Arg::get_env))
+        .filter(|name| *name != "POLYFORK_NAME")
+        .collect();
+    let mut found: Vec<_> =
+        environment.filter(|(name, _)| known.contains(&name.as_os_str())).collect();
+    found.sort();
+    found
+}
+
 /// The app that is meant: one that runs, or one that the words describe.
 fn app(args: &UnitArgs) -> Result<App, Verdict> {
     let after_dashes = std::env::args_os().any(|word| word == "--");
-    let (words, directory, secret) = match (&args.command[..], after_dashes) {
+    let Source { words, directory, secret, variables } = match (&args.command[..], after_dashes) {
         ([name], false) => of_running(&name.to_string_lossy())?,
-        (words, true) => (words.to_vec(), here()?, false),
+        (words, true) => Source {
+            words: words.to_vec(),
+            directory: here()?,
+            secret: false,
+            variables: options_of(std::env::vars_os()),
+        },
         _ => {
             return Err(usage(
                 "give the NAME of an app that runs, or -- and then what follows `polyfork run`",
@@ -220,6 +251,7 @@ fn app(args: &UnitArgs) -> Result<App, Verdict> {
         ready_timeout: run.ready_timeout.0,
         changes_user: run.identity.user.is_some(),
         path: std::env::var_os("PATH"),
+        variables,
         runtime: std::env::var_os("POLYFORK_RUNTIME_DIR").filter(|path| !path.is_empty()),
     })
 }
@@ -277,7 +309,7 @@ fn without_name(words: Vec<OsString>, run: &RunArgs) -> Vec<OsString> {
 }
 
 /// What an app that runs was started with: the words of its primary, and its folder.
-fn of_running(name: &str) -> Result<(Vec<OsString>, PathBuf, bool), Verdict> {
+fn of_running(name: &str) -> Result<Source, Verdict> {
     let nobody = || Verdict {
         code: Code::NoSuchApp,
         text: format!(
@@ -308,7 +340,18 @@ fn of_running(name: &str) -> Result<(Vec<OsString>, PathBuf, bool), Verdict> {
     }
     let background = verb == "primary";
     let words: Vec<OsString> = words.collect();
-    Ok((if background { without_logs(words)? } else { words }, directory, true))
+    let environment = fs::read(folder.join("environ")).map_err(|e| broken(e.to_string()))?;
+    let pairs = environment.split(|byte| *byte == 0).filter_map(|pair| {
+        let at = pair.iter().position(|byte| *byte == b'=')?;
+        let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+        Some((text(&pair[..at]), text(&pair[at + 1..])))
+    });
+    Ok(Source {
+        words: if background { without_logs(words)? } else { words },
+        directory,
+        secret: true,
+        variables: options_of(pairs),
+    })
 }
 
 /// Options that only `start` has: under systemd the journal keeps what is written. The program's own words stay.

@@ -47,6 +47,8 @@ pub(super) struct App {
     pub(super) ready_timeout: Option<Duration>,
     pub(super) changes_user: bool,
     pub(super) path: Option<OsString>,
+    /// Options that were given as variables.
+    pub(super) variables: Vec<(OsString, OsString)>,
     /// Where apps are found, if not where they usually are.
     pub(super) runtime: Option<OsString>,
     /// Its words may hold what is nobody's business.
@@ -122,6 +124,9 @@ fn service(app: &App, stem: &str) -> String {
 fn environment(lines: &mut Lines, app: &App) {
     if let Some(path) = &app.path {
         lines.set("Environment", &assignment("PATH", path));
+    }
+    for (name, value) in &app.variables {
+        lines.set("Environment", &assignment(&name.to_string_lossy(), value));
     }
     match &app.runtime {
         Some(folder) => lines.set("Environment", &assignment("POLYFORK_RUNTIME_DIR", folder)),
@@ -270,6 +275,7 @@ mod tests {
             ready_timeout: None,
             changes_user: true,
             path: Some("/opt/node $1/bin:/usr/bin".into()),
+            variables: vec![("POLYFORK_PROBE".into(), "/health?50%".into())],
             runtime: None,
             secret: true,
         }
@@ -281,6 +287,11 @@ mod tests {
         let line = "ExecStart=/usr/bin/polyfork run --name shop@2 --env \"GREETING=50%% \\\"off\\\" $$HOME\" server.js\n";
         assert!(text.contains(line), "{text}");
         assert!(text.contains("\nWorkingDirectory=/srv/100%%\n"), "{text}");
+        assert!(
+            text.contains("\nEnvironment=\"POLYFORK_PROBE=/health?50%%\"\n")
+                || text.contains("\nEnvironment=POLYFORK_PROBE=/health?50%%\n"),
+            "{text}"
+        );
         assert!(text.contains("\nEnvironment=\"PATH=/opt/node $1/bin:/usr/bin\"\n"), "{text}");
         assert_eq!(quoted(OsStr::new("a\nb"), "$$"), "\"a\\x0ab\"");
         assert_eq!(quoted(OsStr::new(""), "$$"), "\"\"");

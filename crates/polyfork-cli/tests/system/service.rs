@@ -140,6 +140,29 @@ fn an_app_that_runs_becomes_a_unit() {
 }
 
 #[test]
+fn options_that_were_given_as_variables_stand_in_the_unit() {
+    let mut desk = Desk::new();
+    let args = ["start", "--json", "--name", "shop", "server.js"];
+    let variables =
+        [("POLYFORK_WORKERS", "1"), ("POLYFORK_METRICS", "127.0.0.1:0"), ("OTHER", "secret")];
+    let mut start = desk.command(&args);
+    start.envs(variables);
+    let done = ended(start);
+    desk.started(&args, done);
+    let told = unit(&desk, &["shop"]);
+    assert!(told.contains("\nEnvironment=POLYFORK_WORKERS=1\n"), "{told}");
+    assert!(told.contains("\nEnvironment=POLYFORK_METRICS=127.0.0.1:0\n"), "{told}");
+    assert!(!told.contains("OTHER"), "{told}");
+    // Of a program they are those of whoever asks.
+    let print = ["service", "print", "--", "server.js"];
+    let mut print = desk.command(&print);
+    print.env("POLYFORK_GRACE", "2m");
+    let told = ended(print).out;
+    assert!(told.contains("\nEnvironment=POLYFORK_GRACE=2m\n"), "{told}");
+    assert_eq!(line(&told, "TimeoutStopSec"), "130s");
+}
+
+#[test]
 fn what_is_no_app_and_no_program_is_refused() {
     let desk = Desk::new();
     let told = desk.refuses(&["service", "print", "shop"], 10);
