@@ -7,6 +7,9 @@
 //! lived long enough. The *intensity* asks how often: it counts every restart in a sliding window and forgets none, so
 //! a worker that lives just long enough to reset the backoff is still caught.
 //!
+//! A worker that had been ready is missed by somebody, and nothing says yet that the next one will fare as it did: the first
+//! such death is answered at once. Waiting begins with the second in a row, and with a worker that never got ready.
+//!
 //! The surprising rule: the window is judged at the moment the restart would happen, not at the moment of the death, and
 //! a restart is entered when it does happen. So "at most N starts in any window" holds for the starts themselves.
 //!
@@ -37,7 +40,9 @@ pub struct RestartPolicy {
     pub limit: u32,
     /// Length of the sliding window.
     pub window: Duration,
-    /// The first wait, and the shortest.
+    /// The wait for the successor of a worker that had been ready, unless the one before it died young, too.
+    pub first_delay: Duration,
+    /// The wait after the first worker that did not even get ready, and the shortest that grows.
     pub min_delay: Duration,
     /// The longest wait.
     pub max_delay: Duration,
@@ -60,6 +65,7 @@ impl RestartPolicy {
         RestartPolicy {
             limit,
             window,
+            first_delay: Duration::ZERO,
             min_delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(15),
             factor: 2,
@@ -75,10 +81,9 @@ impl RestartPolicy {
     /// The wait before the restart after `level` young deaths in a row, always within `min_delay..=max_delay`.
     fn delay(&self, level: u32, jitter: &mut Jitter) -> Duration {
         let max = self.max_delay.max(self.min_delay);
-        let share = if self.jitter.is_finite() { self.jitter.clamp(0.0, 1.0) } else { 0.0 };
         let grown = u128::from(self.factor.max(1)).saturating_pow(level);
         let base = self.min_delay.saturating_mul(u32::try_from(grown).unwrap_or(u32::MAX)).min(max);
-        let chance = base.mul_f64(share * jitter.fraction());
+        let chance = self.chance(base, jitter);
         // Chance lengthens the wait, except near the longest one, which it must not exceed: there it shortens.
         let wait = match base.checked_add(chance) {
             Some(longer) if longer <= max => longer,
@@ -86,10 +91,21 @@ impl RestartPolicy {
         };
         wait.clamp(self.min_delay, max)
     }
+
+    fn lengthened(&self, base: Duration, jitter: &mut Jitter) -> Duration {
+        base.saturating_add(self.chance(base, jitter))
+    }
+
+    /// What chance makes of a wait.
+    fn chance(&self, base: Duration, jitter: &mut Jitter) -> Duration {
+        let share = if self.jitter.is_finite() { self.jitter.clamp(0.0, 1.0) } else { 0.0 };
+        base.mul_f64(share * jitter.fraction())
+    }
 }
 
 impl Default for RestartPolicy {
-    /// Five restarts in 30 s; waits from 100 ms to 15 s, doubling, a quarter of it chance; stable after 5 s.
+    /// Five restarts in 30 s; at once the first time, then waits from 100 ms to 15 s, doubling, a quarter of it chance; stable
+    /// after 5 s.
     fn default() -> RestartPolicy {
         RestartPolicy::intensity(5, Duration::from_secs(30))
     }
@@ -216,11 +232,20 @@ impl RestartHistory {
         if stable && smooth {
             return self.within_limit(policy, now, Duration::ZERO);
         }
-        self.ended_young(policy, now, jitter)
+        self.ended_young(policy, now, served.is_some(), jitter)
     }
 
-    fn ended_young(&mut self, policy: &RestartPolicy, now: Time, jitter: &mut Jitter) -> Decision {
-        let wait = policy.delay(self.young_deaths, jitter);
+    fn ended_young(
+        &mut self,
+        policy: &RestartPolicy,
+        now: Time,
+        was_ready: bool,
+        jitter: &mut Jitter,
+    ) -> Decision {
+        let wait = match self.young_deaths {
+            0 if was_ready => policy.lengthened(policy.first_delay, jitter),
+            deaths => policy.delay(deaths, jitter),
+        };
         self.young_deaths = self.young_deaths.saturating_add(1);
         self.within_limit(policy, now, wait)
     }
@@ -248,7 +273,7 @@ impl RestartHistory {
     ) -> Decision {
         let since = *self.never_ready_since.get_or_insert(started);
         self.never_ready = self.never_ready.saturating_add(1);
-        match self.ended_young(policy, now, jitter) {
+        match self.ended_young(policy, now, false, jitter) {
             Decision::Restart(_) if self.never_ready as usize > policy.limit_used() => {
                 Decision::GiveUp { restarts: self.never_ready - 1, within: now.since(since) }
             }
@@ -432,6 +457,21 @@ mod tests {
         history.restarted(&policy, Time::ZERO);
         let decision = ended(&mut history, &policy, Time::ZERO, stable);
         assert_eq!(decision, Decision::GiveUp { restarts: 5, within: policy.window });
+    }
+
+    #[test]
+    fn the_first_death_of_a_worker_that_served_waits_for_nothing() {
+        let policy = RestartPolicy { jitter: 0.0, ..RestartPolicy::default() };
+        let waits = |served| {
+            let mut history = RestartHistory::new();
+            std::array::from_fn(|_| match ended(&mut history, &policy, Time::ZERO, served) {
+                Decision::Restart(wait) => wait.as_millis(),
+                Decision::GiveUp { .. } => u128::MAX,
+            })
+        };
+        assert_eq!(waits(Some(Duration::ZERO)), [0, 200, 400, 800]);
+        assert_eq!(waits(None), [100, 200, 400, 800]);
+        assert_eq!(waits(Some(policy.stable_after)), [0, 0, 0, 0]);
     }
 
     #[test]

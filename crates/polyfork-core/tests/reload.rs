@@ -125,8 +125,7 @@ fn it_is_over_when_the_old_ones_are_gone_and_later_workers_belong_to_it() {
     let out = cluster.exit(1, 0);
     assert!(out.contains(&Action::Reloaded { generation: 2, replaced: 1 }), "{out:?}");
     assert_eq!(cluster.supervisor.reloading(), None);
-    cluster.exit(2, 1);
-    assert_eq!(spawned(&cluster.pass(60 * SECOND)), [3]);
+    assert_eq!(spawned(&cluster.exit(2, 1)), [3]);
 }
 
 #[test]
@@ -215,8 +214,7 @@ fn a_second_reload_waits_for_nobody_and_changes_nothing() {
 fn an_old_worker_that_dies_meanwhile_is_replaced_by_its_own_kind() {
     let mut cluster = Cluster::ready(1);
     cluster.reload(0, SECOND);
-    cluster.exit(1, 1);
-    let out = cluster.pass(60 * SECOND);
+    let out = cluster.exit(1, 1);
     let again = out.iter().any(|a| matches!(a, Action::Spawn { generation: 1, .. }));
     assert!(again, "{out:?}");
     cluster.come_up(2);

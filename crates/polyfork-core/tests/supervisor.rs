@@ -75,8 +75,11 @@ fn s(n: u32) -> SlotId {
     SlotId(n)
 }
 
+/// With a wait also after the first death of a worker that was ready: then there is something to look at.
 fn plan(workers: u32) -> Plan {
-    Plan { workers, ..Plan::default() }
+    let restart = RestartPolicy::default();
+    let restart = RestartPolicy { first_delay: restart.min_delay, ..restart };
+    Plan { workers, restart, ..Plan::default() }
 }
 
 fn spawned(out: &[Action]) -> Vec<(SlotId, WorkerId)> {
@@ -164,6 +167,17 @@ fn failed_spawn_is_told_as_gone_and_tried_again() {
 // ---- restart ----
 
 #[test]
+fn a_worker_that_served_has_its_successor_at_once() {
+    let mut cluster = Cluster::ready(Plan { workers: 1, ..Plan::default() });
+    let out = cluster.exit(1, Exit::Signal(9));
+    assert_eq!(will_restart(&out), Some(Duration::ZERO));
+    assert_eq!(spawned(&out), [(s(1), w(2))]);
+    cluster.come_up(2);
+    let out = cluster.exit(2, Exit::Signal(9));
+    assert!(will_restart(&out).is_some_and(|wait| !wait.is_zero()), "the second in a row");
+}
+
+#[test]
 fn exit_zero_is_an_end_like_any_other() {
     let mut cluster = Cluster::ready(plan(1));
     cluster.now = cluster.now + STABLE;
@@ -201,7 +215,7 @@ fn restarts_of_a_crashing_worker_wait_longer_and_longer() {
 
 #[test]
 fn slot_past_its_limit_rests_while_the_others_serve() {
-    let mut cluster = Cluster::ready(Plan { restart: RestartPolicy::default(), ..plan(2) });
+    let mut cluster = Cluster::ready(plan(2));
     let (mut n, mut out) = (2, cluster.exit(2, Exit::Code(1)));
     for _ in 0..5 {
         assert!(will_restart(&out).is_some());
@@ -907,7 +921,7 @@ fn reasons_read_well() {
 
 /// A supervisor in the middle of its life, written down.
 fn written() -> Vec<u8> {
-    let mut supervisor = Supervisor::new(Plan { workers: 3, ..Plan::default() });
+    let mut supervisor = Supervisor::new(plan(3));
     let mut out = Vec::new();
     let mut at = |supervisor: &mut Supervisor, seconds, input| {
         supervisor.handle(Time::new(Duration::from_secs(seconds)), input, &mut out);

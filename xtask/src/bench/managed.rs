@@ -11,7 +11,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -333,7 +333,7 @@ impl App {
     /// # Errors
     /// When the manager has no such command, or it fails.
     pub(super) fn list(&self) -> Result<()> {
-        let command = match &self.kind.manager {
+        let mut command = match &self.kind.manager {
             Manager::Polyfork { program, .. } => {
                 let mut command = self.command(program);
                 command.args(["ls", "--json"]);
@@ -346,7 +346,11 @@ impl App {
             }
             Manager::Nginx { .. } => anyhow::bail!("nginx lists nothing"),
         };
-        self.run(command).map(drop)
+        // Waited for by the system, not looked at now and then: it takes milliseconds.
+        let done = command.stdin(Stdio::null()).output().context("cannot list")?;
+        let told = String::from_utf8_lossy(&done.stderr);
+        ensure!(done.status.success(), "list: {}", told.trim_end());
+        Ok(())
     }
 
     /// Starts one more app beside this one, with one worker that listens nowhere; polyfork and PM2 only.
