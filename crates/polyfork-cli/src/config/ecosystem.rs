@@ -79,7 +79,12 @@ pub(crate) const KEYS: &[(&[&str], Fate)] = &[
         &["pid_file", "pid"],
         Ignored("`polyfork status --json` tells the process; nothing is told by numbers in files"),
     ),
-    (&["restart_delay"], Ignored("restarts wait from 100 ms to 15 s, longer after each failure")),
+    (
+        &["restart_delay"],
+        Ignored(
+            "a worker that had been ready is replaced at once, those that follow too soon after 100 ms to 15 s, longer each time",
+        ),
+    ),
     (&["exp_backoff_restart_delay"], Ignored("restarts wait longer after each failure, always")),
     (&["stop_exit_codes"], Ignored("a worker that ends by itself is replaced, whatever its code")),
     (&["namespace"], Ignored("apps are named by patterns instead: `polyfork stop 'shop-*'`")),
