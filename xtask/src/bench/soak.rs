@@ -8,6 +8,7 @@
 //!
 //! Source: the project's faults 1, 14 and 26.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -36,6 +37,9 @@ const BETWEEN: Duration = Duration::from_millis(100);
 /// Workers that were killed are back, and finished ones gone, after far less.
 const SETTLE: Duration = Duration::from_secs(20);
 
+/// Of failures in words.
+const MOST_KINDS: usize = 5;
+
 /// What is done to the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Deed {
@@ -63,8 +67,8 @@ struct Seen {
     /// Another status, or another body.
     wrong: AtomicU64,
     slowest_us: AtomicU64,
-    /// Of the first failures, for people.
-    told: Mutex<Vec<String>>,
+    /// Failures in words, for people, with how often: the first few kinds.
+    told: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Seen {
@@ -85,8 +89,9 @@ impl Seen {
         };
         count.fetch_add(1, Ordering::Relaxed);
         let mut told = self.told.lock().expect("nobody panics with it");
-        if told.len() < 5 {
-            told.push(error.to_string());
+        let text = error.to_string();
+        if told.len() < MOST_KINDS || told.contains_key(&text) {
+            *told.entry(text).or_default() += 1;
         }
     }
 }
@@ -330,9 +335,7 @@ fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<bool> {
     let (mut closes, mut length, mut chunked) = (false, None, false);
     for number in 0.. {
         line.clear();
-        if connection.read_line(&mut line)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
+        whole_line(connection, &mut line)?;
         let text = line.trim_end().to_ascii_lowercase();
         match (number, text.split_once(':')) {
             (0, _) if !text.starts_with("http/1.1 200") => return Err(io::Error::other(text)),
@@ -363,6 +366,15 @@ fn answer(connection: &mut BufReader<TcpStream>) -> io::Result<bool> {
     Ok(closes)
 }
 
+/// An end in the middle of a line is an end before the whole answer, too.
+fn whole_line(connection: &mut BufReader<TcpStream>, line: &mut String) -> io::Result<()> {
+    connection.read_line(line)?;
+    match line.ends_with('\n') {
+        true => Ok(()),
+        false => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
 fn exactly(connection: &mut impl Read, length: usize) -> io::Result<Vec<u8>> {
     let mut body = vec![0; length.min(1 << 20)];
     connection.read_exact(&mut body)?;
@@ -373,7 +385,7 @@ fn chunks(connection: &mut BufReader<TcpStream>) -> io::Result<Vec<u8>> {
     let mut body = Vec::new();
     loop {
         let mut line = String::new();
-        connection.read_line(&mut line)?;
+        whole_line(connection, &mut line)?;
         let length = usize::from_str_radix(line.trim(), 16).map_err(io::Error::other)?;
         body.extend(exactly(connection, length)?);
         exactly(connection, 2)?;
@@ -401,6 +413,8 @@ fn print(row: &Row) {
     }
     println!();
     if seen.failed() > 0 {
+        let told = seen.told.lock().expect("nobody panics with it");
+        let kinds: Vec<_> = told.iter().map(|(text, times)| format!("{times} x {text}")).collect();
         println!(
             "{:<26} refused {}, reset {}, cut {}, hung {}, wrong {}: {}",
             "",
@@ -409,7 +423,7 @@ fn print(row: &Row) {
             count(&seen.cut),
             count(&seen.hung),
             count(&seen.wrong),
-            seen.told.lock().expect("nobody panics with it").join("; ")
+            kinds.join("; ")
         );
     }
 }
