@@ -998,17 +998,23 @@ pub(crate) fn whole() -> clap::Command {
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let known = |verb: &&str| Cli::command().find_subcommand(verb).is_some();
-    let help = match args.get(1).and_then(|verb| verb.to_str()).filter(known) {
-        Some(verb) => format!("polyfork {verb} --help"),
-        None => "polyfork --help".to_owned(),
-    };
     let command = whole();
     let matches = command.try_get_matches_from(&args).map_err(|error| {
-        variable_of(&error, &args)
-            .map_or_else(|| not_run(&error, &help), |name| NotRun::Wrong(blamed(&error, &name)))
+        variable_of(&error, &args).map_or_else(
+            || not_run(&error, &help_for(&args)),
+            |name| NotRun::Wrong(blamed(&error, &name)),
+        )
     })?;
-    Cli::from_arg_matches(&matches).map_err(|error| not_run(&error, &help))
+    Cli::from_arg_matches(&matches).map_err(|error| not_run(&error, &help_for(&args)))
+}
+
+/// The command that helps with these words. Only for errors: the whole description is made once more for it.
+fn help_for(args: &[OsString]) -> String {
+    let known = |verb: &&str| Cli::command().find_subcommand(verb).is_some();
+    match args.get(1).and_then(|verb| verb.to_str()).filter(known) {
+        Some(verb) => format!("polyfork {verb} --help"),
+        None => "polyfork --help".to_owned(),
+    }
 }
 
 /// The variable that a wrong value comes from; `None` when the command line itself is wrong.
