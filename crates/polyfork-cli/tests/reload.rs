@@ -51,6 +51,26 @@ fn a_reload_by_name_ends_with_a_proof_and_a_bad_version_is_refused() {
 }
 
 #[test]
+fn an_address_that_the_new_version_does_not_listen_on_is_closed() {
+    let place = Place::with_server();
+    let mut app = place.events(["--name", "shop", "-w", "2", "server.js"]);
+    let before = app.address();
+    app.wait_for("ready");
+    let text = std::fs::read_to_string(place.path().join("server.js")).expect("the program");
+    // Port 0 once more, and another socket: the first of another name.
+    place.file("server.js", &text.replace("'127.0.0.1'", "'127.0.0.2'"));
+    let done = ask(&place, &["reload", "shop"]);
+    assert_eq!(done.status.code(), Some(0), "{done:?}");
+    app.wait_for("closed");
+    let refused = std::net::TcpStream::connect(before).expect_err("nobody listens there");
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    let status = json(&ask(&place, &["status", "--json", "shop"]));
+    assert_eq!(status["listeners"].as_array().map(Vec::len), Some(1), "{status:#}");
+    app.running.signal(Signal::TERM);
+    assert_eq!(app.end().0, 0);
+}
+
+#[test]
 fn two_reloads_at_once_one_wins_and_the_other_is_told() {
     let place = Place::with_server();
     let mut app = place.events(["--name", "shop", "-w", "1", "server.js"]);

@@ -302,6 +302,8 @@ impl Primary {
             took: reloading.began.elapsed(),
         };
         self.emit(Event::Reloaded(report));
+        // The new version may listen elsewhere.
+        self.look_for_unused();
         // The asker may have gone.
         let _ = reloading.reply.send(Ok(report));
     }
@@ -319,6 +321,7 @@ impl Primary {
             }
         };
         self.emit(Event::ReloadFailed { generation, error: error.clone() });
+        self.look_for_unused();
         // The asker may have gone.
         let _ = reloading.reply.send(Err(error));
     }

@@ -272,8 +272,7 @@ impl Primary {
 
     /// All slots have a ready worker: say so, and see in a while which sockets the present program does not use.
     pub(super) fn check_all_ready(&mut self) {
-        let wanted = self.supervisor.slots().count();
-        let ready = self.workers.values().filter(|w| w.admitted).count();
+        let (ready, wanted) = self.ready_and_wanted();
         let all = wanted > 0 && ready >= wanted;
         if all && !self.all_ready {
             self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
@@ -282,8 +281,14 @@ impl Primary {
         self.all_ready = all;
     }
 
+    /// Workers that may have connections, and slots.
+    fn ready_and_wanted(&self) -> (usize, usize) {
+        let ready = self.workers.values().filter(|w| w.admitted).count();
+        (ready, self.supervisor.slots().count())
+    }
+
     /// One look at a time: an earlier one that is planned is replaced.
-    pub(super) fn look_for_unused(&mut self) {
+    pub(crate) fn look_for_unused(&mut self) {
         self.timers.retain(|_, timer| !matches!(timer, Timer::Unused));
         self.after(UNUSED_AFTER, Timer::Unused);
     }
@@ -291,7 +296,9 @@ impl Primary {
     /// Closes what nobody asked for, unless somebody who might is about to start. Where nobody is replaced,
     /// that includes the sockets of a program whose workers have all gone.
     pub(super) fn close_unused(&mut self) {
-        if !self.all_ready && (self.settings.supervise || !self.workers.is_empty()) {
+        let (ready, wanted) = self.ready_and_wanted();
+        let all_ready = wanted > 0 && ready >= wanted;
+        if !all_ready && (self.settings.supervise || !self.workers.is_empty()) {
             return;
         }
         for address in self.ports.close_unused() {
