@@ -453,8 +453,9 @@ impl Control {
         }
         self.note(|book| book.ends(verdict.clone()));
         let nobody_waits = async {
-            let served = |client: &Client| client.phase.load(Ordering::Relaxed) == SERVED;
-            while lock(&self.0.clients).iter().any(served) {
+            // Who listens to events is owed the last of them.
+            let is_owed = |client: &Client| client.phase.load(Ordering::Relaxed) != SENDING;
+            while lock(&self.0.clients).iter().any(is_owed) {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         };
@@ -560,6 +561,7 @@ async fn serve(control: Control, client: Rested, phase: Arc<AtomicU8>) {
     let mut requests = Requests { reader, buffer, stranger: false };
     let mut rest = control.0.rest.subscribe();
     if listens {
+        phase.store(LISTENING, Ordering::Relaxed);
         if let Ok(lines) = control.listen() {
             stream_to(&control, writer, requests, lines).await;
         }

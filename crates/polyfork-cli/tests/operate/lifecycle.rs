@@ -400,6 +400,29 @@ fn an_app_that_fails_leaves_word() {
 }
 
 #[test]
+fn events_of_an_app_that_fails_are_told_to_the_last() {
+    let mut desk = Desk::new();
+    let text = "require('http').createServer((q, s) => process.exit(1)).listen(0, '127.0.0.1')";
+    desk.place.file("frail.js", text);
+    let app = desk.start(&["-w", "1", "--restart-limit", "0/1m", "frail.js"]);
+    let mut events = Running::start(desk.command(&["events", "frail"]));
+    let mut lines = Lines::of(events.take_out());
+    // Until it listens.
+    while lines.seen.is_empty() {
+        desk.did(&["scale", "frail", "2"]);
+        desk.did(&["scale", "frail", "1"]);
+        lines.wait_for("slot_retired");
+    }
+    let mut client = TcpStream::connect(Desk::address(&app)).unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    lines.rest();
+    let all: Vec<Value> = lines.seen.iter().map(|line| read(line)).collect();
+    let last: Vec<_> = all.iter().rev().take(2).map(|event| event["event"].clone()).collect();
+    assert_eq!(last, ["end", "slot_failed"], "{all:?}");
+    assert_eq!(events.end().code(), Some(0));
+}
+
+#[test]
 fn events_are_told_live_until_the_end() {
     let mut desk = Desk::new();
     desk.start(&["-w", "1", "server.js"]);
