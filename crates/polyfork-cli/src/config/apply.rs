@@ -261,7 +261,10 @@ async fn carry_out(args: &ApplyArgs, file: &Path, steps: Vec<Step>) -> Code {
     for step in &steps {
         let done = match args.dry_run || refused.is_some() {
             true => Ok(None),
-            false => carry_out_one(step, args.profile.as_deref()).await,
+            false => match (step.action, not_done(&steps, &outcomes)) {
+                (Action::Stop, Some(other)) => Err(runs_on(&step.name, other)),
+                _ => carry_out_one(step, args.profile.as_deref()).await,
+            },
         };
         if let Err(verdict) = &done {
             complain(&verdict.text);
@@ -298,6 +301,22 @@ async fn carry_out(args: &ApplyArgs, file: &Path, steps: Vec<Step>) -> Code {
         write_json(&report);
     }
     code
+}
+
+/// The first app that did not come to be as it should.
+fn not_done<'a>(steps: &'a [Step], outcomes: &[Done]) -> Option<&'a str> {
+    let mut done = steps.iter().zip(outcomes);
+    done.find(|(_, done)| done.is_err()).map(|(step, _)| step.name.as_str())
+}
+
+/// What was renamed may be all that serves.
+fn runs_on(name: &str, other: &str) -> Verdict {
+    Verdict {
+        code: Code::Refused,
+        text: format!(
+            "{name}: runs on, since {other} did not do as it should; `polyfork stop {name}` stops it, and then apply again"
+        ),
+    }
 }
 
 async fn carry_out_one(step: &Step, profile: Option<&str>) -> Done {

@@ -142,3 +142,21 @@ fn a_new_version_that_does_not_come_up_fails_the_apply_and_not_the_app() {
     let told = desk.json(&["apply", "--dry-run", "--json"]);
     assert_eq!(plan(&told), [does("shop", "reload")]);
 }
+
+#[test]
+fn nothing_is_pruned_while_what_should_come_instead_does_not_run() {
+    let mut desk = Desk::new();
+    desk.place.file("tells.js", TELLS);
+    write(&desk, "[app.old]\nprogram = \"tells.js\"\nworkers = 1\n");
+    apply(&mut desk, &[]);
+    let old = desk.status("old");
+    desk.place.file("bad.js", "process.exit(9)");
+    write(&desk, "[app.new]\nprogram = \"bad.js\"\nworkers = 1\nrestart_limit = \"0/1m\"\n");
+    let done = desk.does(&["apply", "--prune"]);
+    assert_ne!(done.code, Some(0), "{done:?}");
+    assert!(done.err.contains("old: runs on, since new did not"), "{done:?}");
+    assert_eq!(answer(&old)["version"], 1, "it serves");
+    desk.place.file("bad.js", TELLS);
+    let told = apply(&mut desk, &["--prune"]);
+    assert_eq!(plan(&told), [does("new", "start"), does("old", "stop")]);
+}
