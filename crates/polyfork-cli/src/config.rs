@@ -88,7 +88,8 @@ pub(crate) fn load(file: &Path, profile: Option<&str>) -> Result<Loaded, Verdict
     } else {
         let text = text_of(file).map_err(cannot)?;
         match file.extension().is_some_and(|end| end == "json") {
-            true => match serde_json::from_str(&text) {
+            // Some editors begin every file with a mark.
+            true => match serde_json::from_str(text.trim_start_matches('\u{feff}')) {
                 Ok(value) => ecosystem::read(&full, &value, profile),
                 Err(error) => (Vec::new(), vec![not_json(&full, &text, &error)]),
             },

@@ -776,7 +776,7 @@ async fn go_on_with(
         claim,
         about: About { live, ..state.about },
         background,
-        renewal: Renewal::at(state.times),
+        renewal: Renewal::at(state.times, state.change_seen),
         measured: Measured::default(),
     };
     let mut watch = Watch::new(state.workers, show, place, around, state.ledger);
@@ -837,7 +837,7 @@ impl Place {
             let measured = self.measured.address.is_some();
             return Ok(measured.then(|| Control::quiet(cluster, book(), meter)));
         };
-        let card = card(&self.about, None);
+        let card = card(&self.about, clock::now(), None);
         let opened =
             claim.write_card(&card).and_then(|()| Ok((claim.listen()?, claim.state_file()?)));
         let losses = self.background.as_ref().map(|background| Arc::clone(&background.logs.losses));
@@ -860,11 +860,11 @@ impl Place {
     }
 }
 
-fn card(about: &About, ended: Option<Ended>) -> Card {
+fn card(about: &About, started: String, ended: Option<Ended>) -> Card {
     Card {
         version: 1,
         pid: std::process::id(),
-        started: clock::now(),
+        started,
         program: about.program.clone(),
         logs: about.logs.as_ref().map(Into::into),
         ended,
@@ -1073,7 +1073,9 @@ impl Watch {
             exit_code: verdict.code as u8,
             text: verdict.text.clone(),
         };
-        claim.leave(&card(about, Some(ended)));
+        // An app that ends in the background had a control socket.
+        let started = self.control.as_ref().map(|control| control.book().started());
+        claim.leave(&card(about, started.unwrap_or_else(clock::now), Some(ended)));
     }
 
     /// Waits until standard output takes lines no more.

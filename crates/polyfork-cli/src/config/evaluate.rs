@@ -103,7 +103,7 @@ fn value(out: &[u8], word: &str) -> Result<Value, String> {
     let mut parts = text.rsplitn(3, word);
     let (_, json, _) = match (parts.next(), parts.next(), parts.next()) {
         (Some(after), Some(json), Some(before)) => (after, json, before),
-        _ => return Err("it failed".into()),
+        _ => return Err("it ended without a value".into()),
     };
     if json.len() > LONGEST {
         return Err(format!("its value is longer than {} MiB", LONGEST >> 20));

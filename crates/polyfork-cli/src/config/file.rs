@@ -215,6 +215,7 @@ impl Reader<'_> {
             let text = match value.get_ref() {
                 DeValue::Boolean(yes) => Some(yes.to_string()),
                 DeValue::Float(number) => Some(number.as_str().to_owned()),
+                DeValue::String(text) => Some(text.to_string()),
                 _ => word(value),
             };
             match text {

@@ -7,6 +7,7 @@
 //! whether the new workers had read the file before.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use polyfork::cluster::{Cluster, ReloadError, ReloadOptions};
@@ -51,26 +52,36 @@ impl Times {
 
 /// When an app renews itself, which a reload can change.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Renewal(Arc<watch::Sender<Times>>);
+pub(crate) struct Renewal {
+    times: Arc<watch::Sender<Times>>,
+    /// Something that is watched has changed, and the reload for it has not begun.
+    seen: Arc<AtomicBool>,
+}
 
 impl Renewal {
     pub(crate) fn of(args: &RunArgs) -> Renewal {
-        Renewal(Arc::new(watch::Sender::new(Times::of(args))))
+        Renewal::at(Times::of(args), false)
     }
 
     /// At times that another image of this process followed.
-    pub(crate) fn at(times: Times) -> Renewal {
-        Renewal(Arc::new(watch::Sender::new(times)))
+    pub(crate) fn at(times: Times, seen: bool) -> Renewal {
+        let times = Arc::new(watch::Sender::new(times));
+        Renewal { times, seen: Arc::new(AtomicBool::new(seen)) }
+    }
+
+    /// Whether a change waits for its reload.
+    pub(crate) fn has_seen(&self) -> bool {
+        self.seen.load(Ordering::Relaxed)
     }
 
     /// When that is by now.
     pub(crate) fn times(&self) -> Times {
-        self.0.borrow().clone()
+        self.times.borrow().clone()
     }
 
     /// Other times from now on.
     pub(crate) fn set(&self, times: Times) {
-        self.0.send_if_modified(|now| {
+        self.times.send_if_modified(|now| {
             let differs = *now != times;
             *now = times;
             differs
@@ -84,14 +95,14 @@ impl Renewal {
         logs: Option<&std::path::Path>,
         say: impl Fn(&str),
     ) {
-        let mut changed = self.0.subscribe();
+        let mut changed = self.times.subscribe();
         loop {
             let mut times = changed.borrow_and_update().clone();
             if let (Some(wish), Some(logs)) = (&mut times.wish, logs) {
                 wish.never.push(logs.to_owned());
             }
             tokio::select! {
-                () = follow(times, cluster, &say) => {}
+                () = follow(times, &self.seen, cluster, &say) => {}
                 changed = changed.changed() => {
                     if changed.is_err() {
                         return std::future::pending().await;
@@ -103,13 +114,13 @@ impl Renewal {
 }
 
 /// Follows one set of times, until they are others.
-async fn follow(times: Times, cluster: &Cluster, say: &impl Fn(&str)) {
+async fn follow(times: Times, seen: &Arc<AtomicBool>, cluster: &Cluster, say: &impl Fn(&str)) {
     if times.is_never() {
         return std::future::pending().await;
     }
     let clock = times.cron.as_ref().map(|_| Clock::new());
     let clock = clock.and_then(|clock| clock.map_err(|e| say(&trouble("reload_at", &e))).ok());
-    let watcher = times.wish.map(Watcher::new);
+    let watcher = times.wish.map(|wish| Watcher::new(wish, Arc::clone(seen)));
     let mut watcher = watcher.and_then(|made| made.map_err(|e| say(&trouble("watch", &e))).ok());
     for text in watcher.iter_mut().flat_map(|watcher| std::mem::take(&mut watcher.trouble)) {
         say(&text);
@@ -121,7 +132,7 @@ async fn follow(times: Times, cluster: &Cluster, say: &impl Fn(&str)) {
                 _ => std::future::pending().await,
             }
         };
-        let seen = async {
+        let changed = async {
             match &mut watcher {
                 Some(watcher) => watcher.changed().await,
                 None => std::future::pending().await,
@@ -132,7 +143,7 @@ async fn follow(times: Times, cluster: &Cluster, say: &impl Fn(&str)) {
                 Some(cron) => format!("it is time ({cron}): reloading"),
                 None => continue,
             },
-            path = seen => match path {
+            path = changed => match path {
                 Ok(path) => format!("{} changed: reloading", path.display()),
                 Err(error) => {
                     say(&trouble("watch", &error));
@@ -142,6 +153,7 @@ async fn follow(times: Times, cluster: &Cluster, say: &impl Fn(&str)) {
             },
         };
         say(&why);
+        seen.store(false, Ordering::Relaxed);
         reload(cluster).await;
     }
 }

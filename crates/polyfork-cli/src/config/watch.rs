@@ -6,7 +6,8 @@
 //! dot, `node_modules`, and the app's own folder of logs are passed over; for the rest there is `--watch-ignore`.
 //!
 //! Folders are watched one by one, up to [`MOST_FOLDERS`]; a folder that comes later is watched when it comes. Where the
-//! kernel lost count (`IN_Q_OVERFLOW`), something has changed.
+//! kernel lost count (`IN_Q_OVERFLOW`), something has changed. What is removed or moved away is watched again once it is
+//! back: a folder that is made anew is how many deploy.
 //!
 //! References: inotify(7).
 
@@ -17,6 +18,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
@@ -32,6 +35,9 @@ pub(crate) const MOST_FOLDERS: usize = 8192;
 const DEEPEST: usize = 64;
 /// However busily files change, after so many delays it is told.
 const MOST_DELAYS: u32 = 50;
+
+/// Between two looks for what is away. The kernel does not tell when a path comes to be.
+const AWAY_PAUSE: Duration = Duration::from_secs(1);
 
 const CHANGES: WatchFlags = WatchFlags::CLOSE_WRITE
     .union(WatchFlags::CREATE)
@@ -94,6 +100,12 @@ pub(crate) struct Watcher {
     wish: Wish,
     /// By the kernel's number; several where a file and its folder are watched.
     spots: BTreeMap<i32, Vec<Spot>>,
+    /// What is not there now.
+    away: Vec<PathBuf>,
+    /// A change was seen that has not been told yet. The next image of this process has to know.
+    seen: Arc<AtomicBool>,
+    /// That was so in the image before this one.
+    is_owed: bool,
     /// What could not be watched, in words.
     pub(crate) trouble: Vec<String>,
 }
@@ -103,10 +115,12 @@ impl Watcher {
     ///
     /// # Errors
     /// When the system gives no watches at all. Single paths that cannot be watched are `trouble`.
-    pub(crate) fn new(wish: Wish) -> io::Result<Watcher> {
+    pub(crate) fn new(wish: Wish, seen: Arc<AtomicBool>) -> io::Result<Watcher> {
         let kernel = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         let kernel = register(kernel)?;
-        let mut watcher = Watcher { kernel, wish, spots: BTreeMap::new(), trouble: Vec::new() };
+        let (spots, away, trouble) = (BTreeMap::new(), Vec::new(), Vec::new());
+        let is_owed = seen.load(Ordering::Relaxed);
+        let mut watcher = Watcher { kernel, wish, spots, away, seen, is_owed, trouble };
         for path in watcher.wish.paths.clone() {
             watcher.begin(&path);
         }
@@ -132,8 +146,20 @@ impl Watcher {
                 }
                 _ => self.trouble.push(format!("{} cannot be watched", path.display())),
             },
-            Err(error) => self.trouble.push(told(path, &error)),
+            Err(error) => {
+                self.trouble.push(told(path, &error));
+                self.away.push(path.to_owned());
+            }
         }
+    }
+
+    /// Watches what was away and is there now; one of it.
+    fn look_for_what_is_away(&mut self) -> Option<PathBuf> {
+        let (back, away) = std::mem::take(&mut self.away).into_iter().partition(|p| p.exists());
+        self.away = away;
+        let back: Vec<PathBuf> = back;
+        back.iter().for_each(|path| self.begin(path));
+        back.into_iter().next()
     }
 
     /// Watches a folder, and those in it.
@@ -183,11 +209,11 @@ impl Watcher {
 
     /// Returns when something has changed and it has been quiet since; what changed first.
     pub(crate) async fn changed(&mut self) -> io::Result<PathBuf> {
-        let first = loop {
-            if let Some(path) = self.look().await? {
-                break path;
-            }
+        let first = match std::mem::take(&mut self.is_owed) {
+            true => self.wish.paths.first().cloned().unwrap_or_default(),
+            false => self.first_change().await?,
         };
+        self.seen.store(true, Ordering::Relaxed);
         for _ in 0..MOST_DELAYS {
             match tokio::time::timeout(self.wish.delay, self.look()).await {
                 Ok(looked) => drop(looked?),
@@ -195,6 +221,24 @@ impl Watcher {
             }
         }
         Ok(first)
+    }
+
+    async fn first_change(&mut self) -> io::Result<PathBuf> {
+        loop {
+            if let Some(path) = self.look_for_what_is_away() {
+                return Ok(path);
+            }
+            let found = match self.away.is_empty() {
+                true => self.look().await?,
+                false => match tokio::time::timeout(AWAY_PAUSE, self.look()).await {
+                    Ok(looked) => looked?,
+                    Err(_nothing) => None,
+                },
+            };
+            if let Some(path) = found {
+                return Ok(path);
+            }
+        }
     }
 
     /// Waits for what the kernel tells next; what of it is of interest.
@@ -238,7 +282,18 @@ impl Watcher {
         let spots = self.spots.get(&number)?.clone();
         if flags.contains(ReadFlags::IGNORED) {
             self.spots.remove(&number);
+            let wished = |spot: &Spot| match &spot.only {
+                Some(name) => spot.path.join(name),
+                None => spot.path.clone(),
+            };
+            let roots = spots.iter().filter(|spot| spot.depth == 0).map(wished);
+            self.away.extend(roots);
             return None;
+        }
+        // One inside of another that moved has been told of by that one, and is watched where it is now.
+        if flags.contains(ReadFlags::MOVE_SELF) && spots.iter().any(|spot| spot.depth == 0) {
+            // Under its path there is nothing, or something else. That a watch has gone is told as IGNORED.
+            let _ = inotify::remove_watch(self.kernel.get_ref(), number);
         }
         let mut found = None;
         for spot in spots {
@@ -328,7 +383,7 @@ mod tests {
         runtime.expect("a runtime").block_on(async {
             let delay = Duration::from_millis(20);
             let wish = Wish { paths: vec![path.clone()], delay, ..Wish::default() };
-            let mut watcher = Watcher::new(wish).expect("watches");
+            let mut watcher = Watcher::new(wish, Arc::default()).expect("watches");
             assert!(watcher.trouble.is_empty(), "{:?}", watcher.trouble);
             fs::write(path.join("node_modules/x.js"), "1").expect("a file");
             fs::create_dir(path.join("new")).expect("a folder");
@@ -349,7 +404,7 @@ mod tests {
         fs::write(&file, "1").expect("a file");
         runtime.expect("a runtime").block_on(async {
             let wish = Wish { paths: vec![file.clone()], ..Wish::default() };
-            let mut watcher = Watcher::new(wish).expect("watches");
+            let mut watcher = Watcher::new(wish, Arc::default()).expect("watches");
             fs::write(folder.path().join("other.js"), "1").expect("a file");
             fs::write(folder.path().join("next.js"), "2").expect("a file");
             fs::rename(folder.path().join("next.js"), &file).expect("rename");
@@ -362,8 +417,47 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         runtime.expect("a runtime").block_on(async {
             let paths = vec!["/no/such/place".into()];
-            let watcher = Watcher::new(Wish { paths, ..Wish::default() }).expect("watches");
+            let watcher =
+                Watcher::new(Wish { paths, ..Wish::default() }, Arc::default()).expect("watches");
             assert!(watcher.trouble[0].contains("/no/such/place"), "{:?}", watcher.trouble);
+        });
+    }
+
+    #[test]
+    fn what_was_removed_or_moved_away_is_watched_again_once_it_is_back() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("app");
+        let file = path.join("a.js");
+        let make = || {
+            fs::create_dir(&path).expect("a folder");
+            fs::write(&file, "1").expect("a file");
+        };
+        make();
+        runtime.expect("a runtime").block_on(async {
+            let delay = Duration::from_millis(1);
+            for paths in [vec![path.clone()], vec![file.clone()]] {
+                let wish = Wish { paths, delay, ..Wish::default() };
+                let seen = Arc::new(AtomicBool::new(false));
+                let mut watcher = Watcher::new(wish, Arc::clone(&seen)).expect("watches");
+                for moved in [false, true] {
+                    match moved {
+                        true => fs::rename(&path, folder.path().join("old")).expect("moved"),
+                        false => fs::remove_dir_all(&path).expect("removed"),
+                    }
+                    // Until all of the going has been told.
+                    while watcher.away.is_empty() {
+                        watcher.look().await.expect("a look");
+                    }
+                    make();
+                    watcher.changed().await.expect("it is back");
+                    assert!(seen.swap(false, Ordering::Relaxed), "whoever asks knows");
+                    fs::write(&file, "2").expect("a file");
+                    watcher.changed().await.expect("it is watched");
+                    seen.store(false, Ordering::Relaxed);
+                }
+                fs::remove_dir_all(folder.path().join("old")).expect("removed");
+            }
         });
     }
 }

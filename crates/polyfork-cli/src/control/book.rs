@@ -357,7 +357,12 @@ impl Book {
         &self.counts
     }
 
-    /// When it was started, since 1970.
+    /// When it was started, for people.
+    pub(crate) fn started(&self) -> String {
+        clock::stamp(self.started_at)
+    }
+
+    /// The same, since 1970.
     pub(crate) fn started_at(&self) -> std::time::Duration {
         self.started_at.duration_since(UNIX_EPOCH).unwrap_or_default()
     }
@@ -415,7 +420,7 @@ impl Book {
             workers_wanted: self.wanted,
             workers_ready: self.ready(),
             restarts: self.restarts,
-            started: clock::stamp(self.started_at),
+            started: self.started(),
             uptime_ms: ms(self.started.elapsed()),
             cpu_ms: usage.cpu_ms,
             resident_bytes: usage.resident_bytes,

@@ -197,6 +197,7 @@ fn find(args: &LogsArgs) -> Result<Vec<Log>, Verdict> {
         for name in meant {
             let card = runtime.as_ref().and_then(|runtime| runtime.app(name)?.card());
             let told: Option<PathBuf> = card.as_ref().and_then(|card| card.logs.clone());
+            let told_at = told.clone();
             let path = match (told, &card, &root) {
                 (Some(path), ..) => Some(path),
                 (None, Some(_), _) => None,
@@ -209,6 +210,14 @@ fn find(args: &LogsArgs) -> Result<Vec<Log>, Verdict> {
             match path.and_then(|path| Folder::find(&path)) {
                 Some(folder) => logs.push(Log { name: name.clone(), folder }),
                 None if name::is_pattern(text) => {}
+                None if told_at.is_some() => {
+                    let path = told_at.unwrap_or_default();
+                    let text = format!(
+                        "the folder of {name}'s logs, {}, is gone: what it writes is lost until it is started anew",
+                        path.display()
+                    );
+                    return Err(Verdict { code: Code::Refused, text });
+                }
                 None => {
                     let text = format!(
                         "{name} has no logs: it runs in the foreground (`polyfork run`), and what it writes goes \

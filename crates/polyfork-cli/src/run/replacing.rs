@@ -291,6 +291,7 @@ impl Watch {
             show: self.show,
             live: self.about.live.as_ref().map(Live::state),
             times: self.renewal.times(),
+            change_seen: self.renewal.has_seen(),
             manager: self.manager.seen(),
             metrics,
             keeps_rights: upgrade::would_lose_rights(),

@@ -50,6 +50,8 @@ pub(crate) struct AppState {
     pub(crate) live: Option<LiveState>,
     /// When it reloads by itself.
     pub(crate) times: Times,
+    /// A file has changed, and the reload for it has not begun.
+    pub(crate) change_seen: bool,
     /// What a service manager was told, if there is one.
     pub(crate) manager: Option<Seen>,
     /// Where metrics are served.

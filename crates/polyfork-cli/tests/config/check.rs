@@ -35,6 +35,10 @@ fn a_mistake_is_told_with_file_line_column_the_line_itself_and_what_was_meant() 
             &[":3:10", "listen: "],
         ),
         ("[app.shop]\nprogram = \"server.js\"\nenv = { A = [1] }\n", &[":3:13", "env.A"]),
+        (
+            "[app.shop]\nprogram = \"server.js\"\nenv = { A = \"b\\u0000\" }\n",
+            &[":3:13", "cannot be in an environment"],
+        ),
         ("[app.shop]\nprogram = \"server.js\"\nreload_at = \"61 * * * *\"\n", &[":3:13", "minute"]),
         ("[app.shop]\nprogram = \"server.js\n", &[":2:", "not TOML"]),
         ("[app.shop]\n", &[":1:6", "it has no program"]),
@@ -93,6 +97,14 @@ fn programs_folders_and_addresses_are_looked_at() {
     let told = desk.json(&["check", "--json"]);
     assert_eq!((&told["ok"], &told["problems"][0]["level"]), (&true.into(), &"warning".into()));
     assert_eq!(told["apps"][1]["name"], "b");
+}
+
+#[test]
+fn a_mark_at_the_beginning_of_a_json_file_is_no_mistake() {
+    let desk = Desk::new();
+    let text = "\u{feff}{\"apps\": [{\"name\": \"shop\", \"script\": \"server.js\"}]}";
+    desk.place.file("ecosystem.config.json", text);
+    desk.did(&["check"]);
 }
 
 #[test]

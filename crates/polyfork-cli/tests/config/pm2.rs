@@ -58,7 +58,7 @@ fn what_a_script_does_wrong_is_shown() {
     for (text, part) in [
         ("throw new Error('no such \\x1b[2Jvault')", "no such"),
         ("module.exports = { apps: [ }", "SyntaxError"),
-        ("process.exit(0)", "it failed"),
+        ("process.exit(0)", "it ended without a value"),
         ("module.exports = { name: 1n }", "BigInt"),
         ("module.exports = 'x'.repeat(3 << 20)", "more than"),
         ("module.exports = {}", "it has no script"),

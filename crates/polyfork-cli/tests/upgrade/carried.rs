@@ -350,6 +350,19 @@ fn signals_that_come_meanwhile_are_obeyed() {
 }
 
 #[test]
+fn a_changed_file_that_waits_for_quiet_is_reloaded_by_the_new_image() {
+    let desk = Desk::new();
+    let source = desk.place.path().join("source");
+    fs::create_dir(&source).expect("a folder");
+    let app =
+        App::start_on(desk, &["-w", "1", "--watch", "source", "--watch-delay", "5s", "server.js"]);
+    fs::write(source.join("a.js"), "1").expect("a file");
+    app.desk.did(&["upgrade", &app.name]);
+    let generation = || app.status()["workers"][0]["generation"].clone();
+    eventually("a reload", generation, |generation| *generation == 2);
+}
+
+#[test]
 fn fault_108_secrets_are_told_by_nobody() {
     let desk = Desk::new();
     let args = ["-w", "1", "--env", "TOKEN=canary-in-env", "server.js", "--key", "canary-in-args"];
