@@ -112,6 +112,8 @@ struct Snapshot {
     slot: u32,
     /// Those that are full, the oldest first.
     full: VecDeque<LogName>,
+    /// The age of the latest full file, also when that is not wanted; older than any if there is none.
+    latest: Age,
     /// The one that is written to, with its device and inode.
     current: Option<(File, Identity)>,
 }
@@ -137,16 +139,12 @@ impl Snapshot {
             };
             let after = full_files(folder, slot)?;
             if after.back().map(|name| &name.age) == before.back().map(|name| &name.age) {
-                return Ok(Snapshot { slot, full: after, current });
+                let latest = after.back().map_or(Age::Full(String::new()), |name| name.age.clone());
+                return Ok(Snapshot { slot, full: after, latest, current });
             }
             before = after;
         }
         Err(io::Error::other("files are filled faster than they can be listed"))
-    }
-
-    /// The age of the latest full file; older than any if there is none.
-    fn latest(&self) -> Age {
-        self.full.back().map_or(Age::Full(String::new()), |name| name.age.clone())
     }
 
     /// Leaves out old files: those behind which there are enough lines.
@@ -203,18 +201,20 @@ struct SlotLines<'a> {
     next: Option<Entry>,
     /// Where the file that is written to is being read, for who follows it from there on.
     tail: Option<Tail>,
-    /// How long that file was at the beginning: a writer that is faster than its reader would never be read to the end.
+    /// The latest full file at the beginning.
+    latest: Age,
+    /// How long the file that is written to was at the beginning: a writer that is faster than its reader would never be read to the end.
     end: u64,
 }
 
 impl<'a> SlotLines<'a> {
     fn new(folder: &'a Folder, mut files: Snapshot, follow: bool) -> io::Result<SlotLines<'a>> {
-        let (mut tail, mut end) = (None, 0);
+        let (latest, mut tail, mut end) = (files.latest.clone(), None, 0);
         if follow && let Some((file, identity)) = files.current.take() {
             end = file.metadata()?.len();
-            tail = Some(Tail::new(file, files.slot, identity, files.latest()));
+            tail = Some(Tail::new(file, files.slot, identity, latest.clone()));
         }
-        Ok(SlotLines { folder, files, lines: None, next: None, tail, end })
+        Ok(SlotLines { folder, files, lines: None, next: None, tail, latest, end })
     }
 
     fn advance(&mut self, filter: &Filter) -> io::Result<()> {
@@ -282,8 +282,8 @@ pub(crate) fn read_and_follow(
     last: Option<usize>,
     take: impl FnMut(Entry) -> io::Result<()>,
 ) -> io::Result<Follow> {
-    let slots = read_to_tails(&folder, filter, last, true, take)?;
-    Ok(Follow { folder, filter: filter.clone(), slots })
+    let (slots, between) = read_to_tails(&folder, filter, last, true, take)?;
+    Ok(Follow { folder, filter: filter.clone(), slots, between })
 }
 
 fn read_to_tails(
@@ -292,7 +292,7 @@ fn read_to_tails(
     last: Option<usize>,
     follow: bool,
     mut take: impl FnMut(Entry) -> io::Result<()>,
-) -> io::Result<BTreeMap<u32, Tail>> {
+) -> io::Result<(BTreeMap<u32, Tail>, BTreeMap<u32, Age>)> {
     let mut heads = Vec::new();
     for slot in slots(folder, filter)? {
         let mut files = Snapshot::of(folder, slot)?;
@@ -325,8 +325,14 @@ fn read_to_tails(
         }
     }
     kept.into_iter().try_for_each(take)?;
-    let tails = heads.into_iter().filter_map(|head| Some((head.files.slot, head.tail?)));
-    Ok(tails.collect())
+    let (mut tails, mut between) = (BTreeMap::new(), BTreeMap::new());
+    for head in heads {
+        match head.tail {
+            Some(tail) => drop(tails.insert(head.files.slot, tail)),
+            None => drop(between.insert(head.files.slot, head.latest)),
+        }
+    }
+    Ok((tails, between))
 }
 
 fn stamp_of<'a>(head: &'a SlotLines<'_>) -> &'a str {
@@ -338,6 +344,8 @@ pub(crate) struct Follow {
     folder: Folder,
     filter: Filter,
     slots: BTreeMap<u32, Tail>,
+    /// Slots whose file has got full and whose next one is about to be made: all is read up to this full file.
+    between: BTreeMap<u32, Age>,
 }
 
 /// Where one slot is being read.
@@ -365,12 +373,14 @@ impl Follow {
 
     fn more_of(&mut self, slot: u32, entries: &mut Vec<Entry>) -> io::Result<()> {
         let files = Snapshot::of(&self.folder, slot)?;
-        let latest = files.latest();
+        let latest = files.latest.clone();
         // When there is none, the next one is about to be made.
         let now = files.current.as_ref().map(|(_, identity)| *identity);
         let moved = |tail: &Tail| now.is_some_and(|now| now != tail.identity);
         let Some(tail) = self.slots.get_mut(&slot) else {
-            return self.begin(files, None, entries);
+            // One that was not there before is read from its beginning.
+            let read = self.between.remove(&slot).unwrap_or(Age::Full(String::new()));
+            return self.begin(files, (read, 0), entries);
         };
         // Once it has been moved nothing is added to it any more.
         tail.lines.last = moved(tail);
@@ -379,32 +389,31 @@ impl Follow {
             return Ok(());
         }
         let after = std::mem::replace(&mut tail.after, latest);
-        self.begin(files, Some(after), entries)
+        // The file that was read was the first to get full since.
+        self.begin(files, (after, 1), entries)
     }
 
-    /// Reads what came after the file that was read before, which was the first to get full since.
+    /// Reads what came after a full file and so many others.
     fn begin(
         &mut self,
         files: Snapshot,
-        after: Option<Age>,
+        (since, read): (Age, usize),
         entries: &mut Vec<Entry>,
     ) -> io::Result<()> {
-        let (slot, latest) = (files.slot, files.latest());
-        let (read, since) = match after {
-            Some(after) => (1, after),
-            // A slot that was not there before.
-            None => (0, Age::Full(String::new())),
-        };
+        let (slot, latest) = (files.slot, files.latest.clone());
         for name in files.full.iter().filter(|name| name.age > since).skip(read) {
             if let Ok(mut lines) = Lines::of(&self.folder, name) {
                 drain(&mut lines, &self.filter, entries)?;
             }
         }
-        if let Some((file, identity)) = files.current {
-            let mut tail = Tail::new(file, slot, identity, latest);
-            drain(&mut tail.lines, &self.filter, entries)?;
-            self.slots.insert(slot, tail);
-        }
+        let Some((file, identity)) = files.current else {
+            self.slots.remove(&slot);
+            self.between.insert(slot, latest);
+            return Ok(());
+        };
+        let mut tail = Tail::new(file, slot, identity, latest);
+        drain(&mut tail.lines, &self.filter, entries)?;
+        self.slots.insert(slot, tail);
         Ok(())
     }
 }
@@ -424,4 +433,80 @@ fn drain(lines: &mut Lines, filter: &Filter, entries: &mut Vec<Entry>) -> io::Re
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::super::line::{Format, Source};
+    use super::*;
+    use crate::control::name::Name;
+
+    /// The lines of these numbers.
+    fn lines(numbers: std::ops::Range<u64>) -> Vec<u8> {
+        let mut text = Vec::new();
+        for number in numbers {
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(number);
+            let line = number.to_string();
+            line::write(&mut text, Format::Text, time, 1, Source::Out(1), line.as_bytes(), true);
+        }
+        text
+    }
+
+    fn texts(entries: Vec<Entry>) -> Vec<String> {
+        entries.into_iter().map(|entry| String::from_utf8(entry.line).expect("text")).collect()
+    }
+
+    #[test]
+    fn files_that_were_left_out_are_not_read_when_the_next_one_is_full() {
+        let root = tempfile::tempdir().expect("a folder");
+        let name = Name::read("app").expect("a name");
+        let folder = Folder::make_for(root.path(), &name, None).expect("a folder");
+        let at = |name: LogName| root.path().join("app").join(name.file());
+        let full = |number| LogName::full(1, &format!("2026010100000{number}"));
+        for number in 0..3 {
+            std::fs::write(at(full(number)), lines(number * 10..number * 10 + 10))
+                .expect("written");
+        }
+        std::fs::write(at(LogName::current(1)), lines(30..40)).expect("written");
+        let mut seen = Vec::new();
+        let mut follow = read_and_follow(folder, &Filter::default(), Some(2), |entry| {
+            seen.push(entry);
+            Ok(())
+        })
+        .expect("a follower");
+        assert_eq!(texts(seen), ["38", "39"]);
+        std::fs::rename(at(LogName::current(1)), at(full(3))).expect("renamed");
+        std::fs::write(at(LogName::current(1)), lines(40..41)).expect("written");
+        assert_eq!(texts(follow.more().expect("a look")), ["40"]);
+    }
+
+    #[test]
+    fn between_a_full_file_and_its_successor_nothing_comes_twice() {
+        let root = tempfile::tempdir().expect("a folder");
+        let name = Name::read("app").expect("a name");
+        let folder = Folder::make_for(root.path(), &name, None).expect("a folder");
+        let write = |name: LogName, text: Vec<u8>| {
+            std::fs::write(root.path().join("app").join(name.file()), text).expect("written");
+        };
+        let full = |number| LogName::full(1, &format!("2026010100000{number}"));
+        write(full(1), lines(0..10));
+        let mut seen = Vec::new();
+        let mut follow = read_and_follow(folder, &Filter::default(), Some(2), |entry| {
+            seen.push(entry);
+            Ok(())
+        })
+        .expect("a follower");
+        assert_eq!(texts(seen), ["8", "9"]);
+        // The next file has not been made, is made, gets full, and has no successor yet.
+        assert_eq!(texts(follow.more().expect("a look")), [""; 0]);
+        write(LogName::current(1), lines(10..12));
+        assert_eq!(texts(follow.more().expect("a look")), ["10", "11"]);
+        let at = |name: LogName| root.path().join("app").join(name.file());
+        std::fs::rename(at(LogName::current(1)), at(full(2))).expect("renamed");
+        assert_eq!(texts(follow.more().expect("a look")), [""; 0]);
+        write(LogName::current(1), lines(12..13));
+        assert_eq!(texts(follow.more().expect("a look")), ["12"]);
+    }
 }
