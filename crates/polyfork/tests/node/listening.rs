@@ -244,7 +244,7 @@ async fn a_second_listen_on_the_same_port_fails_and_harms_nothing(runtime: Runti
         rig.js(one, "return close(keep.s)").await;
 
         for worker in [one, two] {
-            assert_eq!(port_of(&rig.js(worker, &fixed).await), port, "{mode:?}");
+            assert_eq!(port_of(&rig.js_when_free(worker, &fixed).await), port, "{mode:?}");
             for _ in 0..2 {
                 let error = rig.try_js(worker, &again).await.expect_err("held already");
                 assert_eq!(error.code.as_deref(), Some("EADDRINUSE"), "{mode:?}: {error:?}");
@@ -263,7 +263,7 @@ async fn a_second_listen_on_the_same_port_fails_and_harms_nothing(runtime: Runti
                 vec![stays.to_string(); 3],
                 "{mode:?}"
             );
-            rig.js(leaves, &fixed).await;
+            rig.js_when_free(leaves, &fixed).await;
         }
         rig.end().await;
     }

@@ -13,7 +13,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polyfork::cluster::{
     Address, Carried, Cluster, Event, Mechanism, Outcome, Output, OutputLine, Policy, Reason,
@@ -258,6 +258,23 @@ impl Rig {
     /// As [`Rig::try_js`], for what does not throw.
     pub(crate) async fn js(&self, worker: u64, code: &str) -> Value {
         self.try_js(worker, code).await.unwrap_or_else(|e| panic!("{code} threw {e:?}"))
+    }
+
+    /// As [`Rig::js`], for an address that was closed just now. All primaries of these tests are in one process: a
+    /// worker that another one starts at this moment has a copy of every descriptor until it executes its program.
+    pub(crate) async fn js_when_free(&self, worker: u64, code: &str) -> Value {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.try_js(worker, code).await {
+                Ok(value) => return value,
+                Err(error)
+                    if error.code.as_deref() == Some("EADDRINUSE") && Instant::now() < until =>
+                {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                Err(error) => panic!("{code} threw {error:?}"),
+            }
+        }
     }
 
     /// Sends an actor something to run and does not wait for its answer.
