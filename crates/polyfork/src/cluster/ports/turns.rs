@@ -98,7 +98,7 @@ impl Drop for Turns {
     }
 }
 
-pub(super) async fn wait_acceptable(
+async fn wait_acceptable(
     port: ListenerId,
     socket: Arc<AsyncFd<OwnedFd>>,
     again: Arc<Notify>,
@@ -132,12 +132,7 @@ impl Drop for Look {
 }
 
 /// Tells when something waits on a keeper.
-pub(super) async fn wait_kept(
-    port: ListenerId,
-    socket: AsyncFd<OwnedFd>,
-    again: Arc<Notify>,
-    io: ToLoop,
-) {
+async fn wait_kept(port: ListenerId, socket: AsyncFd<OwnedFd>, again: Arc<Notify>, io: ToLoop) {
     loop {
         match socket.readable().await {
             // What comes from now on is told again.
@@ -151,13 +146,13 @@ pub(super) async fn wait_kept(
     }
 }
 
-pub(super) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     use rustix::net::{SocketFlags, accept_with};
     Ok(accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?)
 }
 
 /// Errors of accept(2) that concern one connection, not the listener.
-pub(super) fn is_per_connection(error: &io::Error) -> bool {
+fn is_per_connection(error: &io::Error) -> bool {
     !is_shortage(error)
         && !matches!(
             error.raw_os_error(),
