@@ -12,7 +12,7 @@ use std::time::Duration;
 use polyfork::cluster::{is_worker, usable_cpus};
 use serde::Serialize;
 
-use crate::args::AdviseArgs;
+use crate::args::tools::AdviseArgs;
 use crate::exit::Code;
 use crate::style::{Ink, Paint};
 use crate::words;

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, FromArgMatches};
 
-use crate::args::{Cli, LogArgs, RunArgs, StartArgs, Verb};
+use crate::args::run::RunArgs;
+use crate::args::start::{LogArgs, StartArgs};
+use crate::args::{Cli, Verb};
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::words;
@@ -360,7 +362,7 @@ pub(crate) fn layered(verb: &str, words: &[OsString], app: &Wanted) -> Result<St
             "{}: app {}: {}",
             app.file.display(),
             app.name,
-            crate::args::in_one_line(error)
+            crate::args::wrong::in_one_line(error)
         ),
     };
     let matches = command.try_get_matches_from_mut(line).map_err(|error| wrong(&error))?;

@@ -17,7 +17,8 @@ use polyfork::cluster::{Address, Cluster, Detected, Event, Settings, Who, is_wor
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use crate::args::{DemoArgs, OutputArg};
+use crate::args::choices::OutputArg;
+use crate::args::tools::DemoArgs;
 use crate::control::book::About;
 use crate::exit::Code;
 use crate::ledger::Verdict;

@@ -17,7 +17,8 @@ use std::path::Path;
 use polyfork::identity::{self, Account, Keep};
 use rustix::fs::Mode;
 
-use crate::args::{IdentityArgs, MechanismArg, PolicyArg, RunArgs};
+use crate::args::choices::{MechanismArg, PolicyArg};
+use crate::args::run::{IdentityArgs, RunArgs};
 use crate::control::folder::Claim;
 use crate::exit::Code;
 use crate::ledger::Verdict;

@@ -15,7 +15,8 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use crate::args::{self, CompletionsArgs, ManArgs};
+use crate::args;
+use crate::args::tools::{CompletionsArgs, ManArgs};
 use crate::control::folder::Runtime;
 use crate::exit::Code;
 use crate::words;

@@ -23,7 +23,9 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use crate::args::{CgroupArg, LogArgs, LogFormatArg, OutputArg, RunArgs, StartArgs};
+use crate::args::choices::{CgroupArg, OutputArg};
+use crate::args::run::RunArgs;
+use crate::args::start::{LogArgs, LogFormatArg, StartArgs};
 use crate::background::{self, Starter};
 use crate::clock;
 use crate::config;
@@ -378,7 +380,7 @@ fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
     let wants = Wants { name: &name, explicit, controlled: true, logs: given };
     let settled = identity::settle(&run, &wants)?.unwrap_or_default();
     let prepared =
-        prepare(RunArgs { show: crate::args::ShowArgs { json: false, ..run.show }, ..run })?;
+        prepare(RunArgs { show: crate::args::run::ShowArgs { json: false, ..run.show }, ..run })?;
     let claim = match settled.claim {
         Some(Ok(claim)) => claim,
         _ => claim_in_background(&prepared.start.name, explicit)?,

@@ -18,7 +18,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::args::{self, NotRun, RunArgs, ServiceArgs, ServiceVerb, UnitArgs, Verb};
+use crate::args::run::RunArgs;
+use crate::args::tools::{ServiceArgs, ServiceVerb, UnitArgs};
+use crate::args::{self, NotRun, Verb};
 use crate::config;
 use crate::control::folder::Runtime;
 use crate::control::name::Name;

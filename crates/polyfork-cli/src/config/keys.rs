@@ -160,7 +160,7 @@ fn why(error: &clap::Error) -> String {
     }
     match error.get(ContextKind::ValidValue) {
         Some(valid) => format!("give one of {valid}"),
-        None => crate::args::in_one_line(error),
+        None => crate::args::wrong::in_one_line(error),
     }
 }
 

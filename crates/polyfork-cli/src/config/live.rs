@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::renew::{Renewal, Times};
 use super::wanted::{Digest, Wanted};
-use crate::args::RunArgs;
+use crate::args::run::RunArgs;
 use crate::ledger::Verdict;
 
 /// Where options came from.

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::cron::{Clock, Cron};
 use super::watch::{Watcher, Wish};
-use crate::args::RunArgs;
+use crate::args::run::RunArgs;
 use crate::words;
 
 /// Before a reload that was refused because another one is under way is tried again.

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, ask, complain, fail, plain, remark, targets, told, write_json};
-use crate::args::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, UpgradeArgs, WaitArgs};
+use crate::args::operate::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, UpgradeArgs, WaitArgs};
 use crate::control::client::NoAnswer;
 use crate::control::folder::{App, Runtime};
 use crate::control::protocol::{Raw, Scale};

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::{ANSWER_TIME, fail, plain, targets, told, write_out};
-use crate::args::EventsArgs;
+use crate::args::operate::EventsArgs;
 use crate::control::client::Connection;
 use crate::exit::Code;
 use crate::ledger::Verdict;

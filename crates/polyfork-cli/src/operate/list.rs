@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use super::table::{self, Cell};
 use super::{VERSION, fail, plain, targets, write_json, write_out};
-use crate::args::LsArgs;
+use crate::args::operate::LsArgs;
 use crate::control::client::NoAnswer;
 use crate::control::folder::App;
 use crate::control::usage;

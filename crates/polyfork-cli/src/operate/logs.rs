@@ -14,7 +14,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::{fail, targets, write_out};
-use crate::args::LogsArgs;
+use crate::args::operate::LogsArgs;
 use crate::control::folder::Runtime;
 use crate::control::name::{self, Name};
 use crate::exit::Code;

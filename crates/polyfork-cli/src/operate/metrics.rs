@@ -1,7 +1,7 @@
 //! `polyfork metrics NAME`: what its primary would serve to Prometheus, through the control socket.
 
 use super::{ANSWER_TIME, ask, fail, plain, targets, told, write_json, write_out};
-use crate::args::MetricsArgs;
+use crate::args::operate::MetricsArgs;
 use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;

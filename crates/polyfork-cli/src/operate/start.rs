@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
-use crate::args::StartArgs;
+use crate::args::start::StartArgs;
 use crate::config;
 use crate::exit::Code;
 use crate::ledger::Verdict;

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::list::time;
 use super::table::{self, Cell};
 use super::{ANSWER_TIME, ask, complain, fail, plain, targets, told, write_json, write_out};
-use crate::args::AppArgs;
+use crate::args::operate::AppArgs;
 use crate::exit::Code;
 use crate::style::{Ink, Paint};
 use crate::{values, words};

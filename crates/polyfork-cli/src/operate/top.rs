@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{ANSWER_TIME, ask, complain, fail, plain as request, targets, told, write_out};
-use crate::args::TopArgs;
+use crate::args::operate::TopArgs;
 use crate::control::folder::App;
 use crate::control::protocol::Raw;
 use crate::exit::Code;

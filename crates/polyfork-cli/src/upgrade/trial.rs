@@ -23,7 +23,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::state::AppState;
-use crate::args::{self, NotRun, UpgradeCheckArgs, Verb};
+use crate::args::operate::UpgradeCheckArgs;
+use crate::args::{self, NotRun, Verb};
 use crate::exit::Code;
 use crate::words;
 

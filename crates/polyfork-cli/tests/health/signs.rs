@@ -207,7 +207,7 @@ fn programs_that_inherit_sockets_are_probed_one_by_one() {
 fn fault_128_no_limit_and_no_timer_follows_the_wall_clock() {
     // Only these read it: stamps of logs and events, the ages of files, and the times of `--reload-at`.
     const MAY: [&str; 8] = [
-        "polyfork-cli/src/args.rs",
+        "polyfork-cli/src/args/operate.rs",
         "polyfork-cli/src/clock.rs",
         "polyfork-cli/src/config/cron.rs",
         "polyfork-cli/src/control/book.rs",
