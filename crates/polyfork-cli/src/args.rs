@@ -22,7 +22,6 @@ use operate::{
 use run::RunArgs;
 use start::StartArgs;
 use tools::{AdviseArgs, CompletionsArgs, DemoArgs, ManArgs, ServiceArgs};
-use wrong::{blamed, help_for, not_run, variable_of};
 
 pub(crate) mod choices;
 pub(crate) mod operate;
@@ -179,14 +178,9 @@ pub(crate) fn whole() -> clap::Command {
 /// Reads the command line.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, NotRun> {
     let args: Vec<OsString> = args.into_iter().collect();
-    let command = whole();
-    let matches = command.try_get_matches_from(&args).map_err(|error| {
-        variable_of(&error, &args).map_or_else(
-            || not_run(&error, &help_for(&args)),
-            |name| NotRun::Wrong(blamed(&error, &name)),
-        )
-    })?;
-    Cli::from_arg_matches(&matches).map_err(|error| not_run(&error, &help_for(&args)))
+    let read = whole().try_get_matches_from(&args);
+    read.and_then(|matches| Cli::from_arg_matches(&matches))
+        .map_err(|error| wrong::not_taken(&error, &args))
 }
 
 #[cfg(test)]

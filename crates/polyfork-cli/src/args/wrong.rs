@@ -16,20 +16,27 @@ use crate::control::name;
 use crate::style::Paint;
 use crate::words;
 
-/// The command that helps with these words. Only for errors: the whole description is made once more for it.
-pub(super) fn help_for(args: &[OsString]) -> String {
-    let known = |verb: &&str| Cli::command().find_subcommand(verb).is_some();
-    match args.get(1).and_then(|verb| verb.to_str()).filter(known) {
-        Some(verb) => format!("polyfork {verb} --help"),
-        None => "polyfork --help".to_owned(),
+/// Why clap did not take these words.
+pub(super) fn not_taken(error: &clap::Error, args: &[OsString]) -> NotRun {
+    if let ErrorKind::DisplayHelp | ErrorKind::DisplayVersion = error.kind() {
+        return NotRun::Asked(painted(error));
     }
+    NotRun::Wrong(match variable_of(error, args) {
+        Some(variable) => blamed(error, &variable),
+        None => told(error, &help_for(args)),
+    })
+}
+
+/// What is wrong with a command line, in one line.
+pub(crate) fn in_one_line(error: &clap::Error) -> String {
+    one_line(&error.render().to_string())
 }
 
 /// The variable that a wrong value comes from; `None` when the command line itself is wrong.
 ///
 /// Clap does not tell where a value came from, so the same words are read again without the environment: what is
 /// wrong with the words alone is still wrong then.
-pub(super) fn variable_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
+fn variable_of(error: &clap::Error, args: &[OsString]) -> Option<String> {
     let option = error.get(ContextKind::InvalidArg)?.to_string();
     let alone =
         Cli::command().mut_subcommands(|verb| verb.mut_args(|arg| arg.env(Resettable::Reset)));
@@ -44,45 +51,53 @@ pub(super) fn variable_of(error: &clap::Error, args: &[OsString]) -> Option<Stri
 }
 
 /// The error of an option, told of the variable that stands for it.
-pub(super) fn blamed(error: &clap::Error, variable: &str) -> String {
-    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
-    let (option, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+fn blamed(error: &clap::Error, variable: &str) -> String {
+    let (option, value) =
+        (of(error, ContextKind::InvalidArg), of(error, ContextKind::InvalidValue));
     let theirs = format!("'{value}' for '{option}'");
     let ours = format!("{value:?} of the environment variable {variable}");
-    one_line(&error.render().to_string()).replacen(&theirs, &ours, 1)
+    in_one_line(error).replacen(&theirs, &ours, 1)
 }
 
-pub(super) fn not_run(error: &clap::Error, help: &str) -> NotRun {
-    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
-    NotRun::Wrong(match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return NotRun::Asked(painted(error)),
+/// The command that helps with these words. Only for errors: the whole description is made once more for it.
+fn help_for(args: &[OsString]) -> String {
+    let known = |verb: &&str| Cli::command().find_subcommand(verb).is_some();
+    match args.get(1).and_then(|verb| verb.to_str()).filter(known) {
+        Some(verb) => format!("polyfork {verb} --help"),
+        None => "polyfork --help".to_owned(),
+    }
+}
+
+/// The error, with what helps.
+fn told(error: &clap::Error, help: &str) -> String {
+    match error.kind() {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand => {
-            "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".into()
+            "no verb given: `polyfork run PROGRAM`, or `polyfork demo`".to_owned()
         }
-        ErrorKind::MissingRequiredArgument => {
-            let missing = one_line(&error.render().to_string());
-            format!("{missing} (see {help})")
-        }
-        ErrorKind::InvalidSubcommand => no_such_verb(&text(ContextKind::InvalidSubcommand)),
-        ErrorKind::UnknownArgument if !text(ContextKind::InvalidArg).starts_with('-') => {
-            let word = text(ContextKind::InvalidArg);
-            format!("unexpected argument {word}: nothing follows the options here (see {help})")
-        }
-        ErrorKind::UnknownArgument => {
-            let option = text(ContextKind::InvalidArg);
-            let near = match text(ContextKind::SuggestedArg) {
-                near if near.is_empty() => String::new(),
-                near => format!("; did you mean {near}?"),
-            };
-            let near = match option.as_str() {
-                "--config" => "; the file is given without it".to_owned(),
-                _ => near,
-            };
-            let theirs = if runs_programs(help) { "the program's own come after it; " } else { "" };
-            format!("unknown option {option}{near} ({theirs}see {help})")
-        }
-        _ => format!("{} (see {help})", one_line(&error.render().to_string())),
-    })
+        ErrorKind::InvalidSubcommand => no_such_verb(&of(error, ContextKind::InvalidSubcommand)),
+        ErrorKind::UnknownArgument => match of(error, ContextKind::InvalidArg) {
+            option if option.starts_with('-') => no_such_option(error, &option, help),
+            word => {
+                format!("unexpected argument {word}: nothing follows the options here (see {help})")
+            }
+        },
+        _ => format!("{} (see {help})", in_one_line(error)),
+    }
+}
+
+/// What clap knows of an error; empty when it knows nothing.
+fn of(error: &clap::Error, kind: ContextKind) -> String {
+    error.get(kind).map(ToString::to_string).unwrap_or_default()
+}
+
+fn no_such_option(error: &clap::Error, option: &str, help: &str) -> String {
+    let near = match of(error, ContextKind::SuggestedArg) {
+        _ if option == "--config" => "; the file is given without it".to_owned(),
+        near if near.is_empty() => String::new(),
+        near => format!("; did you mean {near}?"),
+    };
+    let theirs = if runs_programs(help) { "the program's own come after it; " } else { "" };
+    format!("unknown option {option}{near} ({theirs}see {help})")
 }
 
 /// A program, as a rule, unless it is nearly a verb.
@@ -106,11 +121,6 @@ fn runs_programs(help: &str) -> bool {
 fn painted(error: &clap::Error) -> String {
     let screen = error.render();
     if Paint::stdout().has_colours() { screen.ansi().to_string() } else { screen.to_string() }
-}
-
-/// What is wrong with a command line, in one line.
-pub(crate) fn in_one_line(error: &clap::Error) -> String {
-    one_line(&error.render().to_string())
 }
 
 /// Clap's `error: what`, possible values and tips, without the usage that follows.
