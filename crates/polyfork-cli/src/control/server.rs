@@ -5,8 +5,8 @@
 //! sending gives way, the oldest first: a thousand clients that send a byte a second keep nobody else out. Everything runs on
 //! the primary's one thread, and nothing exists for a client that is not there.
 //!
-//! Who may ask: the same user, and root. `clients` come and go, `requests` are what they send and who sent it, `work` is what
-//! they ask for, `carry` is how they stay through an upgrade. Here is what all of them share: the book of the app, who
+//! Who may ask: the same user, and root. `clients` come and go, `talk` is what is said to one of them, `requests` are what it
+//! sends and who sent it, `work` is what it asks for, `carry` is how clients stay through an upgrade. Here is what all of them share: the book of the app, who
 //! waits for it to change, and the state that a list shows.
 //!
 //! The surprising rule: the state for a list is written before an answer is given, and before it is told that all are ready.
@@ -36,10 +36,13 @@ use crate::report::json;
 pub(crate) mod carry;
 mod clients;
 mod requests;
+mod talk;
 mod work;
 
 /// Between two writings of the state.
 const STATE_PAUSE: Duration = Duration::from_millis(20);
+/// For a client to take an answer, or a line of a stream.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// At the end, for answers that are on their way.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 
@@ -51,8 +54,7 @@ struct Shared {
     /// None for an app that no command can reach.
     socket: Option<UnixListener>,
     accepting: Mutex<Option<AbortHandle>>,
-    /// Whether clients are to rest: 0 none, 1 those that ask nothing, 2 those that listen as well.
-    rest: watch::Sender<u8>,
+    rest: watch::Sender<Rest>,
     rested: Mutex<Vec<Rested>>,
     /// Where wishes for another binary go.
     wishes: mpsc::Sender<Wish>,
@@ -77,6 +79,22 @@ struct Client {
     id: u64,
     phase: Arc<AtomicU8>,
     task: AbortHandle,
+}
+
+impl Client {
+    fn is(&self, phase: u8) -> bool {
+        self.phase.load(Ordering::Relaxed) == phase
+    }
+}
+
+/// Which clients are to rest, so that this process can be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rest {
+    Nobody,
+    /// Those that send requests, between two of them.
+    Askers,
+    /// Those that are told what happens as well.
+    Everybody,
 }
 
 /// A wish for another binary in the place of this one.
@@ -152,7 +170,7 @@ impl Control {
         let control = Control(Arc::new(Shared {
             socket,
             accepting: Mutex::default(),
-            rest: watch::Sender::new(0),
+            rest: watch::Sender::new(Rest::Nobody),
             rested: Mutex::default(),
             wishes,
             cluster: cluster.clone(),
@@ -190,6 +208,10 @@ impl Control {
     /// How many connections were sent away: strangers, garbage, too slow.
     pub(crate) fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)
+    }
+
+    fn count_refused(&self) {
+        self.0.refused.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Notes an event, and passes it on to whoever listens.
@@ -251,8 +273,7 @@ impl Control {
         self.note(|book| book.ends(verdict.clone()));
         let nobody_waits = async {
             // Who listens to events is owed the last of them.
-            let is_owed = |client: &Client| client.phase.load(Ordering::Relaxed) != SENDING;
-            while lock(&self.0.clients).iter().any(is_owed) {
+            while lock(&self.0.clients).iter().any(|client| !client.is(SENDING)) {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
         };

@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::clients::admit;
-use super::{Client, Control, LISTENING, Rested, Wish, lock};
+use super::{Control, LISTENING, Rest, Rested, Wish, lock};
 use crate::config::live::Live;
 use crate::control::book::Book;
 use crate::control::folder::StateFile;
@@ -73,10 +73,9 @@ impl Control {
         if let Some(accepting) = lock(&self.0.accepting).take() {
             accepting.abort();
         }
-        self.0.rest.send_replace(1);
-        let listens = |client: &Client| client.phase.load(Ordering::Relaxed) == LISTENING;
+        self.0.rest.send_replace(Rest::Askers);
         let rest = async {
-            while !lock(&self.0.clients).iter().all(listens) {
+            while !lock(&self.0.clients).iter().all(|client| client.is(LISTENING)) {
                 tokio::time::sleep(REST_STEP).await;
             }
         };
@@ -88,7 +87,7 @@ impl Control {
     /// # Errors
     /// When they do not take it within the time.
     pub(crate) async fn rest_all(&self, limit: Duration) -> Result<(), &'static str> {
-        self.0.rest.send_replace(2);
+        self.0.rest.send_replace(Rest::Everybody);
         let rest = async {
             while !lock(&self.0.clients).is_empty() {
                 tokio::time::sleep(REST_STEP).await;
@@ -99,7 +98,7 @@ impl Control {
 
     /// Everybody is served as before.
     pub(crate) fn go_on(&self) {
-        if self.0.rest.send_replace(0) == 0 {
+        if self.0.rest.send_replace(Rest::Nobody) == Rest::Nobody {
             return;
         }
         for client in std::mem::take(&mut *lock(&self.0.rested)) {

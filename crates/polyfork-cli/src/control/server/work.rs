@@ -17,8 +17,10 @@ use tokio::time::timeout;
 use super::{Control, LAST_ANSWERS, lock};
 use crate::control::book::{Book, Progress};
 use crate::control::protocol::{self, Refusal, Request, Scale, Verb};
+use crate::exit::Code;
 use crate::metrics::{self, text};
 use crate::values::MOST_WORKERS;
+use crate::words;
 
 /// Events kept for a client that is behind.
 const STREAM_BUFFER: usize = 256;
@@ -30,8 +32,13 @@ pub(super) enum Answer {
 }
 
 #[derive(Serialize)]
-pub(super) struct Accepted {
-    pub(super) accepted: bool,
+struct Accepted {
+    accepted: bool,
+}
+
+/// What is told who does not wait.
+pub(super) fn accepted() -> Vec<u8> {
+    protocol::done(&Accepted { accepted: true })
 }
 
 #[derive(Serialize)]
@@ -60,7 +67,7 @@ impl Reloaded {
             reset: report.reset,
             slowest_wait_ms: report.slowest_wait.as_millis(),
             took_ms: report.took.as_millis(),
-            text: crate::words::reloaded(report),
+            text: words::reloaded(report),
         }
     }
 }
@@ -86,7 +93,7 @@ pub(super) async fn work(control: &Control, request: Request) -> Answer {
         None => working.await,
         Some(limit) => timeout(limit, working).await.unwrap_or_else(|_| {
             let text = "not done within the time given; it goes on".to_owned();
-            Err(Refusal { word: "deadline", code: crate::exit::Code::NotAnswering, text })
+            Err(Refusal { word: "deadline", code: Code::NotAnswering, text })
         }),
     };
     // Who is told that something is done sees it done, also in a list.
@@ -161,43 +168,30 @@ impl Control {
 
     async fn scale(&self, scale: Scale, wait: bool) -> Result<Vec<u8>, Refusal> {
         self.refuse_when_stopping()?;
-        let (before, now) = {
-            let mut book = self.book();
-            let now = book.wanted();
-            let to = match scale {
-                Scale::To(to) => i64::from(to),
-                Scale::By(by) => i64::from(now) + i64::from(by),
-            };
-            let to = u32::try_from(to).ok().filter(|to| (1..=MOST_WORKERS).contains(to));
-            let Some(to) = to else {
-                return Err(Refusal::refused(format!(
-                    "it has {now} workers; there can be 1 to {MOST_WORKERS}"
-                )));
-            };
-            book.wants(to);
-            (book.slots(), to)
-        };
-        self.0.cluster.scale(now).await;
-        if !wait {
-            return Ok(protocol::done(&Scaled { workers: now, ready: false }));
+        let before = self.book().slots();
+        let workers = self.wants(scale)?;
+        self.0.cluster.scale(workers).await;
+        if wait {
+            self.until(|book| scaled(book, &before, workers)).await?;
         }
-        self.until(|book| {
-            if let Some(verdict) = book.ended() {
-                return Some(Err(Refusal::ended(verdict)));
-            }
-            let slots = book.slots();
-            let fresh = slots.iter().filter(|slot| !before.contains(slot));
-            for slot in fresh {
-                match book.progress(*slot, None) {
-                    Progress::Coming => return None,
-                    Progress::Failed(why) => return Some(Err(Refusal::refused(why))),
-                    Progress::Ready(_) | Progress::Gone => {}
-                }
-            }
-            let settled = book.wanted() != now || book.slot_count() == now;
-            settled.then(|| Ok(protocol::done(&Scaled { workers: now, ready: true })))
-        })
-        .await
+        Ok(protocol::done(&Scaled { workers, ready: wait }))
+    }
+
+    /// Notes how many workers there are to be.
+    fn wants(&self, scale: Scale) -> Result<u32, Refusal> {
+        let mut book = self.book();
+        let now = book.wanted();
+        let to = match scale {
+            Scale::To(to) => i64::from(to),
+            Scale::By(by) => i64::from(now) + i64::from(by),
+        };
+        let to = u32::try_from(to).ok().filter(|to| (1..=MOST_WORKERS).contains(to));
+        let to = to.ok_or_else(|| {
+            let text = format!("it has {now} workers; there can be 1 to {MOST_WORKERS}");
+            Refusal::refused(text)
+        })?;
+        book.wants(to);
+        Ok(to)
     }
 
     async fn reload(&self, options: ReloadOptions, wait: bool) -> Result<Vec<u8>, Refusal> {
@@ -211,7 +205,7 @@ impl Control {
             outcome
         });
         if !wait {
-            return Ok(protocol::done(&Accepted { accepted: true }));
+            return Ok(accepted());
         }
         let outcome = reloading.await.map_err(|_| Refusal::refused("the reload broke off"))?;
         match outcome {
@@ -233,7 +227,7 @@ impl Control {
             text.push_str("\n    ");
             text.push_str(&line);
         }
-        Refusal { word: "reload_failed", code: crate::exit::Code::ReloadFailed, text }
+        Refusal { word: "reload_failed", code: Code::ReloadFailed, text }
     }
 
     /// Notes that something long begins; one at a time.
@@ -271,7 +265,7 @@ impl Control {
             outcome
         });
         if !wait {
-            return Ok(protocol::done(&Accepted { accepted: true }));
+            return Ok(accepted());
         }
         let workers = rolling.await.map_err(|_| Refusal::refused("the restart broke off"))??;
         Ok(protocol::done(&Restarted { slots: workers.len(), workers }))
@@ -283,19 +277,7 @@ impl Control {
             let old = self.book().worker_of(slot);
             self.refuse_when_stopping()?;
             self.0.cluster.restart_slot(slot).await;
-            let outcome = self
-                .until(|book| match (book.ended(), book.progress(slot, old)) {
-                    (Some(verdict), _) => Some(Err(Refusal::ended(verdict))),
-                    (None, _) if book.is_stopping() => {
-                        Some(Err(Refusal::refused("it is stopping")))
-                    }
-                    (None, Progress::Coming) => None,
-                    (None, Progress::Gone) => Some(Ok(None)),
-                    (None, Progress::Ready(worker)) => Some(Ok(Some(worker))),
-                    (None, Progress::Failed(why)) => Some(Err(Refusal::refused(why))),
-                })
-                .await?;
-            fresh.extend(outcome);
+            fresh.extend(self.until(|book| rolled(book, slot, old)).await?);
         }
         Ok(fresh)
     }
@@ -320,7 +302,7 @@ impl Control {
 
     async fn end(&self, wait: bool) -> Vec<u8> {
         if !wait {
-            return protocol::done(&Accepted { accepted: true });
+            return accepted();
         }
         let verdict = self.until(|book| book.ended().cloned()).await;
         let (outcome, exit_code) = (verdict.code.row().word, verdict.code as u8);
@@ -328,10 +310,38 @@ impl Control {
     }
 }
 
+/// Whether there are as many workers as were asked for; those in slots that were there `before` are not waited for.
+fn scaled(book: &Book, before: &[u32], workers: u32) -> Option<Result<(), Refusal>> {
+    if let Some(verdict) = book.ended() {
+        return Some(Err(Refusal::ended(verdict)));
+    }
+    for slot in book.slots().iter().filter(|slot| !before.contains(slot)) {
+        match book.progress(*slot, None) {
+            Progress::Coming => return None,
+            Progress::Failed(why) => return Some(Err(Refusal::refused(why))),
+            Progress::Ready(_) | Progress::Gone => {}
+        }
+    }
+    let settled = book.wanted() != workers || book.slot_count() == workers;
+    settled.then_some(Ok(()))
+}
+
+/// What becomes of one slot while workers are replaced: `None` as long as that is open, the new worker when it is ready.
+fn rolled(book: &Book, slot: u32, old: Option<u64>) -> Option<Result<Option<u64>, Refusal>> {
+    match (book.ended(), book.progress(slot, old)) {
+        (Some(verdict), _) => Some(Err(Refusal::ended(verdict))),
+        (None, _) if book.is_stopping() => Some(Err(Refusal::refused("it is stopping"))),
+        (None, Progress::Coming) => None,
+        (None, Progress::Gone) => Some(Ok(None)),
+        (None, Progress::Ready(worker)) => Some(Ok(Some(worker))),
+        (None, Progress::Failed(why)) => Some(Err(Refusal::refused(why))),
+    }
+}
+
 fn busy(with: &str) -> Refusal {
     Refusal {
         word: "busy",
-        code: crate::exit::Code::Refused,
-        text: format!("{} is under way; wait for its end", crate::words::with_article(with)),
+        code: Code::Refused,
+        text: format!("{} is under way; wait for its end", words::with_article(with)),
     }
 }
