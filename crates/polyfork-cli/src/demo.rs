@@ -23,7 +23,10 @@ use crate::control::book::About;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::report::{Start, json};
-use crate::run::{self, HowMany, Place, Prepared, Show};
+use crate::run::how_many::{HowMany, workers};
+use crate::run::place::with_control;
+use crate::run::start::supervise;
+use crate::run::{self, Place, Prepared, Show};
 use crate::words;
 
 mod http;
@@ -71,8 +74,8 @@ pub(crate) fn run(args: DemoArgs) -> Code {
         return server::work(listen);
     }
     let json = args.json;
-    let prepared = prepare(args).and_then(|prepared| run::with_control(prepared, false));
-    match prepared.and_then(|prepared| run::supervise(prepared, Counter::start)) {
+    let prepared = prepare(args).and_then(|prepared| with_control(prepared, false));
+    match prepared.and_then(|prepared| supervise(prepared, Counter::start)) {
         Ok(code) => code,
         Err(refused) => run::refuse(&refused, json),
     }
@@ -80,7 +83,7 @@ pub(crate) fn run(args: DemoArgs) -> Code {
 
 fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
     let unexpected = |text: String| Verdict { code: Code::Unexpected, text: words::plain(&text) };
-    let HowMany { workers, why: workers_why, notice } = run::workers(args.workers);
+    let HowMany { workers, why: workers_why, notice } = workers(args.workers);
     let program = std::env::current_exe()
         .map_err(|error| unexpected(format!("cannot find this program's own file: {error}")))?;
     let detected =

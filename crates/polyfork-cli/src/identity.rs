@@ -23,7 +23,8 @@ use crate::control::folder::Claim;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::logs::folder as log_folder;
-use crate::run::{Refused, claim_a_name, claim_in_background};
+use crate::run::Refused;
+use crate::run::place::{claim_a_name, claim_in_background};
 use crate::words;
 
 /// How many addresses can have exact turns after the right to load programs is gone.

@@ -235,8 +235,8 @@ fn app(args: &UnitArgs) -> Result<App, Verdict> {
     let run = read_run(&words)?;
     let (words, run) = by_config(without_name(words, &run), run)?;
     let name = match &run.name {
-        Some(name) => crate::run::named(name)?,
-        None => Name::like(&crate::run::name_of(&run)),
+        Some(name) => crate::run::place::named(name)?,
+        None => Name::like(&crate::run::prepare::name_of(&run)),
     };
     let program = std::env::current_exe()
         .map_err(|error| refused(format!("cannot find this program's own file: {error}")))?;

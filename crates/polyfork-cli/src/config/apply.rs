@@ -225,7 +225,7 @@ async fn workers_to_be(
         return Ok(None);
     }
     let args = super::layered("start", &[], wanted)?;
-    let to = crate::run::workers(args.run.workers).workers;
+    let to = crate::run::how_many::workers(args.run.workers).workers;
     let status = operate::ask(app, operate::plain("brief"), Some(operate::ANSWER_TIME)).await;
     let status = status.map_err(|error| operate::told(app, &error))?;
     let now = status["workers_wanted"].as_u64();

@@ -140,7 +140,7 @@ pub(crate) fn look(apps: &[Wanted], file: &Path) -> Vec<Fault> {
         };
         // What is wrong with a folder is told of its key.
         let key = |text: &str| if text.starts_with("--cwd") { "cwd" } else { "program" };
-        if let Err(verdict) = crate::run::look_over(args) {
+        if let Err(verdict) = crate::run::prepare::look_over(args) {
             faults.push(fault(key(&verdict.text), verdict));
         }
     }
