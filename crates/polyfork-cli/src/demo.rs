@@ -23,7 +23,7 @@ use crate::control::book::About;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::report::{Start, json};
-use crate::run::how_many::{HowMany, workers};
+use crate::run::how_many::HowMany;
 use crate::run::place::with_control;
 use crate::run::start::supervise;
 use crate::run::{self, Place, Prepared, Show};
@@ -83,7 +83,7 @@ pub(crate) fn run(args: DemoArgs) -> Code {
 
 fn prepare(args: DemoArgs) -> Result<Prepared, Verdict> {
     let unexpected = |text: String| Verdict { code: Code::Unexpected, text: words::plain(&text) };
-    let HowMany { workers, why: workers_why, notice } = workers(args.workers);
+    let HowMany { workers, why: workers_why, notice } = HowMany::of(args.workers);
     let program = std::env::current_exe()
         .map_err(|error| unexpected(format!("cannot find this program's own file: {error}")))?;
     let detected =

@@ -20,6 +20,7 @@ use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::operate::{self, VERSION, complain, fail, remark, start, targets, write_json};
+use crate::run::how_many::HowMany;
 
 /// What is to be done with one app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -225,7 +226,7 @@ async fn workers_to_be(
         return Ok(None);
     }
     let args = super::layered("start", &[], wanted)?;
-    let to = crate::run::how_many::workers(args.run.workers).workers;
+    let to = HowMany::of(args.run.workers).workers;
     let status = operate::ask(app, operate::plain("brief"), Some(operate::ANSWER_TIME)).await;
     let status = status.map_err(|error| operate::told(app, &error))?;
     let now = status["workers_wanted"].as_u64();

@@ -18,22 +18,24 @@ pub(crate) struct HowMany {
     pub(crate) notice: Option<String>,
 }
 
-/// How many workers are wanted.
-pub(crate) fn workers(wanted: Option<Workers>) -> HowMany {
-    match wanted {
-        Some(Workers::Exactly(workers)) => {
-            HowMany { workers, why: "as asked".to_owned(), notice: None }
-        }
-        Some(Workers::Max) => {
-            let cpus = usable_cpus();
-            HowMany { workers: cpus.workers, why: cpus.explanation, notice: None }
-        }
-        None => {
-            let found = default_workers();
-            let workers = found.workers.min(values::MOST_WORKERS);
-            let set = std::env::var_os("WEB_CONCURRENCY").filter(|value| !value.is_empty());
-            let notice = set.and_then(|set| not_followed(&set, workers));
-            HowMany { workers, why: found.explanation, notice }
+impl HowMany {
+    /// As many as are wanted, by whoever says so.
+    pub(crate) fn of(wanted: Option<Workers>) -> HowMany {
+        match wanted {
+            Some(Workers::Exactly(workers)) => {
+                HowMany { workers, why: "as asked".to_owned(), notice: None }
+            }
+            Some(Workers::Max) => {
+                let cpus = usable_cpus();
+                HowMany { workers: cpus.workers, why: cpus.explanation, notice: None }
+            }
+            None => {
+                let found = default_workers();
+                let workers = found.workers.min(values::MOST_WORKERS);
+                let set = std::env::var_os("WEB_CONCURRENCY").filter(|value| !value.is_empty());
+                let notice = set.and_then(|set| not_followed(&set, workers));
+                HowMany { workers, why: found.explanation, notice }
+            }
         }
     }
 }

@@ -11,10 +11,11 @@ use std::io;
 use std::path::Path;
 
 use polyfork::cluster::{
-    Address, CgroupLimits, DetectError, Detected, Dialect, Limits, Probe, Settings, detect_with,
+    Address, CgroupLimits, DetectError, Detected, Dialect, Limits, Mechanism, Policy, Probe,
+    Settings, detect_with,
 };
 
-use super::how_many::{HowMany, workers};
+use super::how_many::HowMany;
 use super::{Measured, Place, Prepared, Refused, Show, usage};
 use crate::args::choices::{CgroupArg, OutputArg};
 use crate::args::run::RunArgs;
@@ -30,34 +31,61 @@ use crate::metrics::server as metrics_server;
 use crate::report::{Start, json};
 use crate::{values, words};
 
+/// Makes settings of options.
+///
+/// # Errors
+/// What is wrong with them, or with the program.
 pub(super) fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
+    let show = shown(&args)?;
+    if let Some(directory) = args.cwd.as_deref() {
+        enterable(directory)
+            .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
+    }
+    let Some((program, arguments)) = args.command.split_first() else {
+        return Err(usage(config::nothing_to("run")));
+    };
+    let pairs = pairs(&args.env)?;
+    let detected = detected(&args, program, arguments, &pairs)?;
+    let HowMany { workers, why: workers_why, notice } = HowMany::of(args.workers);
+    let name = name_of(&args);
+    let settings = Settings::new(program).args(arguments).workers(workers).name(&name);
+    let settings = pairs.iter().fold(settings, |settings, (key, value)| settings.env(key, value));
+    let settings = with_addresses(as_asked(settings, &args), &args, detected.dialect)?;
+    let about = about(&args, name.clone(), program, &detected);
+    let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
+    let start = Start { name, workers, workers_why, detected, warnings, page: false };
+    let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
+    let place = Place { measured, renewal: Renewal::of(&args), ..Place::of(about) };
+    Ok(Prepared { settings, start, show, place })
+}
+
+fn shown(args: &RunArgs) -> Result<Show, Refused> {
     let show = Show { json: args.show.json, output: args.show.output };
     if show.json && show.output == OutputArg::Inherit {
         let text = "--json and --output inherit exclude each other: workers would write between the JSON lines";
         return Err(usage(text));
     }
-    if let Some(directory) = args.cwd.as_deref() {
-        enterable(directory)
-            .map_err(|text| usage(format!("--cwd {}: {text}", directory.display())))?;
-    }
-    if args.command.is_empty() {
-        return Err(usage(config::nothing_to("run")));
-    }
-    let mut words = args.command.iter();
-    let program = words.next().cloned().unwrap_or_default();
-    let arguments: Vec<OsString> = words.cloned().collect();
-    let pairs = pairs(&args.env)?;
+    Ok(show)
+}
+
+/// What the program is. It is looked up where workers would look it up.
+fn detected(
+    args: &RunArgs,
+    program: &OsStr,
+    arguments: &[OsString],
+    pairs: &[(OsString, OsString)],
+) -> Result<Detected, Refused> {
     let path = pairs.iter().rev().find(|(key, _)| key == "PATH").map(|(_, path)| path.as_os_str());
     let runtime = args.runtime.as_deref().filter(|name| !name.is_empty());
-    let mut detected = detect_with(&program, &arguments, args.cwd.as_deref(), path, runtime)
+    let found = detect_with(program, arguments, args.cwd.as_deref(), path, runtime)
         .map_err(|error| not_run(&error))?;
-    if let Some(dialect) = args.dialect.dialect() {
-        detected.dialect = dialect;
-    }
-    let HowMany { workers, why: workers_why, notice } = workers(args.workers);
-    let mut settings = Settings::new(&program)
-        .args(&arguments)
-        .workers(workers)
+    let dialect = args.dialect.dialect().unwrap_or(found.dialect);
+    Ok(Detected { dialect, ..found })
+}
+
+/// What options say of workers, whatever the program is.
+fn as_asked(settings: Settings, args: &RunArgs) -> Settings {
+    let mut settings = settings
         .policy(args.policy.into())
         .mechanism(args.mechanism.into())
         .grace(args.grace)
@@ -71,50 +99,55 @@ pub(super) fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         .max_lifetime(args.max_lifetime.0)
         .max_connections(args.max_connections)
         .max_requests(args.max_requests)
-        .probe(probe(&args))
-        .cgroup(cgroup(&args))
+        .probe(probe(args))
+        .cgroup(cgroup(args))
         .drain_preload(!args.no_drain_preload)
         .stop_by(args.renew.stop_by)
         .instance_var(&args.renew.instance_var)
         .increment_var(args.renew.increment_var.clone())
-        .limits(limits(&args));
+        .limits(limits(args));
     if let Some(live) = args.config.live.clone() {
         settings = settings.reload_from(move || read_again(&live));
     }
     if let Some(dialect) = args.dialect.dialect() {
         settings = settings.dialect(dialect);
     }
-    settings = pairs.into_iter().fold(settings, |settings, (key, value)| settings.env(key, value));
     if let Some(names) = &args.env_allow {
         settings = settings.env_allow(names);
     }
-    settings = listen(&args)?.into_iter().fold(settings, Settings::listen);
+    match &args.cwd {
+        Some(directory) => settings.cwd(directory),
+        None => settings,
+    }
+}
+
+/// With the addresses that were named, and the sockets that this process was given.
+fn with_addresses(
+    settings: Settings,
+    args: &RunArgs,
+    dialect: Dialect,
+) -> Result<Settings, Refused> {
+    let mut settings = listen(args)?.into_iter().fold(settings, Settings::listen);
     let given = manager::sockets();
-    if detected.dialect == Dialect::Sockets {
+    if dialect == Dialect::Sockets {
         settings = given.iter().copied().map(Address::Inherited).fold(settings, Settings::listen);
     }
-    settings = settings.activated(given);
-    if let Some(directory) = &args.cwd {
-        settings = settings.cwd(directory);
-    }
-    let name = name_of(&args);
-    settings = settings.name(&name);
-    let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
-    let about = About {
-        name: name.clone(),
+    Ok(settings.activated(given))
+}
+
+/// What is told of it as long as it runs.
+fn about(args: &RunArgs, name: String, program: &OsStr, detected: &Detected) -> About {
+    About {
+        name,
         program: words::harmless(&program.to_string_lossy()),
         runtime: json::runtime_word(detected.runtime).to_owned(),
         dialect: detected.dialect.to_string(),
-        policy: polyfork::cluster::Policy::from(args.policy).to_string(),
-        mechanism: polyfork::cluster::Mechanism::from(args.mechanism).to_string(),
+        policy: Policy::from(args.policy).to_string(),
+        mechanism: Mechanism::from(args.mechanism).to_string(),
         logs: None,
         metrics: None,
         live: args.config.live.clone(),
-    };
-    let start = Start { name, workers, workers_why, detected, warnings, page: false };
-    let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
-    let place = Place { measured, renewal: Renewal::of(&args), ..Place::of(about) };
-    Ok(Prepared { settings, start, show, place })
+    }
 }
 
 /// What an app's configuration says by now, for a reload.
