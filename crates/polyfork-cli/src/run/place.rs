@@ -22,7 +22,7 @@ use crate::logs::folder as log_folder;
 use crate::logs::line::Format;
 use crate::logs::writer::{Rotation, Writer};
 use crate::metrics::Meter;
-use crate::metrics::server as metrics_server;
+use crate::metrics::server::{self as metrics_server, Door, Serving};
 use crate::report::Start;
 use crate::{background, clock, words};
 
@@ -45,10 +45,7 @@ pub(super) fn with_claim(mut prepared: Prepared, claim: Result<Claim, String>) -
 
 /// Claims a name for an app in the foreground, or says why it has to go without.
 pub(crate) fn claim_a_name(wanted: &str, explicit: bool) -> Result<Result<Claim, String>, Refused> {
-    let name = match explicit {
-        true => named(wanted)?,
-        false => Name::like(wanted),
-    };
+    let name = name(wanted, explicit)?;
     let without = |refused: &Verdict| {
         Ok(Err(format!("{}; no command can reach this one (--no-control says so)", refused.text)))
     };
@@ -72,11 +69,19 @@ pub(crate) fn claim_a_name(wanted: &str, explicit: bool) -> Result<Result<Claim,
     }
 }
 
+fn name(wanted: &str, explicit: bool) -> Result<Name, Refused> {
+    match explicit {
+        true => named(wanted),
+        false => Ok(Name::like(wanted)),
+    }
+}
+
+/// A name that somebody chose.
 pub(crate) fn named(name: &str) -> Result<Name, Refused> {
     Name::read(name).map_err(|error| usage(format!("--name {}: {error}", words::harmless(name))))
 }
 
-pub(crate) fn taken(name: &Name) -> Refused {
+fn taken(name: &Name) -> Refused {
     let text = format!(
         "an app named {name} runs already: `polyfork status {name}` shows it, `polyfork stop {name}` ends it, \
          --name gives this one another name"
@@ -96,10 +101,7 @@ pub(super) fn with_name(mut prepared: Prepared, claim: Claim) -> Prepared {
 
 /// Claims a name for an app in the background, which has to be had.
 pub(crate) fn claim_in_background(wanted: &str, explicit: bool) -> Result<Claim, Refused> {
-    let name = match explicit {
-        true => named(wanted)?,
-        false => Name::like(wanted),
-    };
+    let name = name(wanted, explicit)?;
     Runtime::make()?.claim(&name).map_err(|(_, error)| match error {
         NotClaimed::Taken => taken(&name),
         NotClaimed::Unusable(refused) => refused,
@@ -160,7 +162,7 @@ impl Place {
     }
 
     /// Opens the place where metrics are served, before anything is started.
-    pub(super) fn open_metrics(&mut self) -> Result<Option<metrics_server::Door>, Refused> {
+    pub(super) fn open_metrics(&mut self) -> Result<Option<Door>, Refused> {
         let Some(address) = &self.measured.address else { return Ok(None) };
         match metrics_server::open(address) {
             Ok(door) => {
@@ -172,6 +174,19 @@ impl Place {
                 Err(self.refuse(Verdict { code: words::bind_code(&error), text }))
             }
         }
+    }
+
+    /// Serves metrics there.
+    pub(super) fn serve(
+        &mut self,
+        door: Option<Door>,
+        control: Option<&Controlled>,
+    ) -> Result<Option<Serving>, Refused> {
+        let Some((door, (control, _))) = door.zip(control) else { return Ok(None) };
+        metrics_server::serve(door, control).map(Some).map_err(|error| {
+            let text = words::plain(&format!("cannot serve metrics: {error}"));
+            self.refuse(Verdict { code: Code::Unexpected, text })
+        })
     }
 
     /// Opens the control socket. In the background it has to be had; in the foreground it is gone without.

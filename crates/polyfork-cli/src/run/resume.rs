@@ -13,7 +13,7 @@ use polyfork::cluster::upgrade::{ResumeError, Unpacking};
 use polyfork::cluster::{Cluster, Event, Settings};
 
 use super::prepare::read_again;
-use super::start::what_becomes_of;
+use super::start::{on_this_thread, what_becomes_of};
 use super::{After, Around, Background, Measured, Place, Watch};
 use crate::background::{self, Starter};
 use crate::config::live::Live;
@@ -44,12 +44,8 @@ pub(super) fn go_on(left: Left) -> Code {
     if state.keeps_rights {
         upgrade::rights_are_ours_alone();
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let outcome = runtime.map_err(ResumeError::from).and_then(|runtime| {
-        let code = runtime.block_on(go_on_with(state, unpacking, left.back));
-        runtime.shutdown_background();
-        code
-    });
+    let outcome = on_this_thread(go_on_with(state, unpacking, left.back));
+    let outcome = outcome.map_err(ResumeError::from).flatten();
     outcome.unwrap_or_else(|error| {
         // Everything was found to fit before; this is a machine without memory or descriptors. Workers finish and leave.
         crate::say(io::stderr(), &format!("polyfork: cannot go on: {error}\n"));
@@ -66,31 +62,19 @@ async fn go_on_with(
     let show = state.show;
     let (output, lines) = what_becomes_of(show.output);
     let live = state.live.map(Live::back);
-    let source = live.clone();
     let store = state.manager.as_ref().and_then(|_| manager::store());
+    let source = live.clone();
     let anew = |settings: Settings| {
-        let settings = match store {
-            Some(store) => settings.store(store),
-            None => settings,
-        };
-        match source {
-            Some(live) => settings.output(output).reload_from(move || read_again(&live)),
-            None => settings.output(output),
-        }
+        let settings = settings.output(output);
+        let settings = store.into_iter().fold(settings, Settings::store);
+        source
+            .into_iter()
+            .fold(settings, |settings, live| settings.reload_from(move || read_again(&live)))
     };
     let cluster = Cluster::resume(&state.cluster, unpacking, anew)?;
     let claim = state.claim.map(|claim| Claim::unpack(claim, unpacking)).transpose()?;
-    let background = match state.background {
-        Some(background) => {
-            let BackgroundState { starter, logs, logs_path, format, rotation, lost } = background;
-            let starter = Starter::unpack(starter, unpacking)?;
-            let folder = log_folder::Folder::of(unpacking.take(logs)?, logs_path);
-            background::write_panics_to(folder.again()?);
-            let logs = Writer::go_on(folder, format, rotation, lost)?;
-            Some(Background { starter, logs })
-        }
-        None => None,
-    };
+    let background = state.background.map(|background| Background::unpack(background, unpacking));
+    let background = background.transpose()?;
     let losses = background.as_ref().map(|background| Arc::clone(&background.logs.losses));
     let (mut control, mut asker) = (None, None);
     if let Some(state) = state.control {
@@ -130,4 +114,18 @@ async fn go_on_with(
         back,
     }));
     Ok(watch.run(&cluster, lines, |_: &Event| ()).await.code)
+}
+
+impl Background {
+    fn unpack(
+        state: BackgroundState,
+        unpacking: &mut Unpacking,
+    ) -> Result<Background, ResumeError> {
+        let BackgroundState { starter, logs, logs_path, format, rotation, lost } = state;
+        let starter = Starter::unpack(starter, unpacking)?;
+        let folder = log_folder::Folder::of(unpacking.take(logs)?, logs_path);
+        background::write_panics_to(folder.again()?);
+        let logs = Writer::go_on(folder, format, rotation, lost)?;
+        Ok(Background { starter, logs })
+    }
 }

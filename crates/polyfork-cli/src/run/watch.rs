@@ -157,7 +157,13 @@ impl Watch {
         }
         let outcome = cluster.wait().await;
         let verdict = self.ledger.borrow().verdict(&outcome);
-        let last = self.report.borrow_mut().end(&verdict);
+        self.last_words(&verdict).await;
+        verdict
+    }
+
+    /// Tells the end to everybody who is there.
+    async fn last_words(&self, verdict: &Verdict) {
+        let last = self.report.borrow_mut().end(verdict);
         self.own(&last);
         // A reader that is stuck has been waited for.
         let finish = |sink: &Option<Sink>| sink.as_ref().is_none_or(Sink::finish);
@@ -169,9 +175,8 @@ impl Watch {
         let _complete = finish(&self.err);
         let _complete = self.logs.as_ref().is_none_or(Writer::finish);
         if let Some(control) = &self.control {
-            control.finish(&verdict, &json::Json.end(&verdict)).await;
+            control.finish(verdict, &json::Json.end(verdict)).await;
         }
-        verdict
     }
 
     /// Gives the name back. An app that ended in the background by itself leaves word, since nobody saw it.
