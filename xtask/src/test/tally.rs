@@ -22,6 +22,7 @@ use tempfile::NamedTempFile;
 /// Everything else is required there: a skip of it is a failure.
 pub(super) const MAY_SKIP_IN_CI: &[(&str, &str)] = &[
     ("granian", "its wheel is not built for every platform"),
+    ("real_systemd", "a sandboxed machine may refuse control groups and namespaces even to root"),
     ("ebpf", "a sandboxed machine may refuse bpf(2) even to root; classic BPF is then tested"),
 ];
 

@@ -1,6 +1,6 @@
 //! The service manager's file descriptor store: who holds the listening sockets while there is no primary.
 //!
-//! There is one where the manager says so (`FDSTORE`, from systemd 254 on, with `FileDescriptorStoreMax=` in the unit).
+//! There is one where the manager says so: `FDSTORE`, from systemd 254 on; for older ones our units say it.
 //! Which sockets go there and come back, and what they are called, is decided in `polyfork::cluster`.
 //!
 //! The surprising rule: a socket that is shut down looks to the manager like one that is of no use any more, and it would

@@ -114,6 +114,8 @@ fn service(app: &App, stem: &str) -> String {
     lines.set("OOMPolicy", "continue");
     lines.set("LimitNOFILE", "65536");
     lines.set("FileDescriptorStoreMax", &MOST_KEPT.to_string());
+    // What systemd says by itself from 254 on; older ones have the store and keep silent.
+    lines.set("Environment", &assignment("FDSTORE", MOST_KEPT.to_string().as_ref()));
     harden(&mut lines, app);
     lines.add("");
     lines.add("[Install]");

@@ -169,6 +169,10 @@ impl Running {
         self.signal(signal);
     }
 
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.child.try_wait().expect("wait").is_some()
+    }
+
     /// Waits for the end.
     pub(crate) fn end(&mut self) -> ExitStatus {
         let limit = Instant::now() + PATIENCE;

@@ -24,3 +24,4 @@ mod pages;
 mod service;
 mod stopping;
 mod store;
+mod systemd;

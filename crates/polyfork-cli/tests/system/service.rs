@@ -92,6 +92,8 @@ fn a_unit_says_all_that_a_service_of_this_kind_needs() {
     ] {
         assert_eq!(line(&text, name), value, "{name}");
     }
+    // systemd before 254 does not say so itself.
+    assert!(text.lines().any(|line| line == "Environment=FDSTORE=64"), "{text}");
     let text = unit(&desk, &["--user-unit", "--watchdog-sec", "none", "--", "server.js"]);
     assert_eq!(line(&text, "WantedBy"), "default.target");
     assert!(!text.contains("WatchdogSec") && !text.contains("ProtectSystem"), "{text}");
