@@ -77,6 +77,8 @@ impl Ledger {
     /// Notes an event.
     pub(crate) fn event(&mut self, event: &Event) {
         match event {
+            // Those that a reload or a restart cut short are no news of the end.
+            Event::Stopping => self.cut_short = 0,
             Event::Exit { reason: Reason::GraceExpired, .. } => self.cut_short += 1,
             Event::SlotFailed { slot, .. } => self.given_up = Some(*slot),
             Event::SlotRetired { slot } => drop(self.slots.remove(slot)),

@@ -345,6 +345,7 @@ fn reloads(families: &mut Vec<Family>, book: &Book) {
     families.push(own::RELOADS.with(by("result", results)));
     let lost = [("refused", count(counts.refused)), ("reset", count(counts.reset))];
     families.push(own::RELOAD_LOST.with(by("how", lost)));
+    families.push(own::RELOAD_CUT.with(vec![alone(count(counts.cut_short))]));
     if let Some(last) = &counts.last {
         families.push(own::RELOAD_TOOK.with(vec![alone(last.took.as_secs_f64())]));
         families.push(own::RELOAD_WAIT.with(vec![alone(last.slowest_wait.as_secs_f64())]));

@@ -250,13 +250,34 @@ pub(crate) fn reloaded(report: &ReloadReport) -> String {
         1 => "1 worker".to_owned(),
         n => format!("{n} workers"),
     };
-    format!(
+    let mut text = format!(
         "reloaded: {workers} replaced in {} ms, {} connections refused, {} reset, slowest wait {} ms",
         report.took.as_millis(),
         report.refused,
         report.reset,
         report.slowest_wait.as_millis()
-    )
+    );
+    match report.cut_short {
+        0 => {}
+        1 => text.push_str("; 1 worker was still busy when its grace period was over"),
+        n => {
+            text.push_str(&format!(
+                "; {n} workers were still busy when their grace period was over"
+            ));
+        }
+    }
+    if !report.abandoned.is_empty() {
+        let addresses = addresses(&report.abandoned).join(", ");
+        text.push_str(&format!(
+            "; nobody listens on {addresses} any more, which is closed unless a worker does within 3 s"
+        ));
+    }
+    text
+}
+
+/// As texts.
+pub(crate) fn addresses(addresses: &[Address]) -> Vec<String> {
+    addresses.iter().map(ToString::to_string).collect()
 }
 
 /// `a reload`, `an upgrade`.

@@ -59,9 +59,17 @@ fn an_address_that_the_new_version_does_not_listen_on_is_closed() {
     let text = std::fs::read_to_string(place.path().join("server.js")).expect("the program");
     // Port 0 once more, and another socket: the first of another name.
     place.file("server.js", &text.replace("'127.0.0.1'", "'127.0.0.2'"));
-    let done = ask(&place, &["reload", "shop"]);
+    let done = ask(&place, &["reload", "--json", "shop"]);
     assert_eq!(done.status.code(), Some(0), "{done:?}");
+    let result = &json(&done)["result"];
+    assert_eq!(result["abandoned"], serde_json::json!([before.to_string()]), "{result}");
+    let text = result["text"].as_str().expect("text");
+    assert!(text.contains(&format!("nobody listens on {before} any more")), "{text}");
+    let waits = std::net::TcpStream::connect(before).expect("it is not closed yet");
     app.wait_for("closed");
+    let metrics = String::from_utf8(ask(&place, &["metrics", "shop"]).stdout).expect("text");
+    assert!(metrics.contains("\npolyfork_connections_reset_total 1\n"), "{metrics}");
+    drop(waits);
     let refused = std::net::TcpStream::connect(before).expect_err("nobody listens there");
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     let status = json(&ask(&place, &["status", "--json", "shop"]));

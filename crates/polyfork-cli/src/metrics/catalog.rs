@@ -69,6 +69,7 @@ catalog! {
     RESET: "polyfork_connections_reset_total" Counter "" "" "Connections that waited on a socket when it had to be closed";
     RELOADS: "polyfork_reloads_total" Counter "" "result" "Reloads that are over: done or failed";
     RELOAD_LOST: "polyfork_reload_lost_connections_total" Counter "" "how" "Connections refused or reset while reloads that were done went on";
+    RELOAD_CUT: "polyfork_reload_cut_short_workers_total" Counter "" "" "Replaced workers that were still busy when their grace period was over";
     RELOAD_TOOK: "polyfork_last_reload_seconds" Gauge "seconds" "" "How long the last reload that was done took";
     RELOAD_WAIT: "polyfork_last_reload_slowest_wait_seconds" Gauge "seconds" "" "The longest wait of a connection during that reload";
     LOG_LOST: "polyfork_log_lines_lost_total" Counter "" "" "Lines of logs that could not be written";

@@ -25,6 +25,9 @@ pub(crate) struct Counts {
     pub(crate) refused: u64,
     /// Connections that were cut meanwhile.
     pub(crate) reset: u64,
+    /// Workers that were still busy when their grace period was over.
+    #[serde(default)]
+    pub(crate) cut_short: u64,
     /// The last one that was done.
     pub(crate) last: Option<ReloadReport>,
 }
@@ -44,7 +47,8 @@ impl Counts {
                 self.reloaded += 1;
                 self.refused += report.refused;
                 self.reset += report.reset;
-                self.last = Some(*report);
+                self.cut_short += u64::from(report.cut_short);
+                self.last = Some(report.clone());
             }
             Event::ReloadFailed { .. } => self.reloads_failed += 1,
             _ => {}

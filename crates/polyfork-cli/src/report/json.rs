@@ -147,6 +147,8 @@ impl Json {
                 .with("workers", &report.workers)
                 .with("refused", &report.refused)
                 .with("reset", &report.reset)
+                .with("cut_short", &report.cut_short)
+                .with("abandoned", &words::addresses(&report.abandoned))
                 .with("slowest_wait_ms", &report.slowest_wait.as_millis())
                 .with("took_ms", &report.took.as_millis()),
             Event::ReloadFailed { generation, error } => {

@@ -2,8 +2,8 @@
 
 use std::fs;
 
-use super::desk::{Desk, eventually};
-use super::support::{Events, Running, get};
+use super::desk::{Desk, eventually, read};
+use super::support::{Events, Lines, Running, get};
 
 /// Ends when it is told to by a file, and not before.
 const SLOW: &str = "
@@ -52,6 +52,51 @@ fn a_stop_under_way_can_be_cut_short_without_killing_at_once() {
     assert_eq!(told["result"]["outcome"], "stopped", "{told}");
     assert_eq!(first.end().code(), Some(0));
     assert!(client.join().is_err() || !desk.place.path().join("go").exists());
+}
+
+#[test]
+fn a_second_stop_waits_for_the_same_end_and_kills_nobody() {
+    let mut desk = Desk::new();
+    let client = begins(&mut desk, "10m");
+    desk.did(&["stop", "--no-wait", "slow"]);
+    eventually("it stops", || desk.status("slow")["state"] == "stopping", |stopping| *stopping);
+    desk.did(&["stop", "--no-wait", "slow"]);
+    let mut all = Running::start(desk.command(&["stop", "--all"]));
+    let mut third = Running::start(desk.command(&["stop", "--json", "slow"]));
+    let mut told = Lines::of(third.take_out());
+    // It is answered only when all is over, and that is up to the client.
+    desk.place.file("go", "");
+    assert_eq!(client.join().unwrap(), "served");
+    let told = read(&told.rest().join("\n"));
+    assert_eq!(told["result"]["outcome"], "stopped", "{told}");
+    assert_eq!((all.end().code(), third.end().code()), (Some(0), Some(0)));
+}
+
+#[test]
+fn a_reload_tells_whom_it_cut_short_and_the_end_does_not() {
+    let mut desk = Desk::new();
+    let client = begins(&mut desk, "300ms");
+    let told = desk.json(&["reload", "--json", "slow", "--probation", "0"]);
+    assert_eq!(told["result"]["cut_short"], 1, "{told}");
+    let text = told["result"]["text"].as_str().expect("text");
+    assert!(text.ends_with("; 1 worker was still busy when its grace period was over"), "{text}");
+    assert!(client.join().is_err(), "it was cut");
+    let told = desk.json(&["stop", "--json", "slow"]);
+    assert_eq!(told["result"]["text"], "stopped: every worker finished");
+}
+
+#[test]
+fn a_reload_that_a_stop_ends_says_that_it_is_stopping() {
+    let mut desk = Desk::new();
+    desk.start(&["-w", "1", "server.js"]);
+    desk.place.file("server.js", "setInterval(() => {}, 1000);");
+    let mut reload = Running::start(desk.command(&["reload", "server"]));
+    let mut told = Lines::of(reload.take_err());
+    let coming = || desk.status("server")["workers"].as_array().map_or(0, Vec::len);
+    eventually("the new version is started", coming, |workers| *workers == 2);
+    desk.did(&["stop", "server"]);
+    assert_eq!(reload.end().code(), Some(13));
+    assert!(told.rest().join("\n").contains("it is stopping"));
 }
 
 #[test]

@@ -447,9 +447,18 @@ impl Ports {
         self.open.clear();
     }
 
-    /// Closes what no worker uses any more, and says what that was.
+    /// What no worker uses.
+    pub(crate) fn unused(&self) -> Vec<Address> {
+        let unused = self.book.unused().into_iter().filter_map(|id| self.open.get(&id));
+        unused.map(|port| port.address.clone()).collect()
+    }
+
+    /// Closes what no worker uses any more, and says what that was. Who waits there is reset.
     pub(crate) fn close_unused(&mut self) -> Vec<Address> {
-        self.book.unused().into_iter().filter_map(|id| self.close(id)).collect()
+        let unused = self.book.unused();
+        let ports = unused.iter().filter_map(|id| self.open.get(id));
+        self.reset += ports.map(Port::waiting).sum::<u64>();
+        unused.into_iter().filter_map(|id| self.close(id)).collect()
     }
 
     // ---- seats ----
@@ -775,6 +784,23 @@ impl Port {
             Kind::Shared(fd) => Some(fd.as_fd()),
             Kind::SharedUnix(listener) => Some(listener.as_fd()),
             Kind::Turns(_) => None,
+        }
+    }
+
+    /// Connections that wait here, wherever.
+    fn waiting(&self) -> u64 {
+        let on = |socket: BorrowedFd<'_>| u64::from(reuseport::queue_depth(socket).unwrap_or(0));
+        match (&self.kind, &self.address) {
+            (_, Address::Unix(_)) => 0,
+            (Kind::Slots { group, .. }, _) => {
+                let depths = group.slots().filter_map(|seat| group.queue_depth(seat).ok());
+                depths.map(u64::from).sum::<u64>() + group.keeper().map_or(0, on)
+            }
+            (Kind::Shared(fd), _) => on(fd.as_fd()),
+            (Kind::Turns(turns), _) => {
+                turns.handoff.counters().queued as u64 + on(turns.socket.get_ref().as_fd())
+            }
+            (Kind::SharedUnix(_), _) => 0,
         }
     }
 

@@ -18,7 +18,7 @@ use super::detect::Detected;
 use super::event::{Event, Who};
 use super::primary::{Primary, Timer};
 use super::process::Environment;
-use super::settings::Settings;
+use super::settings::{Address, Settings};
 
 /// Between two looks at the queues during a reload.
 const LOOK: Duration = Duration::from_millis(5);
@@ -72,7 +72,7 @@ impl ReloadOptions {
 }
 
 /// What a reload did and what it cost.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub struct ReloadReport {
     /// The generation that serves now. The first one is 1.
@@ -84,6 +84,12 @@ pub struct ReloadReport {
     pub refused: u64,
     /// Connections that were waiting on a socket when it had to be closed and could not be moved.
     pub reset: u64,
+    /// Replaced workers that were still busy when their grace period was over: what they were serving was cut.
+    #[serde(default)]
+    pub cut_short: u32,
+    /// Addresses that no worker of the new generation listens on. Each is closed three seconds later unless one does by then.
+    #[serde(default)]
+    pub abandoned: Vec<Address>,
     /// The longest time that a queue was seen to stand still with somebody in it (kernel, looked at every 5 ms), or
     /// from accepting a connection to its acknowledgement (hand-off).
     pub slowest_wait: Duration,
@@ -161,6 +167,8 @@ pub(crate) struct Reloading {
     refused: u64,
     reset: u64,
     waits: Waits,
+    /// Old workers whose grace period was over.
+    cut_short: u32,
     /// The workers that it started.
     fresh: BTreeMap<WorkerId, Who>,
 }
@@ -222,7 +230,8 @@ impl Primary {
         self.launches.insert(generation, Launch { settings, detected, environment });
         let (refused, reset) = (self.ports.refused(), self.ports.reset);
         let (began, waits, fresh) = (Instant::now(), Waits::default(), BTreeMap::new());
-        self.reloading = Some(Reloading { began, reply, refused, reset, waits, fresh });
+        self.reloading =
+            Some(Reloading { began, reply, refused, reset, waits, cut_short: 0, fresh });
         self.emit(Event::Reloading { generation });
         self.feed(Input::Reload(ReloadPlan { at_a_time, probation }));
         if self.supervisor.reloading().is_some() {
@@ -284,6 +293,16 @@ impl Primary {
         }
     }
 
+    /// A worker has ended for this reason.
+    pub(crate) fn ended_meanwhile(&mut self, worker: WorkerId, reason: Reason) {
+        if let Some(reloading) = &mut self.reloading
+            && reason == Reason::GraceExpired
+            && !reloading.fresh.contains_key(&worker)
+        {
+            reloading.cut_short += 1;
+        }
+    }
+
     pub(crate) fn reloaded(&mut self, generation: u32, workers: u32) {
         if let Some(launch) = self.launches.remove(&generation) {
             let before = std::mem::replace(&mut self.settings, launch.settings);
@@ -298,10 +317,12 @@ impl Primary {
             workers,
             refused: self.ports.refused().saturating_sub(reloading.refused),
             reset: self.ports.reset - reloading.reset,
+            cut_short: reloading.cut_short,
+            abandoned: self.ports.unused(),
             slowest_wait: reloading.waits.slowest,
             took: reloading.began.elapsed(),
         };
-        self.emit(Event::Reloaded(report));
+        self.emit(Event::Reloaded(report.clone()));
         // The new version may listen elsewhere.
         self.look_for_unused();
         // The asker may have gone.

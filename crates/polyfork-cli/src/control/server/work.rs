@@ -53,6 +53,8 @@ struct Reloaded {
     workers: u32,
     refused: u64,
     reset: u64,
+    cut_short: u32,
+    abandoned: Vec<String>,
     slowest_wait_ms: u128,
     took_ms: u128,
     text: String,
@@ -65,6 +67,8 @@ impl Reloaded {
             workers: report.workers,
             refused: report.refused,
             reset: report.reset,
+            cut_short: report.cut_short,
+            abandoned: words::addresses(&report.abandoned),
             slowest_wait_ms: report.slowest_wait.as_millis(),
             took_ms: report.took.as_millis(),
             text: words::reloaded(report),
@@ -211,6 +215,10 @@ impl Control {
         match outcome {
             Ok(report) => Ok(protocol::done(&Reloaded::of(&report))),
             Err(ReloadError::Busy { .. }) => Err(busy("reload")),
+            // Nothing is wrong with the new version, and nobody goes on serving.
+            Err(ReloadError::Stopping | ReloadError::Ended) => {
+                Err(Refusal::refused("not reloaded: it is stopping"))
+            }
             Err(error) => Err(self.reload_failed(&error).await),
         }
     }
@@ -283,11 +291,14 @@ impl Control {
     }
 
     async fn stop(&self, grace: Option<Duration>, wait: bool) -> Vec<u8> {
+        let stops_already = self.book().is_stopping();
         self.note(Book::stops);
         // Whoever asks here wants an end; a service manager that starts it again asks by signal.
         self.0.cluster.forget_kept().await;
         match grace {
             Some(grace) => self.0.cluster.stop_within(grace).await,
+            // A second one, as a signal, would kill workers. That is what `kill` is for.
+            None if stops_already => {}
             None => self.0.cluster.stop().await,
         }
         self.end(wait).await

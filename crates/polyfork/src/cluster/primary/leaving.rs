@@ -226,6 +226,7 @@ impl Primary {
             }
             None => (Who { slot: slot.0, worker: worker.0, pid: 0 }, false, false),
         };
+        self.ended_meanwhile(worker, reason);
         self.all_ready = false;
         if self.workers.is_empty() {
             self.look_for_unused();
