@@ -35,7 +35,9 @@ pub mod watchdog;
 pub use handoff::{Accepted, Assignment, Counters, Handoff, HandoffConfig, HandoffFault};
 pub use id::{SlotId, WorkerId};
 pub use listeners::{Decision, ListenerId, Listeners};
-pub use restart::{RestartHistory, RestartPolicy, RestartPolicyError};
+pub use restart::{
+    RestartDelay, RestartHistory, RestartPolicy, RestartPolicyError, StopOn, StopOnError,
+};
 pub use seats::{Seat, Seats};
 pub use supervisor::{
     Action, Exit, Inconsistent, Input, NotNow, Outcome, Plan, READY_LIMIT, Reason, ReloadFault,

@@ -10,6 +10,8 @@
 //! A worker that had been ready is missed by somebody, and nothing says yet that the next one will fare as it did: the first
 //! such death is answered at once. Waiting begins with the second in a row, and with a worker that never got ready.
 //!
+//! [`StopOn`] names ends after which there is no successor at all: the program has done its work.
+//!
 //! The surprising rule: the window is judged at the moment the restart would happen, not at the moment of the death, and
 //! a restart is entered when it does happen. So "at most N starts in any window" holds for the starts themselves.
 //!
@@ -20,6 +22,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::supervisor::Exit;
 use crate::time::Time;
 
 /// When a slot's worker is started again, and when it is given up.
@@ -38,8 +41,13 @@ pub struct RestartPolicy {
     /// Restarts allowed per slot in any `window`; 0 gives a slot up at the first end of its worker. At most
     /// [`RestartPolicy::MAX_LIMIT`] is used, as each is remembered.
     pub limit: u32,
-    /// Length of the sliding window.
+    /// Length of the sliding window; [`RestartPolicy::NO_WINDOW`] for one without an end.
     pub window: Duration,
+    /// A worker that lived this long, from its start on, does not count, and those before it are forgotten: `limit` is of
+    /// restarts in a row then. Nothing: every restart counts.
+    pub min_uptime: Duration,
+    /// The wait for the successor of a worker that was stable and whose end was wanted.
+    pub smooth_delay: Duration,
     /// The wait for the successor of a worker that had been ready, unless the one before it died young, too.
     pub first_delay: Duration,
     /// The wait after the first worker that did not even get ready, and the shortest that grows.
@@ -54,23 +62,58 @@ pub struct RestartPolicy {
     ///
     /// Keep it below `window / limit`, then a worker that dies each time it got there still exceeds the limit.
     pub stable_after: Duration,
+    /// Which ends leave the slot at rest.
+    pub stop_on: StopOn,
 }
 
 impl RestartPolicy {
     /// The largest `limit` that is honoured.
     pub const MAX_LIMIT: u32 = 10_000;
 
+    /// The window of a limit that has none: restarts count for ever, or until [`RestartPolicy::min_uptime`] forgives them.
+    pub const NO_WINDOW: Duration = LONGEST_WINDOW;
+
     /// At most `limit` restarts in `window`, the waits as in the default.
     pub fn intensity(limit: u32, window: Duration) -> RestartPolicy {
         RestartPolicy {
             limit,
             window,
+            min_uptime: Duration::ZERO,
+            smooth_delay: Duration::ZERO,
             first_delay: Duration::ZERO,
             min_delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(15),
             factor: 2,
             jitter: 0.25,
-            stable_after: window / limit.saturating_add(1),
+            stable_after: match window {
+                RestartPolicy::NO_WINDOW => STABLE_WITHOUT_WINDOW,
+                window => window / limit.saturating_add(1),
+            },
+            stop_on: StopOn::Nothing,
+        }
+    }
+
+    /// The same, but every restart waits as long as `delay` says.
+    #[must_use]
+    pub fn delayed(self, delay: RestartDelay) -> RestartPolicy {
+        match delay {
+            RestartDelay::Auto => self,
+            RestartDelay::Fixed(wait) => RestartPolicy {
+                smooth_delay: wait,
+                first_delay: wait,
+                min_delay: wait,
+                max_delay: wait,
+                factor: 1,
+                jitter: 0.0,
+                ..self
+            },
+            RestartDelay::Growing(from, to) => RestartPolicy {
+                smooth_delay: from,
+                first_delay: from,
+                min_delay: from,
+                max_delay: to,
+                ..self
+            },
         }
     }
 
@@ -114,7 +157,10 @@ impl Default for RestartPolicy {
 impl fmt::Display for RestartPolicy {
     /// The form that [`FromStr`] reads.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}ms", self.limit, self.window.as_millis())
+        match self.window {
+            RestartPolicy::NO_WINDOW => write!(f, "{}", self.limit),
+            window => write!(f, "{}/{}ms", self.limit, window.as_millis()),
+        }
     }
 }
 
@@ -141,15 +187,21 @@ pub enum RestartPolicyError {
 impl FromStr for RestartPolicy {
     type Err = RestartPolicyError;
 
-    /// Reads `N/WINDOW`, as in `5/30s`; units `ms`, `s`, `m`, `h`, and seconds without one.
+    /// Reads `N/WINDOW`, as in `5/30s`; units `ms`, `s`, `m`, `h`, and seconds without one. `N` alone has no window.
     fn from_str(text: &str) -> Result<RestartPolicy, RestartPolicyError> {
         let whole = || text.to_owned();
-        let (limit, window) =
-            text.split_once('/').ok_or_else(|| RestartPolicyError::NoSlash(whole()))?;
+        let (limit, window) = match text.split_once('/') {
+            Some((limit, window)) => (limit, Some(window)),
+            None if digits(text.trim()).is_some() => (text, None),
+            None => return Err(RestartPolicyError::NoSlash(whole())),
+        };
         let limit = digits(limit.trim())
             .and_then(|n| u32::try_from(n).ok())
             .filter(|n| *n <= RestartPolicy::MAX_LIMIT)
             .ok_or_else(|| RestartPolicyError::BadLimit(whole()))?;
+        let Some(window) = window else {
+            return Ok(RestartPolicy::intensity(limit, RestartPolicy::NO_WINDOW));
+        };
         let window =
             duration(window.trim()).ok_or_else(|| RestartPolicyError::BadWindow(whole()))?;
         if window.is_zero() || window > LONGEST_WINDOW {
@@ -160,6 +212,86 @@ impl FromStr for RestartPolicy {
 }
 
 const LONGEST_WINDOW: Duration = Duration::from_secs(87_600 * 3600);
+/// When waits begin anew under a limit that has no window.
+const STABLE_WITHOUT_WINDOW: Duration = Duration::from_secs(5);
+/// The most codes that are listed: there are no more.
+const MOST_CODES: usize = 256;
+
+/// How long restarts wait.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub enum RestartDelay {
+    /// At once the first time, then from 100 ms to 15 s.
+    #[default]
+    Auto,
+    /// Each as long as this.
+    Fixed(Duration),
+    /// From the first, twice as long each time, to the second; never at once.
+    Growing(Duration, Duration),
+}
+
+/// Ends of workers that leave their slot at rest: no successor is started until somebody asks for one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum StopOn {
+    /// None: whoever ends is replaced.
+    #[default]
+    Nothing,
+    /// Exits with one of these codes.
+    Codes(Vec<u8>),
+    /// Whatever the end of a worker that had been started, by itself or by a signal.
+    AnyEnd,
+}
+
+impl StopOn {
+    /// Whether this end is one of them.
+    pub fn covers(&self, exit: Exit) -> bool {
+        match (self, exit) {
+            (StopOn::Nothing, _) | (_, Exit::NotStarted) => false,
+            (StopOn::Codes(codes), Exit::Code(code)) => {
+                u8::try_from(code).is_ok_and(|code| codes.contains(&code))
+            }
+            (StopOn::Codes(_), _) => false,
+            (StopOn::AnyEnd, _) => true,
+        }
+    }
+}
+
+impl fmt::Display for StopOn {
+    /// The form that [`FromStr`] reads.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StopOn::Nothing => f.write_str("none"),
+            StopOn::AnyEnd => f.write_str("any"),
+            StopOn::Codes(codes) => {
+                let codes: Vec<String> = codes.iter().map(u8::to_string).collect();
+                f.write_str(&codes.join(","))
+            }
+        }
+    }
+}
+
+/// What was given is no list of exit codes. The text is for people.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("give exit codes from 0 to 255 with commas between them, as in 0,3, or any, or none")]
+pub struct StopOnError;
+
+impl FromStr for StopOn {
+    type Err = StopOnError;
+
+    /// Reads `0,3`, `any` or `none`.
+    fn from_str(text: &str) -> Result<StopOn, StopOnError> {
+        match text.trim() {
+            "any" => return Ok(StopOn::AnyEnd),
+            "none" => return Ok(StopOn::Nothing),
+            _ => {}
+        }
+        let code = |word: &str| digits(word.trim()).and_then(|code| u8::try_from(code).ok());
+        let codes: Option<Vec<u8>> = text.split(',').map(code).collect();
+        let mut codes = codes.filter(|codes| codes.len() <= MOST_CODES).ok_or(StopOnError)?;
+        codes.sort_unstable();
+        codes.dedup();
+        Ok(StopOn::Codes(codes))
+    }
+}
 
 /// A number of plain digits; signs and blanks, which `parse` would let through in part, are refused.
 fn digits(text: &str) -> Option<u64> {
@@ -194,6 +326,15 @@ pub enum Decision {
     },
 }
 
+/// How long a worker was there.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Life {
+    /// From its start to its end.
+    pub lived: Duration,
+    /// How long it had been ready; nothing when it never was.
+    pub served: Option<Duration>,
+}
+
 /// What one slot remembers of its restarts. Memory: at most `limit` moments.
 #[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct RestartHistory {
@@ -202,6 +343,8 @@ pub struct RestartHistory {
     /// Workers in a row that were replaced because they did not get ready in time, and since when.
     never_ready: u32,
     never_ready_since: Option<Time>,
+    /// The restart that comes is of a worker that had lived long enough, and counts for nothing.
+    forgiven: bool,
     total: u32,
 }
 
@@ -213,16 +356,21 @@ impl RestartHistory {
 
     /// A worker ended (or left): restart, and after how long, or give up?
     ///
-    /// `served` is how long it had been ready, nothing when it never was. `smooth` says that the end was wanted, by the
-    /// worker or by an operator: then a stable worker's successor starts without a wait. It is counted all the same.
+    /// `smooth` says that the end was wanted, by the worker or by an operator: then a stable worker's successor waits no
+    /// longer than [`RestartPolicy::smooth_delay`]. It is counted all the same.
     pub fn ended(
         &mut self,
         policy: &RestartPolicy,
         now: Time,
-        served: Option<Duration>,
+        life: Life,
         smooth: bool,
         jitter: &mut Jitter,
     ) -> Decision {
+        let Life { lived, served } = life;
+        self.forgiven = !policy.min_uptime.is_zero() && lived >= policy.min_uptime;
+        if self.forgiven {
+            self.starts.clear();
+        }
         self.never_ready = 0;
         self.never_ready_since = None;
         let stable = served.is_some_and(|served| served >= policy.stable_after);
@@ -230,7 +378,7 @@ impl RestartHistory {
             self.young_deaths = 0;
         }
         if stable && smooth {
-            return self.within_limit(policy, now, Duration::ZERO);
+            return self.within_limit(policy, now, policy.smooth_delay);
         }
         self.ended_young(policy, now, served.is_some(), jitter)
     }
@@ -252,10 +400,16 @@ impl RestartHistory {
 
     /// Whether a restart after `wait` is one too many.
     fn within_limit(&self, policy: &RestartPolicy, now: Time, wait: Duration) -> Decision {
+        if self.forgiven {
+            return Decision::Restart(wait);
+        }
         let restarts = self.in_window(policy, now + wait);
         if restarts >= policy.limit_used() {
             let restarts = u32::try_from(restarts).unwrap_or(u32::MAX);
-            return Decision::GiveUp { restarts, within: policy.window };
+            let since = self.starts.front().map_or(Duration::ZERO, |first| now.since(*first));
+            let has_window = policy.window < RestartPolicy::NO_WINDOW;
+            let within = if has_window { policy.window } else { since };
+            return Decision::GiveUp { restarts, within };
         }
         Decision::Restart(wait)
     }
@@ -271,6 +425,7 @@ impl RestartHistory {
         started: Time,
         jitter: &mut Jitter,
     ) -> Decision {
+        self.forgiven = false;
         let since = *self.never_ready_since.get_or_insert(started);
         self.never_ready = self.never_ready.saturating_add(1);
         match self.ended_young(policy, now, false, jitter) {
@@ -283,11 +438,14 @@ impl RestartHistory {
 
     /// A restart happens now.
     pub fn restarted(&mut self, policy: &RestartPolicy, now: Time) {
+        self.total = self.total.saturating_add(1);
+        if std::mem::take(&mut self.forgiven) {
+            return;
+        }
         while self.starts.len() >= policy.limit_used().max(1) {
             self.starts.pop_front();
         }
         self.starts.push_back(now);
-        self.total = self.total.saturating_add(1);
     }
 
     /// Forgets everything but the total: an operator said "try again".
@@ -296,6 +454,7 @@ impl RestartHistory {
         self.young_deaths = 0;
         self.never_ready = 0;
         self.never_ready_since = None;
+        self.forgiven = false;
     }
 
     /// Restarts since the slot exists.
@@ -358,7 +517,8 @@ mod tests {
         now: Time,
         served: Option<Duration>,
     ) -> Decision {
-        history.ended(policy, now, served, false, &mut Jitter::new(1))
+        let life = Life { lived: served.unwrap_or_default(), served };
+        history.ended(policy, now, life, false, &mut Jitter::new(1))
     }
 
     /// A worker that dies each time after `life`, until its slot is given up or `most` restarts happened.
@@ -392,7 +552,7 @@ mod tests {
     #[test]
     fn limits_that_cannot_be_read_say_why() {
         let error = |text: &str| text.parse::<RestartPolicy>().unwrap_err();
-        for text in ["", "5", "5 30s", "5:30s"] {
+        for text in ["", "x", "5 30s", "5:30s"] {
             assert_eq!(error(text), RestartPolicyError::NoSlash(text.into()));
         }
         for text in ["/30s", "x/30s", "-1/30s", "+1/30s", "5.5/30s", "99999999999/1s", "10001/1s"] {
@@ -413,10 +573,10 @@ mod tests {
         for text in ["5/0s", "5/0", "1/99999999h", "1/18446744073709551615"] {
             assert_eq!(error(text), RestartPolicyError::WindowOutOfRange(text.into()));
         }
-        let told = error("5").to_string();
+        let told = error("5:30").to_string();
         assert_eq!(
             told,
-            "restart limit \"5\" has no \"/\": write how many restarts in how long, as in 5/30s"
+            "restart limit \"5:30\" has no \"/\": write how many restarts in how long, as in 5/30s"
         );
     }
 
@@ -479,7 +639,8 @@ mod tests {
         let policy = RestartPolicy::intensity(1, 30 * SECOND);
         let mut history = RestartHistory::new();
         let mut smooth = |served| {
-            let decision = history.ended(&policy, Time::ZERO, served, true, &mut Jitter::new(1));
+            let life = Life { lived: Duration::ZERO, served };
+            let decision = history.ended(&policy, Time::ZERO, life, true, &mut Jitter::new(1));
             history.restarted(&policy, Time::ZERO);
             decision
         };
@@ -488,6 +649,80 @@ mod tests {
             smooth(Some(policy.stable_after)),
             Decision::GiveUp { restarts: 1, within: policy.window }
         );
+    }
+
+    #[test]
+    fn a_limit_in_a_row_is_of_young_workers_however_far_apart() {
+        let policy: RestartPolicy = "2".parse().unwrap();
+        assert_eq!(policy.window, RestartPolicy::NO_WINDOW);
+        let policy = RestartPolicy { min_uptime: 5 * SECOND, ..policy };
+        let young = Duration::from_secs(4);
+        assert_eq!(restarts_of_a_worker_that_lives(young, &policy, 1000), 2);
+        assert_eq!(restarts_of_a_worker_that_lives(policy.min_uptime, &policy, 1000), 1000);
+        // An old one in between forgives those before it, and its own restart is none.
+        let (mut history, mut now) = (RestartHistory::new(), Time::ZERO);
+        let mut dies = |life: Duration| {
+            now = now + life + 3600 * SECOND;
+            let decision = ended(&mut history, &policy, now, Some(life));
+            if let Decision::Restart(_) = decision {
+                history.restarted(&policy, now);
+            }
+            matches!(decision, Decision::Restart(_))
+        };
+        let lives = [young, young, 5 * SECOND, young, young, young];
+        assert_eq!(lives.map(&mut dies), [true, true, true, true, true, false]);
+    }
+
+    #[test]
+    fn a_fixed_delay_is_the_same_before_each_restart() {
+        let delay = RestartDelay::Fixed(4 * SECOND);
+        let policy = RestartPolicy::intensity(50, SECOND).delayed(delay);
+        let (mut history, mut jitter) = (RestartHistory::new(), Jitter::new(3));
+        for (lived, smooth) in [(0, false), (0, false), (9, false), (9, true), (0, true)] {
+            let life = Life { lived: lived * SECOND, served: Some(lived * SECOND) };
+            let decision = history.ended(&policy, Time::ZERO, life, smooth, &mut jitter);
+            assert_eq!(decision, Decision::Restart(4 * SECOND), "{lived} {smooth}");
+        }
+        let never = history.never_got_ready(&policy, Time::ZERO, Time::ZERO, &mut jitter);
+        assert_eq!(never, Decision::Restart(4 * SECOND));
+    }
+
+    #[test]
+    fn a_growing_delay_begins_with_its_first_and_ends_with_its_last() {
+        let delay = RestartDelay::Growing(SECOND, 3 * SECOND);
+        let policy = RestartPolicy::intensity(50, SECOND).delayed(delay);
+        let policy = RestartPolicy { jitter: 0.0, ..policy };
+        let mut history = RestartHistory::new();
+        let waits = std::array::from_fn(|_| {
+            match ended(&mut history, &policy, Time::ZERO, Some(Duration::ZERO)) {
+                Decision::Restart(wait) => wait.as_secs(),
+                Decision::GiveUp { .. } => u64::MAX,
+            }
+        });
+        assert_eq!(waits, [1, 2, 3, 3]);
+    }
+
+    #[test]
+    fn ends_that_stop_a_slot_are_read_as_they_are_written() {
+        let read = |text: &str| text.parse::<StopOn>();
+        assert_eq!(read(" 3, 0,3 "), Ok(StopOn::Codes(vec![0, 3])));
+        assert_eq!(read("any"), Ok(StopOn::AnyEnd));
+        assert_eq!(read("none"), Ok(StopOn::Nothing));
+        for text in ["", "0,", "256", "-1", "0 1", "all"] {
+            assert_eq!(read(text), Err(StopOnError), "{text:?}");
+        }
+        for text in ["0,3", "any", "none"] {
+            assert_eq!(read(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_code_covers_exits_with_it_and_any_covers_all_that_ran() {
+        let codes = StopOn::Codes(vec![0, 3]);
+        let ends = [Exit::Code(3), Exit::Code(4), Exit::Signal(3), Exit::Unknown, Exit::NotStarted];
+        assert_eq!(ends.map(|end| codes.covers(end)), [true, false, false, false, false]);
+        assert_eq!(ends.map(|end| StopOn::AnyEnd.covers(end)), [true, true, true, true, false]);
+        assert_eq!(ends.map(|end| StopOn::Nothing.covers(end)), [false; 5]);
     }
 
     #[test]
@@ -551,7 +786,8 @@ mod tests {
             for (life, late, smooth) in lives {
                 let life = Duration::from_millis(life);
                 now = now + life;
-                match history.ended(&policy, now, Some(life), smooth, &mut jitter) {
+                let life = Life { lived: life, served: Some(life) };
+                match history.ended(&policy, now, life, smooth, &mut jitter) {
                     Decision::Restart(wait) => now = now + wait + Duration::from_millis(late),
                     Decision::GiveUp { restarts, .. } => {
                         prop_assert!(restarts >= limit);

@@ -19,8 +19,11 @@
 //! # Slots
 //!
 //! A slot has at most one *current* worker. One that leaves, or is unfit, stays in the slot as *leaving* until it is gone,
-//! beside its successor. A slot below the wanted number is at any time starting, ready, waiting for a restart, or failed;
-//! never forgotten.
+//! beside its successor. A slot below the wanted number is at any time starting, ready, waiting for a restart, at rest, or
+//! failed; never forgotten.
+//!
+//! Where some ends leave a slot at rest ([`crate::restart::StopOn`]), a worker that leaves by itself stays the current one:
+//! only its end says whether there is to be a successor.
 //!
 //! # Races, told once
 //!
@@ -39,7 +42,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use crate::id::{SlotId, WorkerId};
-use crate::restart::{Decision, Jitter};
+use crate::restart::{Decision, Jitter, Life, StopOn};
 use crate::time::Time;
 
 mod api;
@@ -136,8 +139,8 @@ impl Supervisor {
 
     /// Other limits from now on, for whatever begins from now on: a wait that is under way keeps its end.
     pub fn set_limits(&mut self, limits: SupervisorLimits) {
-        let SupervisorLimits { ready_timeout, grace, restart } = limits;
-        self.plan = Plan { ready_timeout, grace, restart, ..self.plan.clone() };
+        let SupervisorLimits { ready_timeout, grace, restart, stay_at_rest } = limits;
+        self.plan = Plan { ready_timeout, grace, restart, stay_at_rest, ..self.plan.clone() };
     }
 
     /// Takes in what happened at `now` and appends what is to be done to `out`, to be carried out in that order.
@@ -330,6 +333,7 @@ impl Supervisor {
         let now = self.now;
         let Some(slot) = self.slots.get_mut(&id).filter(|slot| slot.wanted) else { return };
         slot.failed = false;
+        slot.rests = None;
         slot.history.forgive();
         slot.waiting = Some(Wait { until: now, counts: false });
         if let Some(worker) = slot.current.take() {
@@ -359,14 +363,15 @@ impl Supervisor {
         out.push(Action::Spawn { slot: id, worker, generation, candidate: false, attempt });
     }
 
-    /// The slot has lost its current worker, so it was wanted: what now?
+    /// The slot has lost its current worker, so it was wanted: what now? `exit` is how that ended, if it did.
     fn succession(
         &mut self,
         id: SlotId,
         reason: Reason,
+        exit: Option<Exit>,
         started: Time,
         served: Option<Duration>,
-    ) -> Option<Decision> {
+    ) -> Option<Next> {
         let running = self.phase == Phase::Running;
         let slot = self.slots.get_mut(&id)?;
         slot.last_reason = Some(reason);
@@ -377,13 +382,18 @@ impl Supervisor {
             slot.wanted = false;
             return None;
         }
-        let smooth = matches!(reason, Reason::Voluntary | Reason::Asked);
         let policy = &self.plan.restart;
+        if let Some(exit) = exit.filter(|exit| policy.stop_on.covers(*exit)) {
+            slot.rests = Some(exit);
+            return Some(Next::Rest(exit));
+        }
+        let smooth = matches!(reason, Reason::Voluntary | Reason::Asked);
+        let life = Life { lived: self.now.since(started), served };
         let (history, jitter) = (&mut slot.history, &mut self.jitter);
         let decision = if reason == Reason::NeverReady {
             history.never_got_ready(policy, self.now, started, jitter)
         } else {
-            history.ended(policy, self.now, served, smooth, jitter)
+            history.ended(policy, self.now, life, smooth, jitter)
         };
         match decision {
             Decision::Restart(wait) => {
@@ -391,7 +401,10 @@ impl Supervisor {
             }
             Decision::GiveUp { .. } => slot.failed = true,
         }
-        Some(decision)
+        Some(match decision {
+            Decision::Restart(after) => Next::Restart(after),
+            Decision::GiveUp { restarts, within } => Next::GiveUp { restarts, within },
+        })
     }
 
     /// A current worker that still runs becomes a leaving one, and its successor is arranged for.
@@ -405,21 +418,15 @@ impl Supervisor {
         }
         slot.current = None;
         slot.leaving.push(id);
-        match self.succession(slot_id, reason, started, served) {
-            Some(Decision::Restart(after)) => {
+        match self.succession(slot_id, reason, None, started, served) {
+            Some(Next::Restart(after)) => {
                 let report = Report::Replacing { slot: slot_id, worker: id, reason, after };
                 out.push(Action::Report(report));
             }
-            Some(Decision::GiveUp { restarts, within }) => {
-                self.report_failed(slot_id, restarts, within, out);
-            }
+            Some(next) => tell_next(slot_id, next, out),
             None => {}
         }
         self.hurry_the_oldest(slot_id, out);
-    }
-
-    fn report_failed(&self, slot: SlotId, restarts: u32, window: Duration, out: &mut Vec<Action>) {
-        out.push(Action::SlotFailed { slot, restarts, window });
     }
 
     /// Bounds the workers that leave a slot at their leisure.
@@ -493,7 +500,9 @@ impl Supervisor {
     fn leaving(&mut self, id: WorkerId, reason: Reason, out: &mut Vec<Action>) {
         let supervised = self.is_supervised(id);
         self.ask_to_stop(id, reason, Manner::Wait, supervised, out);
-        self.replace(id, reason, out);
+        if self.plan.restart.stop_on == StopOn::Nothing {
+            self.replace(id, reason, out);
+        }
     }
 
     fn disconnect(&mut self, id: WorkerId, out: &mut Vec<Action>) {
@@ -645,12 +654,13 @@ impl Supervisor {
         let reason = reason_of(&worker, exit, out_of_memory);
         self.first_reason.get_or_insert(reason);
         self.last_reason = Some(reason);
-        self.reload_lost(slot_id, id, reason);
+        let tried = self.reload_lost(slot_id, id, reason, exit);
         let was_current = self.forget(slot_id, id);
-        let decision = if was_current {
-            self.succession(slot_id, reason, worker.view.started, worker.served(self.now))
+        let next = if was_current {
+            let (started, served) = (worker.view.started, worker.served(self.now));
+            self.succession(slot_id, reason, Some(exit), started, served)
         } else {
-            None
+            tried.then_some(Next::Rest(exit))
         };
         out.push(Action::Gone {
             slot: slot_id,
@@ -660,8 +670,8 @@ impl Supervisor {
             lived: self.now.since(worker.view.started),
             will_restart: self.restart_in(slot_id),
         });
-        if let Some(Decision::GiveUp { restarts, within }) = decision {
-            self.report_failed(slot_id, restarts, within, out);
+        if let Some(next) = next {
+            tell_next(slot_id, next, out);
         }
     }
 
@@ -798,12 +808,41 @@ impl Supervisor {
             return Some(Outcome::Stopped);
         }
         let (first, last) = (self.first_reason?, self.last_reason?);
-        let all_failed = !self.slots.is_empty() && self.slots.values().all(|slot| slot.failed);
-        match (all_failed, self.ever_ready) {
-            (false, _) => None,
-            (true, true) => Some(Outcome::AllFailed { last }),
-            (true, false) => Some(Outcome::NeverReady { first, last }),
+        // A candidate's process is among the workers: here nobody is on the way.
+        let is_over = |slot: &Slot| slot.waiting.is_none() && (slot.failed || slot.rests.is_some());
+        if self.slots.is_empty() || !self.slots.values().all(is_over) {
+            return None;
         }
+        let rests = || self.slots.values().filter_map(|slot| slot.rests);
+        let any_failed = self.slots.values().any(|slot| slot.failed);
+        if rests().next().is_some() && (self.plan.stay_at_rest || !any_failed) {
+            let named = matches!(self.plan.restart.stop_on, StopOn::Codes(_));
+            let clean = rests().all(|exit| exit == Exit::Code(0) || named);
+            return (!self.plan.stay_at_rest).then_some(Outcome::AtRest { last, clean });
+        }
+        Some(match self.ever_ready {
+            true => Outcome::AllFailed { last },
+            false => Outcome::NeverReady { first, last },
+        })
+    }
+}
+
+/// What becomes of a slot that has lost its worker.
+#[derive(Copy, Clone, Debug)]
+enum Next {
+    Restart(Duration),
+    GiveUp { restarts: u32, within: Duration },
+    Rest(Exit),
+}
+
+/// Tells it, unless there is a successor: that is told with the end.
+fn tell_next(slot: SlotId, next: Next, out: &mut Vec<Action>) {
+    match next {
+        Next::Restart(_) => {}
+        Next::GiveUp { restarts, within } => {
+            out.push(Action::SlotFailed { slot, restarts, window: within });
+        }
+        Next::Rest(exit) => out.push(Action::SlotRests { slot, exit }),
     }
 }
 

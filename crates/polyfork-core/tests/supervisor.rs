@@ -232,6 +232,101 @@ fn slot_past_its_limit_rests_while_the_others_serve() {
     assert!(!cluster.supervisor.is_finished());
 }
 
+// ---- at rest ----
+
+fn plan_that_stops_on(workers: u32, codes: &str) -> Plan {
+    let plan = plan(workers);
+    let stop_on = codes.parse().expect("codes");
+    Plan { restart: RestartPolicy { stop_on, ..plan.restart }, ..plan }
+}
+
+#[test]
+fn an_exit_with_a_code_that_was_named_leaves_its_slot_at_rest() {
+    let mut cluster = Cluster::ready(plan_that_stops_on(2, "3"));
+    let out = cluster.exit(2, Exit::Code(3));
+    assert_eq!(will_restart(&out), None);
+    assert_eq!(out[1..], [Action::SlotRests { slot: s(2), exit: Exit::Code(3) }]);
+    assert_eq!((cluster.state(1), cluster.state(2)), (SlotState::Ready, SlotState::Resting));
+    assert!(cluster.pass(YEAR).is_empty(), "a slot at rest stays so");
+    assert!(will_restart(&cluster.exit(1, Exit::Code(4))).is_some(), "another code is a restart");
+    let out = cluster.feed(Input::Restart { slot: s(2) });
+    assert!(spawned(&out).iter().any(|(slot, _)| *slot == s(2)), "{out:?}");
+}
+
+#[test]
+fn the_end_of_a_worker_that_leaves_by_itself_says_whether_it_has_a_successor() {
+    for (code, rests) in [(0, true), (1, false)] {
+        let mut cluster = Cluster::ready(plan_that_stops_on(2, "0"));
+        let out = cluster.feed(Input::Leaving { worker: w(1) });
+        assert_eq!(out, [Action::Suspend { worker: w(1) }], "nothing is known yet");
+        assert_eq!(cluster.state(1), SlotState::Draining);
+        let out = cluster.exit(1, Exit::Code(code));
+        assert_eq!(cluster.state(1) == SlotState::Resting, rests, "{out:?}");
+        assert_eq!(will_restart(&out).is_none(), rests);
+    }
+}
+
+#[test]
+fn a_cluster_whose_slots_all_rest_has_ended_unless_it_is_to_stay() {
+    for (codes, code, clean) in [("0,3", 3, true), ("any", 0, true), ("any", 3, false)] {
+        let mut cluster = Cluster::ready(plan_that_stops_on(2, codes));
+        cluster.exit(1, Exit::Code(code));
+        let out = cluster.exit(2, Exit::Code(code));
+        let last = Reason::Exited(Exit::Code(code));
+        let outcome = Outcome::AtRest { last, clean };
+        assert_eq!(out.last(), Some(&Action::Finished { outcome }));
+    }
+    let mut cluster = Cluster::ready(Plan { stay_at_rest: true, ..plan_that_stops_on(1, "any") });
+    cluster.exit(1, Exit::Signal(9));
+    assert!(!cluster.supervisor.is_finished());
+    assert_eq!(spawned(&cluster.feed(Input::Restart { slot: s(1) })).len(), 1);
+}
+
+#[test]
+fn a_slot_that_failed_is_not_covered_up_by_others_that_rest() {
+    let plan = plan_that_stops_on(2, "0");
+    let mut cluster = Cluster::ready(Plan {
+        restart: RestartPolicy { limit: 0, ..plan.restart.clone() },
+        ..plan
+    });
+    cluster.exit(1, Exit::Code(0));
+    let out = cluster.exit(2, Exit::Code(1));
+    let outcome = Outcome::AllFailed { last: Reason::Exited(Exit::Code(1)) };
+    assert_eq!(out.last(), Some(&Action::Finished { outcome }));
+}
+
+#[test]
+fn a_reload_runs_a_slot_at_rest_again_and_its_end_is_no_failure() {
+    let plan = Plan { stay_at_rest: true, ..plan_that_stops_on(1, "any") };
+    let mut cluster = Cluster::ready(plan);
+    cluster.exit(1, Exit::Code(0));
+    let reload = ReloadPlan { at_a_time: 0, probation: SECOND };
+    let out = cluster.feed(Input::Reload(reload));
+    assert_eq!(spawned(&out), [(s(1), w(2))]);
+    cluster.feed(Input::Spawned { worker: w(2) });
+    let out = cluster.exit(2, Exit::Code(0));
+    let exit = Exit::Code(0);
+    assert_eq!(
+        out[1..],
+        [Action::SlotRests { slot: s(1), exit }, Action::Reloaded { generation: 2, replaced: 1 }]
+    );
+    assert_eq!(cluster.state(1), SlotState::Resting);
+    // One that stays is what serves from then on.
+    cluster.feed(Input::Reload(reload));
+    cluster.feed(Input::Spawned { worker: w(3) });
+    cluster.feed(Input::Ready { worker: w(3) });
+    cluster.pass(SECOND);
+    assert_eq!(cluster.state(1), SlotState::Ready);
+}
+
+#[test]
+fn a_worker_that_could_not_be_started_never_rests() {
+    let mut cluster = Cluster::new(plan_that_stops_on(1, "any"));
+    cluster.feed(Input::Start);
+    let out = cluster.feed(Input::SpawnFailed { worker: w(1), transient: false });
+    assert!(out.iter().any(|action| matches!(action, Action::Gone { will_restart: Some(_), .. })));
+}
+
 #[test]
 fn a_worker_that_is_asked_to_leave_while_it_starts_does_not_overstay() {
     let mut cluster = Cluster::ready(plan(2));
@@ -382,7 +477,12 @@ fn other_limits_hold_for_what_begins_after_them() {
     let before = Plan::default().grace;
     assert_eq!(tell(&mut cluster, 1), [Action::TellStop { worker: w(1), grace: before }]);
     let restart = RestartPolicy::default();
-    cluster.supervisor.set_limits(SupervisorLimits { ready_timeout: None, grace: SECOND, restart });
+    cluster.supervisor.set_limits(SupervisorLimits {
+        ready_timeout: None,
+        grace: SECOND,
+        restart,
+        stay_at_rest: false,
+    });
     assert_eq!(tell(&mut cluster, 2), [Action::TellStop { worker: w(2), grace: SECOND }]);
     // The first one keeps the time it was promised.
     let out = cluster.pass(SECOND);

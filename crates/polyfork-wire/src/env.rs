@@ -36,6 +36,8 @@ pub const POLYFORK_STATE: &str = "POLYFORK_STATE";
 pub const POLYFORK_BEAT_MS: &str = "POLYFORK_BEAT_MS";
 /// After how many requests a Node worker is to say so. Absent: they are not counted.
 pub const POLYFORK_REQUESTS: &str = "POLYFORK_REQUESTS";
+/// Whether a Node worker may end when it has nothing left to do, though its channel is open: 1. Absent: it may not.
+pub const POLYFORK_MAY_END: &str = "POLYFORK_MAY_END";
 /// How many sockets are passed, from descriptor 3 on.
 pub const LISTEN_FDS: &str = "LISTEN_FDS";
 /// The process for which the sockets are meant.

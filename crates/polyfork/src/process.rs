@@ -56,7 +56,7 @@ pub fn local_time(time: std::time::SystemTime) -> io::Result<LocalTime> {
 pub use polyfork_sys::system::LocalTime;
 
 /// What no child inherits from this process by way of this crate: its own place in the world.
-pub(crate) const NOT_INHERITED: [&str; 13] = [
+pub(crate) const NOT_INHERITED: [&str; 14] = [
     names::NODE_CHANNEL_FD,
     names::NODE_CHANNEL_SERIALIZATION_MODE,
     names::NODE_UNIQUE_ID,
@@ -70,6 +70,7 @@ pub(crate) const NOT_INHERITED: [&str; 13] = [
     names::POLYFORK_MEMORY,
     names::POLYFORK_BEAT_MS,
     names::POLYFORK_REQUESTS,
+    names::POLYFORK_MAY_END,
 ];
 
 /// Why this process has no channel.

@@ -26,8 +26,10 @@ pub struct Plan {
     pub grace: Duration,
     /// How long after that SIGTERM it is sent SIGKILL.
     pub kill_after: Duration,
-    /// How restarts wait and when a slot is given up.
+    /// How restarts wait, when a slot is given up, and after which ends it rests.
     pub restart: RestartPolicy,
+    /// Whether it goes on when every slot rests, for somebody may start workers again.
+    pub stay_at_rest: bool,
     /// Where the chance in restart waits comes from.
     pub seed: u64,
 }
@@ -41,6 +43,8 @@ pub struct SupervisorLimits {
     pub grace: Duration,
     /// As [`Plan::restart`].
     pub restart: RestartPolicy,
+    /// As [`Plan::stay_at_rest`].
+    pub stay_at_rest: bool,
 }
 
 impl Default for Plan {
@@ -53,6 +57,7 @@ impl Default for Plan {
             grace: Duration::from_secs(30),
             kill_after: Duration::from_secs(2),
             restart: RestartPolicy::default(),
+            stay_at_rest: false,
             seed: 0,
         }
     }
@@ -348,6 +353,13 @@ pub enum Action {
         /// How long the window is.
         window: Duration,
     },
+    /// The slot's worker ended in a way after which there is to be no other ([`RestartPolicy::stop_on`]).
+    SlotRests {
+        /// Which.
+        slot: SlotId,
+        /// How it ended.
+        exit: Exit,
+    },
     /// The slot is no longer part of the cluster and its last worker is gone.
     SlotRetired {
         /// Which.
@@ -456,6 +468,13 @@ pub enum Report {
 pub enum Outcome {
     /// As asked.
     Stopped,
+    /// Every slot rests: its worker ended in a way after which there is to be no other ([`RestartPolicy::stop_on`]).
+    AtRest {
+        /// Why the last worker ended.
+        last: Reason,
+        /// Whether each one exited with a code that was named, or with 0.
+        clean: bool,
+    },
     /// Every slot was restarted too often, after the cluster had served.
     AllFailed {
         /// Why the last worker ended.
@@ -534,6 +553,8 @@ pub enum SlotState {
     Draining,
     /// Restarted too often; rests until [`Input::Restart`].
     Failed,
+    /// Its worker ended in a way after which there is to be no other; rests until [`Input::Restart`] or a reload.
+    Resting,
 }
 
 /// What can be known of a slot.

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::api::{Reason, SlotState, SlotView, WorkerState, WorkerView};
+use super::api::{Exit, Reason, SlotState, SlotView, WorkerState, WorkerView};
 use crate::id::{SlotId, WorkerId};
 use crate::restart::RestartHistory;
 use crate::time::Time;
@@ -113,6 +113,8 @@ pub(super) struct Slot {
     pub(super) leaving: Vec<WorkerId>,
     pub(super) waiting: Option<Wait>,
     pub(super) failed: bool,
+    /// How its last worker ended, if there is to be no other.
+    pub(super) rests: Option<Exit>,
     pub(super) history: RestartHistory,
     pub(super) last_reason: Option<Reason>,
 }
@@ -138,6 +140,7 @@ impl Slot {
             leaving: Vec::new(),
             waiting: None,
             failed: false,
+            rests: None,
             history: RestartHistory::new(),
             last_reason: None,
         }
@@ -174,6 +177,7 @@ impl Slot {
             (Some(_), _) => SlotState::Draining,
             (None, Some(wait)) => SlotState::Waiting { until: wait.until },
             (None, None) if self.failed => SlotState::Failed,
+            (None, None) if self.rests.is_some() => SlotState::Resting,
             (None, None) if self.leaving.is_empty() => SlotState::Empty,
             (None, None) => SlotState::Draining,
         }

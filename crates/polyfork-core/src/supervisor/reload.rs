@@ -19,12 +19,13 @@
 //! ready and a minute at least; a reload that switches its slot meanwhile is its renewal.
 //!
 //! The surprising rule: until it is admitted a candidate has nothing to do with its slot's restarts. Its death is the
-//! reload's failure, never a strike against the slot; and the old worker may die and be replaced beside it.
+//! reload's failure, never a strike against the slot; and the old worker may die and be replaced beside it. In a slot that
+//! rests a candidate that ends as its workers are meant to end is no failure: it has done its work.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::api::{Action, Reason, WorkerState};
+use super::api::{Action, Exit, Reason, WorkerState};
 use super::record::{Manner, Pending, Worker};
 use super::{Phase, Supervisor};
 use crate::id::{SlotId, WorkerId};
@@ -237,16 +238,39 @@ impl Supervisor {
         }
     }
 
-    /// A worker ended; if it was a candidate, so does the reload.
-    pub(super) fn reload_lost(&mut self, slot: SlotId, worker: WorkerId, reason: Reason) {
-        let Some(reload) = &mut self.reload else { return };
-        if reload.batch.get(&slot) == Some(&worker) {
-            reload.batch.remove(&slot);
-            reload.fault.get_or_insert(ReloadFault::Candidate { slot, worker, reason });
-            if let Some(slot) = self.slots.get_mut(&slot) {
-                slot.candidate = None;
+    /// A worker ended; if it was a candidate, so does the reload, unless that is how the slot's workers end: then it rests
+    /// as before. True if it does.
+    pub(super) fn reload_lost(
+        &mut self,
+        id: SlotId,
+        worker: WorkerId,
+        reason: Reason,
+        exit: Exit,
+    ) -> bool {
+        let Some(reload) = self.reload.as_mut().filter(|r| r.batch.get(&id) == Some(&worker))
+        else {
+            return false;
+        };
+        reload.batch.remove(&id);
+        let slot = self.slots.get_mut(&id);
+        let done = matches!(reason, Reason::Exited(_) | Reason::Voluntary)
+            && self.plan.restart.stop_on.covers(exit)
+            && slot.as_ref().is_some_and(|slot| slot.rests.is_some());
+        if let Some(slot) = slot {
+            slot.candidate = None;
+            if done {
+                slot.rests = Some(exit);
+                slot.generation = reload.generation;
+                slot.last_reason = Some(reason);
             }
         }
+        match done {
+            true => reload.replaced += 1,
+            false => {
+                reload.fault.get_or_insert(ReloadFault::Candidate { slot: id, worker, reason });
+            }
+        }
+        done
     }
 
     /// The cluster stops: nothing is switched any more.
@@ -355,6 +379,7 @@ impl Supervisor {
             slot.candidate = None;
             slot.waiting = None;
             slot.failed = false;
+            slot.rests = None;
             slot.generation = generation;
             slot.history.forgive();
             let before = slot.current.replace(worker);

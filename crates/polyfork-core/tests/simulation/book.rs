@@ -27,6 +27,7 @@ pub(crate) struct Book {
     /// Slots whose next start is free: new ones, or asked for.
     forgiven: BTreeSet<SlotId>,
     failed: BTreeSet<SlotId>,
+    resting: BTreeSet<SlotId>,
     /// The generation of slots that are opened now.
     generation: u32,
     /// Workers of a generation that has not taken over.
@@ -45,6 +46,7 @@ impl Book {
     pub(crate) fn forgive(&mut self, slot: SlotId) {
         self.forgiven.insert(slot);
         self.failed.remove(&slot);
+        self.resting.remove(&slot);
     }
 
     pub(crate) fn process_exists(&mut self, worker: WorkerId) {
@@ -125,6 +127,11 @@ impl Book {
                 assert!(restarts >= self.plan.restart.limit, "{slot} failed before the limit");
                 assert!(self.failed.insert(slot), "{slot} failed twice");
             }
+            Action::SlotRests { slot, exit } => {
+                assert!(self.plan.restart.stop_on.covers(exit), "{slot} rests after {exit:?}");
+                assert!(!self.stop_asked, "{slot} rests after Stop");
+                self.resting.insert(slot);
+            }
             Action::SlotRetired { slot } => {
                 assert!(!self.alive.values().any(|(of, _)| *of == slot), "{slot} left a worker");
                 self.restarts.remove(&slot);
@@ -173,6 +180,7 @@ impl Book {
             return;
         }
         assert!(!self.failed.contains(&slot), "{worker} started in failed {slot}");
+        assert!(!self.resting.contains(&slot), "{worker} started in resting {slot}");
         let first = !self.restarts.contains_key(&slot);
         let starts = self.restarts.entry(slot).or_default();
         if self.forgiven.remove(&slot) || first {

@@ -85,6 +85,16 @@ pub enum Event {
         /// The window.
         window: Duration,
     },
+    /// A slot rests: its worker ended in a way after which there is to be no other
+    /// ([`RestartPolicy::stop_on`](super::RestartPolicy::stop_on)).
+    SlotRests {
+        /// The slot.
+        slot: u32,
+        /// The worker's exit code; `None` when a signal ended it or nobody could tell.
+        code: Option<i32>,
+        /// The signal that ended it.
+        signal: Option<i32>,
+    },
     /// A slot was taken out of service (fewer workers are wanted).
     SlotRetired {
         /// The slot.
@@ -170,6 +180,14 @@ pub enum Event {
 pub enum Outcome {
     /// As asked; every worker left by itself, or was ended after its grace period.
     Stopped,
+    /// Every slot rests: its worker ended in a way after which there is to be no other
+    /// ([`RestartPolicy::stop_on`](super::RestartPolicy::stop_on)).
+    AtRest {
+        /// Why the last worker ended.
+        last: Reason,
+        /// Whether each one exited with a code that was named, or with 0.
+        clean: bool,
+    },
     /// At once, as asked by a second signal or [`super::Cluster::stop_now`].
     Forced,
     /// No worker ever served, because an address that the program wants cannot be had.

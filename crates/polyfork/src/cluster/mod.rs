@@ -59,7 +59,7 @@ pub use listener::{Incoming, ListenOptions, Listener, UnixListener};
 #[cfg(feature = "axum")]
 pub use listener::{RemoteAddr, serve};
 pub use measures::{Measured, Measures};
-pub use polyfork_core::{Exit, Reason, RestartPolicy};
+pub use polyfork_core::{Exit, Reason, RestartDelay, RestartPolicy, StopOn, StopOnError};
 pub use polyfork_wire::limits::Limits;
 pub use ports::store::{STORE_PREFIX, Store};
 pub use probe::{Probe, ProbeError};

@@ -31,6 +31,8 @@ const lingerMs = takeNumber('POLYFORK_LINGER_MS', 1_000);
 const beatMs = takeNumber('POLYFORK_BEAT_MS', 0);
 /** After how many requests the primary wants to hear of it; 0 for never. */
 const maxRequests = takeNumber('POLYFORK_REQUESTS', 0);
+/** Whether the worker may end as any program does, when it has nothing left to do. */
+const mayEnd = takeNumber('POLYFORK_MAY_END', 0) > 0;
 
 restoreEnvironment();
 
@@ -74,6 +76,7 @@ function install() {
   watchPrimary(cluster.worker);
   if (maxRequests > 0) countRequests(tell);
   if (beatMs > 0) beat(tell);
+  if (mayEnd) letGo(cluster);
 }
 
 // ---- The environment -------------------------------------------------------------------------------------
@@ -114,6 +117,27 @@ function watchServers(cluster) {
   });
   cluster._getServer = function _getServer(server) {
     remember(server);
+    return getServer.apply(this, arguments);
+  };
+}
+
+/**
+ * Cluster's own listeners hold the channel open, so that a worker never ends by itself. Here the channel holds nobody until
+ * the program listens by way of the primary, or wants to hear from it.
+ */
+function letGo(cluster) {
+  process.channel.unref();
+  const getServer = cluster._getServer;
+  const hold = guarded(() => {
+    process.removeListener('newListener', wants);
+    process.channel?.ref();
+  });
+  const wants = (name) => {
+    if (name === 'message' || name === 'disconnect') hold();
+  };
+  process.on('newListener', wants);
+  cluster._getServer = function _getServer() {
+    hold();
     return getServer.apply(this, arguments);
   };
 }

@@ -340,6 +340,7 @@ impl Primary {
             grace: settings.grace,
             kill_after: Duration::from_secs(2),
             restart: settings.restart.clone(),
+            stay_at_rest: settings.stay_at_rest,
             seed: process::random_seed(),
         };
         let stored = Stored::new(settings.store.clone(), std::mem::take(&mut settings.kept));
@@ -436,6 +437,7 @@ impl Primary {
             kept: Vec::new(),
             supervise: old.supervise,
             restart: old.restart.clone(),
+            stay_at_rest: old.stay_at_rest,
             grace: old.grace,
             ready_timeout: old.ready_timeout,
             ..settings
@@ -572,6 +574,11 @@ impl Primary {
             }
             Action::SlotFailed { slot, restarts, window } => {
                 self.emit(Event::SlotFailed { slot: slot.0, restarts, window });
+            }
+            Action::SlotRests { slot, exit } => {
+                let (code, signal) = leaving::code_and_signal(exit);
+                self.emit(Event::SlotRests { slot: slot.0, code, signal });
+                self.check_all_ready();
             }
             Action::SlotRetired { slot } => {
                 self.trim_seats();

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use polyfork_core::{SlotId, WorkerId};
+use polyfork_core::{SlotId, StopOn, WorkerId};
 use polyfork_sys::spawn::{Command, SpawnError, try_wait};
 use polyfork_sys::system::{LimitGroup, cpu_time, prefer_as_oom_victim};
 use polyfork_wire::env::{self as names, NODE_OPTIONS};
@@ -321,7 +321,13 @@ impl StartFailure {
 fn for_preload(request: &Request<'_>) -> Vec<(&'static str, String)> {
     let beat = request.settings.watchdog.map(|limit| watchdog::beat(limit).as_millis().to_string());
     let requests = request.max_requests.map(|most| most.to_string());
-    let pairs = [(names::POLYFORK_BEAT_MS, beat), (names::POLYFORK_REQUESTS, requests)];
+    // As its end means something, it is to come.
+    let may_end = request.settings.restart.stop_on != StopOn::Nothing;
+    let pairs = [
+        (names::POLYFORK_BEAT_MS, beat),
+        (names::POLYFORK_REQUESTS, requests),
+        (names::POLYFORK_MAY_END, may_end.then(|| "1".to_owned())),
+    ];
     pairs.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
 }
 

@@ -137,6 +137,7 @@ fn limits_of(settings: &Settings) -> SupervisorLimits {
         ready_timeout: settings.ready_timeout,
         grace: settings.grace,
         restart: settings.restart.clone(),
+        stay_at_rest: settings.stay_at_rest,
     }
 }
 
@@ -251,6 +252,7 @@ impl Primary {
             mechanism: old.mechanism,
             listen: old.listen.clone(),
             supervise: old.supervise,
+            stay_at_rest: old.stay_at_rest || settings.stay_at_rest,
             ..settings
         }
     }

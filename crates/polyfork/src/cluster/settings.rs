@@ -79,6 +79,9 @@ pub enum Ready {
     Auto,
     /// When it listens.
     Listening,
+    /// When it listens, or when it has lived this long without: for a program that may have nothing to listen on. In the
+    /// sockets dialect, where nobody tells, only the time counts.
+    ListeningOr(Duration),
     /// When it sends the message `ready` (`process.send('ready')`).
     Message,
     /// When it sends `READY=1` to `NOTIFY_SOCKET`.
@@ -211,6 +214,7 @@ pub struct Settings {
     pub(crate) ready: Ready,
     pub(crate) ready_timeout: Option<Duration>,
     pub(crate) restart: RestartPolicy,
+    pub(crate) stay_at_rest: bool,
     pub(crate) supervise: bool,
     /// Never carried: whoever goes on says where it goes.
     #[serde(skip)]
@@ -264,6 +268,7 @@ impl Settings {
             ready: Ready::default(),
             ready_timeout: Some(Duration::from_secs(30)),
             restart: RestartPolicy::default(),
+            stay_at_rest: false,
             supervise: true,
             output: Output::default(),
             limits: Limits::default(),
@@ -431,10 +436,20 @@ impl Settings {
         self
     }
 
-    /// When a slot that keeps dying is given up. Default 5 restarts in 30 s.
+    /// How restarts wait, when a slot that keeps dying is given up, and after which ends none follows. Default 5 restarts in
+    /// 30 s, after every end.
     #[must_use]
     pub fn restart(mut self, policy: RestartPolicy) -> Self {
         self.restart = policy;
+        self
+    }
+
+    /// Whether the cluster goes on when every slot rests ([`RestartPolicy::stop_on`]), because workers may be started again: by
+    /// a reload, or by [`Cluster::restart_slot`](super::Cluster::restart_slot). Default false: it ends with
+    /// [`Outcome::AtRest`](super::Outcome::AtRest).
+    #[must_use]
+    pub fn stay_at_rest(mut self, stay: bool) -> Self {
+        self.stay_at_rest = stay;
         self
     }
 

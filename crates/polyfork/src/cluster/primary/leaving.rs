@@ -236,11 +236,7 @@ impl Primary {
         self.watchdog.forget(worker);
         self.refresh_ports();
         self.trim_seats();
-        let (code, signal) = match exit {
-            Exit::Code(code) => (Some(code), None),
-            Exit::Signal(signal) => (None, Some(signal)),
-            Exit::Unknown | Exit::NotStarted => (None, None),
-        };
+        let (code, signal) = code_and_signal(exit);
         self.emit(Event::Exit {
             who,
             code,
@@ -271,9 +267,19 @@ impl Primary {
             }
             (Ended::Stopped, _) if self.forced => Outcome::Forced,
             (Ended::Stopped, _) => Outcome::Stopped,
+            (Ended::AtRest { last, clean }, _) => Outcome::AtRest { last, clean },
             (Ended::AllFailed { last }, _) => Outcome::AllFailed { last },
             (Ended::NeverReady { first, last }, _) => Outcome::NeverReady { first, last },
         }
+    }
+}
+
+/// The exit code and the signal of an end, as events tell them.
+pub(super) fn code_and_signal(exit: Exit) -> (Option<i32>, Option<i32>) {
+    match exit {
+        Exit::Code(code) => (Some(code), None),
+        Exit::Signal(signal) => (None, Some(signal)),
+        Exit::Unknown | Exit::NotStarted => (None, None),
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use polyfork_core::{Input, Reason, Seat, SlotId, WorkerId};
+use polyfork_core::{Input, Reason, Seat, SlotId, SlotState, WorkerId};
 use polyfork_wire::notify::{Notification, Watchdog as Alive};
 
 use super::{Primary, Timer, Worker};
@@ -154,6 +154,12 @@ impl Primary {
         match (ready_by, self.detected.dialect) {
             (Ready::Delay(delay), _) => self.after(delay, Timer::ReadyByAge(worker)),
             (Ready::Auto, Dialect::Sockets) => self.after(SOCKETS_DELAY, Timer::ReadyByAge(worker)),
+            (Ready::ListeningOr(delay), dialect) => {
+                self.after(delay, Timer::ReadyByAge(worker));
+                if dialect == Dialect::Node {
+                    self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
+                }
+            }
             (Ready::Auto | Ready::Listening, Dialect::Node) => {
                 self.after(OWN_SOCKET_CHECK, Timer::OwnSocket(worker));
             }
@@ -178,7 +184,7 @@ impl Primary {
     /// Whether it is ready once it listens.
     pub(crate) fn is_ready_by_listening(&self, worker: WorkerId) -> bool {
         let ready_by = self.workers.get(&worker).map(|w| w.ready_by);
-        matches!(ready_by, Some(Ready::Auto | Ready::Listening))
+        matches!(ready_by, Some(Ready::Auto | Ready::Listening | Ready::ListeningOr(_)))
     }
 
     /// Whether it is ready once it has answered its probe.
@@ -273,7 +279,7 @@ impl Primary {
     /// All slots have a ready worker: say so, and see in a while which sockets the present program does not use.
     pub(super) fn check_all_ready(&mut self) {
         let (ready, wanted) = self.ready_and_wanted();
-        let all = wanted > 0 && ready >= wanted;
+        let all = ready > 0 && ready >= wanted;
         if all && !self.all_ready {
             self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
             self.look_for_unused();
@@ -284,7 +290,8 @@ impl Primary {
     /// Workers that may have connections, and slots.
     fn ready_and_wanted(&self) -> (usize, usize) {
         let ready = self.workers.values().filter(|w| w.admitted).count();
-        (ready, self.supervisor.slots().count())
+        let slots = self.supervisor.slots();
+        (ready, slots.filter(|slot| slot.state != SlotState::Resting).count())
     }
 
     /// One look at a time: an earlier one that is planned is replaced.
@@ -297,7 +304,7 @@ impl Primary {
     /// that includes the sockets of a program whose workers have all gone.
     pub(super) fn close_unused(&mut self) {
         let (ready, wanted) = self.ready_and_wanted();
-        let all_ready = wanted > 0 && ready >= wanted;
+        let all_ready = ready > 0 && ready >= wanted;
         if !all_ready && (self.settings.supervise || !self.workers.is_empty()) {
             return;
         }

@@ -160,6 +160,11 @@ fn lead(settings: Settings) -> ExitCode {
                 let in_use = error.kind() == std::io::ErrorKind::AddrInUse;
                 ExitCode::from(if in_use { ADDRESS_IN_USE } else { ADDRESS_REFUSED })
             }
+            Outcome::AtRest { clean: true, .. } => ExitCode::SUCCESS,
+            Outcome::AtRest { last, clean: false } => {
+                say(&format_args!("every worker has ended, the last one: {last}"));
+                ExitCode::from(FAILED)
+            }
             Outcome::AllFailed { last } => {
                 say(&format_args!("every worker kept ending; the last one {last}"));
                 ExitCode::from(FAILED)
