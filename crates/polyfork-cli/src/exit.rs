@@ -9,7 +9,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub(crate) enum Code {
-    /// The cluster did its work and was stopped as asked.
+    /// The cluster did its work and was stopped as asked, or its workers ended as they were meant to.
     Stopped = 0,
     /// Something that has no code of its own.
     Unexpected = 1,
@@ -60,7 +60,7 @@ pub(crate) const TABLE: [Row; 17] = [
     row(
         Code::Stopped,
         "stopped",
-        "stopped as asked, after workers finished or their grace period was over",
+        "stopped as asked, after workers finished or their grace period was over; or all ended as --stop-exit-codes says",
     ),
     row(Code::Unexpected, "unexpected", "a system error that has no code of its own"),
     row(Code::Usage, "usage", "the command line, or a configuration file, is wrong"),

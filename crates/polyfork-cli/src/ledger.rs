@@ -80,7 +80,9 @@ impl Ledger {
             // Those that a reload or a restart cut short are no news of the end.
             Event::Stopping => self.cut_short = 0,
             Event::Exit { reason: Reason::GraceExpired, .. } => self.cut_short += 1,
-            Event::SlotFailed { slot, .. } => self.given_up = Some(*slot),
+            Event::SlotFailed { slot, .. } | Event::SlotRests { slot, .. } => {
+                self.given_up = Some(*slot);
+            }
             Event::SlotRetired { slot } => drop(self.slots.remove(slot)),
             _ => {}
         }
@@ -95,6 +97,14 @@ impl Ledger {
     pub(crate) fn verdict(&self, outcome: &Outcome) -> Verdict {
         match outcome {
             Outcome::Stopped => Verdict { code: Code::Stopped, text: self.stopped() },
+            Outcome::AtRest { last, clean: true } => {
+                let last = words::ended(*last);
+                let text = format!("every worker has done its work: the last one {last}");
+                Verdict { code: Code::Stopped, text }
+            }
+            Outcome::AtRest { last, clean: false } => {
+                self.failed(*last, "every worker has ended and none is to follow")
+            }
             Outcome::Forced => {
                 Verdict { code: Code::Forced, text: "stopped at once: workers were killed".into() }
             }
@@ -178,6 +188,9 @@ mod tests {
         let code = |outcome| none.verdict(&outcome).code;
         assert_eq!(code(Outcome::Stopped), Code::Stopped);
         assert_eq!(code(Outcome::Forced), Code::Forced);
+        let last = Reason::Exited(Exit::Code(3));
+        assert_eq!(code(Outcome::AtRest { last, clean: true }), Code::Stopped);
+        assert_eq!(code(Outcome::AtRest { last, clean: false }), Code::Failed);
         assert_eq!(code(never(Reason::NeverReady)), Code::NeverReady);
         assert_eq!(code(never(Reason::Exited(Exit::Code(1)))), Code::Failed);
         assert_eq!(code(never(Reason::Exited(Exit::NotStarted))), Code::NoProgram);

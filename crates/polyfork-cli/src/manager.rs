@@ -62,6 +62,8 @@ pub(crate) struct Seen {
     wanted: u32,
     ready: BTreeSet<(u32, u64)>,
     failed: BTreeSet<u32>,
+    /// Their workers have done their work.
+    at_rest: BTreeSet<u32>,
     told_ready: bool,
     reloading: bool,
     stopping: bool,
@@ -148,15 +150,18 @@ impl Seen {
             Event::AllReady { workers } => {
                 self.wanted = *workers;
                 self.failed.clear();
+                self.at_rest.clear();
             }
             Event::Ready(who) => {
                 self.ready.insert((who.slot, who.worker));
                 self.failed.remove(&who.slot);
+                self.at_rest.remove(&who.slot);
             }
             Event::Draining(who) | Event::Exit { who, .. } => {
                 self.ready.remove(&(who.slot, who.worker));
             }
             Event::SlotFailed { slot, .. } => drop(self.failed.insert(*slot)),
+            Event::SlotRests { slot, .. } => drop(self.at_rest.insert(*slot)),
             Event::Reloading { .. } => {
                 self.reloading = true;
                 text.push_str("RELOADING=1\n");
@@ -194,8 +199,9 @@ impl Seen {
 
     fn is_up(&self) -> bool {
         let ready = self.slots();
-        let others = self.failed.iter().filter(|slot| !self.ready.iter().any(|(s, _)| s == *slot));
-        ready > 0 && ready + others.count() >= self.wanted as usize
+        let others = self.failed.union(&self.at_rest);
+        let others = others.filter(|slot| !self.ready.iter().any(|(s, _)| s == *slot));
+        ready + self.at_rest.len() > 0 && ready + others.count() >= self.wanted as usize
     }
 
     fn status(&self) -> String {
@@ -287,6 +293,14 @@ mod tests {
         let failed = Event::SlotFailed { slot: 1, restarts: 5, window: Duration::ZERO };
         let setup = Event::Setup { workers: 1, dialect: Dialect::Node };
         assert!(!after(&mut seen, &[setup, failed]).contains("READY=1"));
+    }
+
+    #[test]
+    fn a_slot_whose_work_is_done_keeps_nothing_from_being_ready() {
+        let mut seen = Seen::default();
+        let setup = Event::Setup { workers: 1, dialect: Dialect::Node };
+        let done = Event::SlotRests { slot: 1, code: Some(0), signal: None };
+        assert!(after(&mut seen, &[setup, done]).contains("READY=1"));
     }
 
     #[test]

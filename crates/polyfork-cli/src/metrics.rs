@@ -42,7 +42,8 @@ const LOOP_TIME: Duration = Duration::from_millis(200);
 /// For programs to tell of themselves.
 const PROGRAM_TIME: Duration = Duration::from_millis(500);
 /// States that are always told.
-const STATES: [&str; 6] = ["starting", "online", "ready", "draining", "waiting", "failed"];
+const STATES: [&str; 7] =
+    ["starting", "online", "ready", "draining", "waiting", "stopped", "failed"];
 
 /// What there is to tell at one moment.
 #[derive(Debug)]
@@ -219,7 +220,7 @@ fn workers(families: &mut Vec<Family>, book: &Book, living: Option<&[WorkerStatu
         living.iter().for_each(|worker| *states.entry(worker.state).or_insert(0) += 1);
         for slot in book.slot_views() {
             if !living.iter().any(|worker| worker.slot == slot.slot) {
-                *states.entry(if slot.failed { "failed" } else { "waiting" }).or_insert(0) += 1;
+                *states.entry(slot.without).or_insert(0) += 1;
             }
         }
         let told = STATES.map(|state| (state, f64::from(states.get(state).copied().unwrap_or(0))));
@@ -449,7 +450,7 @@ mod tests {
         let view = |living: Vec<(u64, u32)>| SlotView {
             slot: 1,
             ready: true,
-            failed: false,
+            without: "waiting",
             restarts: 0,
             living,
         };

@@ -5,7 +5,9 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use polyfork::cluster::{Dialect, Mechanism, Policy, Probe, Ready, RestartPolicy};
+use polyfork::cluster::{
+    Dialect, Mechanism, Policy, Probe, Ready, RestartDelay, RestartPolicy, StopOn,
+};
 
 use crate::values;
 
@@ -108,9 +110,13 @@ pub(super) fn ready(text: &str) -> Result<Ready, String> {
         "message" => Ok(Ready::Message),
         "notify" => Ok(Ready::Notify),
         "probe" => Ok(Ready::Probe),
-        other => match other.strip_prefix("delay=") {
-            Some(delay) => values::duration(delay).map(Ready::Delay),
-            None => Err("give auto, listening, message, notify, probe or delay=1s".into()),
+        other => match other.split_once('=') {
+            Some(("delay", delay)) => values::duration(delay).map(Ready::Delay),
+            Some(("listening-or", delay)) => values::duration(delay).map(Ready::ListeningOr),
+            _ => {
+                Err("give auto, listening, listening-or=3s, message, notify, probe or delay=1s"
+                    .into())
+            }
         },
     }
 }
@@ -122,6 +128,21 @@ pub(super) fn probe(text: &str) -> Result<Probe, String> {
 pub(super) fn cpus(text: &str) -> Result<f64, String> {
     let number = text.trim().parse::<f64>().ok().filter(|cpus| cpus.is_finite() && *cpus > 0.0);
     number.ok_or_else(|| "give a number above 0, as in 0.5 or 2".to_owned())
+}
+
+pub(super) fn restart_delay(text: &str) -> Result<RestartDelay, String> {
+    match (text.trim(), text.split_once("..")) {
+        ("auto", _) => Ok(RestartDelay::Auto),
+        (_, None) => values::duration(text).map(RestartDelay::Fixed),
+        (_, Some((from, to))) => match (values::duration(from)?, values::duration(to)?) {
+            (from, to) if from > to => Err("the first wait is longer than the last".into()),
+            (from, to) => Ok(RestartDelay::Growing(from, to)),
+        },
+    }
+}
+
+pub(super) fn stop_on(text: &str) -> Result<StopOn, String> {
+    text.parse::<StopOn>().map_err(|error| error.to_string())
 }
 
 pub(super) fn restart_policy(text: &str) -> Result<RestartPolicy, String> {

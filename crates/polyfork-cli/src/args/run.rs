@@ -8,11 +8,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use polyfork::cluster::{Address, Probe, Ready, RestartPolicy};
+use polyfork::cluster::{Address, Probe, Ready, RestartDelay, RestartPolicy, StopOn};
 
 use super::choices::{
     CgroupArg, DialectArg, Limit, MechanismArg, OutputArg, PolicyArg, cpus, limit, probe, ready,
-    restart_policy,
+    restart_delay, restart_policy, stop_on,
 };
 use crate::config::args::{ConfigArgs, RenewArgs};
 use crate::values::{self, Workers};
@@ -141,6 +141,7 @@ pub(crate) struct RunArgs {
     ///
     /// auto: what fits the dialect. listening: when it listens. message: when it sends the message 'ready'.
     /// notify: when it writes READY=1 to NOTIFY_SOCKET. probe: when it has answered --probe. delay=1s: when it has lived that long.
+    /// listening-or=3s: whichever comes first, for a program that may have nothing to listen on.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ready, env = "POLYFORK_READY",
           allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) ready: Ready,
@@ -189,9 +190,32 @@ pub(crate) struct RunArgs {
     pub(crate) grace: Duration,
 
     /// Give a slot up after N restarts within a time; the others go on serving
-    #[arg(long, value_name = "N/DURATION", default_value = "5/30s", value_parser = restart_policy,
+    ///
+    /// N alone: after N restarts, however far apart; with --min-uptime after N in a row of workers that did not live that long.
+    #[arg(long, value_name = "N|N/DURATION", default_value = "5/30s", value_parser = restart_policy,
           env = "POLYFORK_RESTART_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) restart_limit: RestartPolicy,
+
+    /// A worker that lived this long is no part of the restart limit, and forgives those before it; none: each one counts
+    #[arg(long, value_name = "DURATION", default_value = "none", value_parser = limit,
+          env = "POLYFORK_MIN_UPTIME", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) min_uptime: Limit,
+
+    /// How long each restart waits
+    ///
+    /// auto: at once the first time, then from 100 ms to 15 s, longer each time. 4s: always that long. 1s..30s: from the first
+    /// to the second, twice as long each time, until a worker has been ready for some seconds.
+    #[arg(long, value_name = "WAIT", default_value = "auto", value_parser = restart_delay,
+          env = "POLYFORK_RESTART_DELAY", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) restart_delay: RestartDelay,
+
+    /// Start no other worker after one that exits with this code, as its work is done; separated by commas; repeatable
+    ///
+    /// any: after no worker, however it ends. none: after all of them. Its slot rests (`stopped`) until `restart` or a reload.
+    /// Where all slots rest the app does: `run` ends, unless it is to reload by itself; with `start` it stays as `stopped`.
+    #[arg(long, value_name = "CODE", value_delimiter = ',', value_parser = stop_on, env = "POLYFORK_STOP_EXIT_CODES",
+          allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
+    pub(crate) stop_exit_codes: Vec<StopOn>,
 
     /// Replace a worker that uses more memory than this, once its successor is ready
     #[arg(long, value_name = "SIZE", value_parser = values::size, env = "POLYFORK_MAX_MEMORY",
@@ -299,6 +323,25 @@ pub(crate) struct IdentityArgs {
     pub(crate) umask: Option<u32>,
 }
 
+impl RunArgs {
+    /// When workers are started again.
+    pub(crate) fn restart(&self) -> RestartPolicy {
+        let codes = self.stop_exit_codes.iter().flat_map(|one| match one {
+            StopOn::Codes(codes) => codes.as_slice(),
+            _ => &[],
+        });
+        let codes: Vec<u8> = codes.copied().collect();
+        let stop_on = match (self.stop_exit_codes.contains(&StopOn::AnyEnd), codes.is_empty()) {
+            (true, _) => StopOn::AnyEnd,
+            (false, true) => StopOn::Nothing,
+            (false, false) => StopOn::Codes(codes),
+        };
+        let min_uptime = self.min_uptime.0.unwrap_or_default();
+        let limit = self.restart_limit.clone().delayed(self.restart_delay);
+        RestartPolicy { min_uptime, stop_on, ..limit }
+    }
+}
+
 /// What is shown, and how.
 #[derive(Debug, Args)]
 pub(crate) struct ShowArgs {
@@ -354,6 +397,30 @@ mod tests {
             assert_eq!(args.command, command, "{words:?}");
             assert!(!args.show.json);
         }
+    }
+
+    #[test]
+    fn options_of_restarts_become_one_policy() {
+        let policy = |words: &[&str]| {
+            let words = [&["run"], words, &["x"]].concat();
+            run(&words).restart()
+        };
+        assert_eq!(policy(&[]), RestartPolicy::default());
+        let limited = policy(&["--restart-limit", "16", "--min-uptime", "1s"]);
+        assert_eq!((limited.limit, limited.window), (16, RestartPolicy::NO_WINDOW));
+        assert_eq!(limited.min_uptime, Duration::from_secs(1));
+        let delayed = policy(&["--restart-delay", "4s"]);
+        assert_eq!(
+            (delayed.first_delay, delayed.max_delay),
+            (delayed.min_delay, delayed.min_delay)
+        );
+        assert_eq!(delayed.max_delay, Duration::from_secs(4));
+        let growing = policy(&["--restart-delay", "100ms..15s"]);
+        assert_eq!(growing.first_delay, Duration::from_millis(100));
+        let codes = policy(&["--stop-exit-codes", "0,3", "--stop-exit-codes", "7"]);
+        assert_eq!(codes.stop_on, StopOn::Codes(vec![0, 3, 7]));
+        assert_eq!(policy(&["--stop-exit-codes", "any,0"]).stop_on, StopOn::AnyEnd);
+        assert_eq!(policy(&["--stop-exit-codes", "none"]).stop_on, StopOn::Nothing);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! Source: PM2 7, `lib/API/schema.json`, `lib/Common.js` (the meaning of `instances` and `exec_mode`).
 
 use std::path::Path;
+use std::time::Duration;
 
 use polyfork::cluster::usable_cpus;
 use serde_json::{Map, Value};
@@ -56,8 +57,11 @@ pub(crate) const KEYS: &[(&[&str], Fate)] = &[
     (&["shutdown_with_message"], Mapped("stop_by")),
     (&["max_memory_restart"], Mapped("max_memory")),
     (&["max_restarts"], Mapped("restart_limit")),
-    (&["min_uptime"], Mapped("restart_limit")),
-    (&["autorestart"], Mapped("restart_limit")),
+    (&["min_uptime"], Mapped("min_uptime")),
+    (&["stop_exit_codes"], Mapped("stop_exit_codes")),
+    (&["autorestart"], Mapped("stop_exit_codes")),
+    (&["restart_delay"], Mapped("restart_delay")),
+    (&["exp_backoff_restart_delay"], Mapped("restart_delay")),
     (&["autostart"], Mapped("autostart")),
     (&["cron_restart", "cron"], Mapped("reload_at")),
     (&["watch"], Mapped("watch")),
@@ -79,14 +83,6 @@ pub(crate) const KEYS: &[(&[&str], Fate)] = &[
         &["pid_file", "pid"],
         Ignored("`polyfork status --json` tells the process; nothing is told by numbers in files"),
     ),
-    (
-        &["restart_delay"],
-        Ignored(
-            "a worker that had been ready is replaced at once, those that follow too soon after 100 ms to 15 s, longer each time",
-        ),
-    ),
-    (&["exp_backoff_restart_delay"], Ignored("restarts wait longer after each failure, always")),
-    (&["stop_exit_codes"], Ignored("a worker that ends by itself is replaced, whatever its code")),
     (&["namespace"], Ignored("apps are named by patterns instead: `polyfork stop 'shop-*'`")),
     (&["filter_env"], Ignored("start from a clean environment instead: env -i")),
     (
@@ -125,6 +121,11 @@ pub(crate) const KEYS: &[(&[&str], Fate)] = &[
 ];
 
 const LOGS: &str = "logs are in log_dir, a file for each slot, rotated; `polyfork logs` shows them";
+
+/// The longest wait of `exp_backoff_restart_delay`.
+const LONGEST_BACKOFF: Duration = Duration::from_secs(15);
+/// A limit that no restarts reach.
+const NEVER: &str = "10000/1ms";
 
 /// What stands beside `apps`.
 const BESIDE: [(&str, &str); 2] =
@@ -224,6 +225,11 @@ impl Reader<'_> {
     fn is(&self, names: &[&str]) -> bool {
         matches!(self.get(names), Some(Value::Bool(true)))
             || self.text(names).is_some_and(|text| text == "true")
+    }
+
+    fn is_not(&self, names: &[&str]) -> bool {
+        matches!(self.get(names), Some(Value::Bool(false)))
+            || self.text(names).is_some_and(|text| text == "false")
     }
 
     /// Words: a list, or a text that is cut at blanks as a shell does.
@@ -367,6 +373,13 @@ impl Reader<'_> {
     fn life(&mut self, wanted: &mut Wanted) {
         let mut set =
             |key: &str, value: String| drop(wanted.options.insert(key.into(), vec![value]));
+        // A program that is not to be started again is a job as a rule, and may listen on nothing: PM2 waits for it no longer
+        // than this, either.
+        let is_job = self.is_not(&["autorestart"]) && !self.is(&["wait_ready"]);
+        if is_job {
+            let limit = self.text(&["listen_timeout"]).unwrap_or_else(|| "3000".to_owned());
+            set("ready", format!("listening-or={}", in_ms(&limit)));
+        }
         if self.is(&["wait_ready"]) {
             set("ready", "message".into());
         }
@@ -374,7 +387,8 @@ impl Reader<'_> {
             set("stop_by", "message".into());
         }
         for (theirs, ours) in [("listen_timeout", "ready_timeout"), ("kill_timeout", "grace")] {
-            if let Some(time) = self.text(&[theirs]) {
+            let time = self.text(&[theirs]).filter(|_| !(is_job && theirs == "listen_timeout"));
+            if let Some(time) = time {
                 set(ours, in_ms(&time));
             }
         }
@@ -387,37 +401,58 @@ impl Reader<'_> {
         if self.is(&["disable_logs"]) {
             set("output", "none".into());
         }
-        if let Some(limit) = self.restarts() {
-            set("restart_limit", limit);
-        }
-        if self.get(&["autostart"]) == Some(&Value::Bool(false)) {
+        if self.is_not(&["autostart"]) {
             wanted.autostart = false;
+        }
+        self.restarts(wanted);
+        self.ends(wanted);
+    }
+
+    /// Whether, and how soon, another worker follows.
+    fn restarts(&mut self, wanted: &mut Wanted) {
+        self.limit(wanted);
+        // As PM2 has it, the second of the two counts more.
+        let delay = match self.text(&["exp_backoff_restart_delay"]) {
+            Some(first) => match crate::values::duration(&in_ms(&first)) {
+                Ok(time) if time > LONGEST_BACKOFF => Some(format!("{0}..{0}", in_ms(&first))),
+                _ => Some(format!("{}..{}s", in_ms(&first), LONGEST_BACKOFF.as_secs())),
+            },
+            None => self.text(&["restart_delay"]).map(|delay| in_ms(&delay)),
+        };
+        if let Some(delay) = delay {
+            wanted.options.insert("restart_delay".into(), vec![delay]);
         }
     }
 
-    /// PM2 counts ends of workers that were younger than `min_uptime`: so many of them in a row are within that many times
-    /// that time.
-    fn restarts(&mut self) -> Option<String> {
-        if self.get(&["autorestart"]) == Some(&Value::Bool(false)) {
-            return Some("0/1s".to_owned());
-        }
+    /// PM2 gives an app up after `max_restarts` workers in a row that ended before they were `min_uptime` old.
+    fn limit(&mut self, wanted: &mut Wanted) {
         let (most, uptime) = (self.text(&["max_restarts"]), self.text(&["min_uptime"]));
         if most.is_none() && uptime.is_none() {
-            return None;
+            return;
         }
         let most = most.as_deref().unwrap_or("16").trim().parse::<u64>();
         let uptime = crate::values::duration(&in_ms(uptime.as_deref().unwrap_or("1000")));
+        let mut set =
+            |key: &str, value: String| drop(wanted.options.insert(key.into(), vec![value]));
         match (most, uptime) {
+            (Ok(_), Ok(uptime)) if uptime.is_zero() => set("restart_limit", NEVER.to_owned()),
             (Ok(most), Ok(uptime)) => {
-                let window = uptime.as_millis().saturating_mul(u128::from(most.max(1))).max(1000);
-                Some(format!("{}/{window}ms", most.min(10_000)))
+                set("restart_limit", most.min(10_000).to_string());
+                set("min_uptime", format!("{}ms", uptime.as_millis()));
             }
-            _ => {
-                self.wrong(
-                    "max_restarts is a number, min_uptime a number of ms or a text as \"5s\"",
-                );
-                None
-            }
+            _ => self
+                .wrong("max_restarts is a number, min_uptime a number of ms or a text as \"5s\""),
+        }
+    }
+
+    /// Ends of workers after which none follows.
+    fn ends(&mut self, wanted: &mut Wanted) {
+        let codes = match self.is_not(&["autorestart"]) {
+            true => vec!["any".to_owned()],
+            false => self.words(&["stop_exit_codes"]),
+        };
+        if !codes.is_empty() {
+            wanted.options.insert("stop_exit_codes".into(), codes);
         }
     }
 
@@ -616,6 +651,7 @@ mod tests {
             "shutdown_with_message": true, "max_memory_restart": "150M", "max_restarts": 10, "min_uptime": "5s",
             "cron_restart": "0 3 * * *", "watch": true, "ignore_watch": ["tmp"], "watch_delay": 500,
             "instance_var": "INSTANCE_ID", "increment_var": "PORT", "log_type": "json",
+            "restart_delay": 4000, "stop_exit_codes": [0, "3"],
         });
         assert_eq!(
             options(app),
@@ -625,17 +661,43 @@ mod tests {
                 "instance_var=INSTANCE_ID",
                 "log_format=json",
                 "max_memory=150M",
+                "min_uptime=5000ms",
                 "ready=message",
                 "ready_timeout=8000ms",
                 "reload_at=0 3 * * *",
-                "restart_limit=10/50000ms",
+                "restart_delay=4000ms",
+                "restart_limit=10",
                 "stop_by=message",
+                "stop_exit_codes=0,3",
                 "watch=.",
                 "watch_delay=500ms",
                 "watch_ignore=tmp",
                 "workers=1",
             ]
         );
+    }
+
+    #[test]
+    fn keys_of_restarts_mean_what_they_mean_there() {
+        let of = |key: &str, value: Value| {
+            let app = json!({"script": "a.js", key: value});
+            let all = options(app);
+            all.into_iter().filter(|option| option != "workers=1").collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(of("stop_exit_codes", json!(7)), "stop_exit_codes=7");
+        assert_eq!(
+            of("autorestart", json!(false)),
+            "ready=listening-or=3000ms stop_exit_codes=any"
+        );
+        assert_eq!(of("autorestart", json!("false")), of("autorestart", json!(false)));
+        assert_eq!(of("autorestart", json!(true)), "");
+        assert_eq!(of("exp_backoff_restart_delay", json!(100)), "restart_delay=100ms..15s");
+        assert_eq!(of("exp_backoff_restart_delay", json!(20000)), "restart_delay=20000ms..20000ms");
+        assert_eq!(of("max_restarts", json!(3)), "min_uptime=1000ms restart_limit=3");
+        assert_eq!(of("min_uptime", json!("10s")), "min_uptime=10000ms restart_limit=16");
+        assert_eq!(of("min_uptime", json!(0)), "restart_limit=10000/1ms");
+        let (_, told) = one(json!({"script": "a.js", "stop_exit_codes": [0, 256]}));
+        assert!(told[0].contains("stop_exit_codes: give exit codes from 0 to 255"), "{told:?}");
     }
 
     #[test]

@@ -252,6 +252,7 @@ impl Reader<'_> {
                 .collect::<Option<Vec<String>>>()
                 .ok_or_else(|| "a list of texts".to_owned()),
             (Kind::List, DeValue::String(one)) => Ok(vec![one.to_string()]),
+            (Kind::List, DeValue::Integer(number)) => Ok(vec![plain_number(number)]),
             (Kind::List, _) => Err("a text or a list of texts".to_owned()),
             (_, DeValue::String(text)) => Ok(vec![text.to_string()]),
             // The parser of durations asks for the unit, that of sizes takes bytes.

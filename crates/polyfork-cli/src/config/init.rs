@@ -143,6 +143,7 @@ fn example(key: &Key) -> String {
         ("metrics", _) => "127.0.0.1:9100",
         ("watch", _) => "src",
         ("watch_ignore", _) => "*.log",
+        ("stop_exit_codes", _) => "0",
         (_, "DIR") => ".",
         (_, "SIZE") => "512MiB",
         (_, "DURATION") => "30s",

@@ -287,6 +287,12 @@ fn property(key: &Key) -> Value {
         Kind::NumberOrText => json!({"type": ["integer", "string"]}),
         Kind::Choice(choices) => json!({"enum": choices}),
         Kind::Text => text,
+        Kind::List if key.value == "CODE" => json!({
+            "anyOf": [
+                {"type": ["integer", "string"]},
+                {"type": "array", "items": {"type": ["integer", "string"]}},
+            ],
+        }),
         Kind::List => json!({
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         }),

@@ -84,6 +84,8 @@ struct Slot {
     /// Those that get connections.
     ready: BTreeSet<u64>,
     failed: bool,
+    /// Its worker has done its work; there is to be no other. So too while another one is tried by a reload.
+    stopped: bool,
     /// How often a worker ended and was replaced afterwards.
     restarts: u64,
     last_exit: Option<LastExit>,
@@ -121,6 +123,8 @@ pub(crate) enum Progress {
     Coming,
     /// Its latest worker ended before it was ready, or the slot was given up. What happened.
     Failed(String),
+    /// Its worker has done its work; there is to be no other.
+    Stopped,
     /// It was taken out of service.
     Gone,
 }
@@ -132,8 +136,8 @@ pub(crate) struct SlotView {
     pub(crate) slot: u32,
     /// It has a worker that gets connections.
     pub(crate) ready: bool,
-    /// It was given up.
-    pub(crate) failed: bool,
+    /// What it is while it has no worker.
+    pub(crate) without: &'static str,
     /// How often a worker ended and was replaced afterwards.
     pub(crate) restarts: u64,
     /// Workers that are not gone, and their processes.
@@ -143,6 +147,20 @@ pub(crate) struct SlotView {
 impl Slot {
     fn is_ready(&self) -> bool {
         !self.ready.is_empty()
+    }
+
+    /// Whether it rests, and nobody tries what would become of another worker.
+    fn rests(&self) -> bool {
+        self.stopped && self.living.is_empty()
+    }
+
+    /// What it is while it has no worker.
+    fn without(&self) -> &'static str {
+        match (self.failed, self.stopped) {
+            (true, _) => "failed",
+            (false, true) => "stopped",
+            (false, false) => "waiting",
+        }
     }
 }
 
@@ -188,6 +206,7 @@ impl Book {
             Event::Ready(who) => {
                 if let Some(slot) = self.slots.get_mut(&who.slot) {
                     slot.ready.insert(who.worker);
+                    slot.stopped = false;
                 }
             }
             Event::Draining(who) => {
@@ -199,6 +218,12 @@ impl Book {
             Event::SlotFailed { slot, .. } => {
                 if let Some(slot) = self.slots.get_mut(slot) {
                     slot.failed = true;
+                    slot.stopped = false;
+                }
+            }
+            Event::SlotRests { slot, .. } => {
+                if let Some(slot) = self.slots.get_mut(slot) {
+                    slot.stopped = true;
                 }
             }
             Event::SlotRetired { slot } => {
@@ -222,6 +247,7 @@ impl Book {
         slot.ready.remove(&who.worker);
         // One that was replaced beforehand, by a reload or a restart, is none.
         if restart_in.is_some() {
+            slot.stopped = false;
             slot.restarts += 1;
             self.restarts += 1;
         }
@@ -294,6 +320,7 @@ impl Book {
             Some((worker, _)) if younger(worker) && found.ready.contains(&worker) => {
                 Progress::Ready(worker)
             }
+            _ if found.stopped && exit.is_some() => Progress::Stopped,
             _ if found.failed => {
                 let why = found.last_exit.as_ref().map_or("", |exit| exit.text.as_str());
                 Progress::Failed(format!("slot {slot} was given up: its last worker {why}"))
@@ -307,10 +334,10 @@ impl Book {
         }
     }
 
-    /// What it is once no slot is on its way any more and at least one is ready.
+    /// What it is once no slot is on its way any more, and at least one is ready or has done its work.
     pub(crate) fn settled(&self) -> Option<Settled<'_>> {
-        let over = |slot: &Slot| slot.is_ready() || slot.failed;
-        if self.ready() == 0 || !self.slots.values().all(over) {
+        let over = |slot: &Slot| slot.is_ready() || slot.failed || slot.rests();
+        if self.slots.values().all(|slot| slot.failed) || !self.slots.values().all(over) {
             return None;
         }
         let failed = self.slots.iter().filter(|(_, slot)| slot.failed);
@@ -324,10 +351,13 @@ impl Book {
 
     fn state(&self) -> &'static str {
         let ready = self.ready();
+        let stopped = self.slots.values().filter(|slot| slot.rests()).count();
+        let stopped = u32::try_from(stopped).unwrap_or(u32::MAX);
         let ever = self.slots.values().any(|slot| slot.is_ready() || slot.restarts > 0);
         match () {
             () if self.is_stopping() => "stopping",
-            () if ready >= self.wanted => "ready",
+            () if stopped > 0 && stopped >= self.wanted => "stopped",
+            () if ready >= self.wanted.saturating_sub(stopped) => "ready",
             () if ready > 0 => "degraded",
             () if self.slots.values().all(|slot| slot.failed) => "failed",
             () if ever => "down",
@@ -377,7 +407,7 @@ impl Book {
         let view = |(number, slot): (&u32, &Slot)| SlotView {
             slot: *number,
             ready: slot.is_ready(),
-            failed: slot.failed,
+            without: slot.without(),
             restarts: slot.restarts,
             living: slot.living.iter().map(|(worker, pid)| (*worker, *pid)).collect(),
         };
@@ -488,7 +518,7 @@ fn empty(number: u32, slot: &Slot) -> WorkerShape<'_> {
         slot: number,
         worker: None,
         pid: None,
-        state: if slot.failed { "failed" } else { "waiting" },
+        state: slot.without(),
         generation: None,
         restarts: slot.restarts,
         last_exit: slot.last_exit.as_ref(),

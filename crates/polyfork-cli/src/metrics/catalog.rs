@@ -52,7 +52,7 @@ catalog! {
     DESCRIPTORS: "polyfork_primary_open_descriptors" Gauge "" "" "Descriptors that the primary has open";
     MOST_DESCRIPTORS: "polyfork_primary_max_descriptors" Gauge "" "" "Descriptors that the primary may have open";
     WANTED: "polyfork_workers_wanted" Gauge "" "" "Workers that there are to be";
-    WORKERS: "polyfork_workers" Gauge "" "state" "Workers by state; waiting and failed are slots without one";
+    WORKERS: "polyfork_workers" Gauge "" "state" "Workers by state; waiting, stopped and failed are slots without one";
     EXITS: "polyfork_worker_exits_total" Counter "" "reason" "Workers that ended, asked or not";
     RESTARTS: "polyfork_worker_restarts_total" Counter "" "reason" "Workers that ended by themselves and were replaced";
     SLOT_READY: "polyfork_slot_ready" Gauge "" "slot" "1 if the slot has a worker that gets connections, else 0";

@@ -228,6 +228,12 @@ pub(crate) fn tell(app: &Value) {
         true => String::new(),
         false => format!(" on {}", listeners.join(", ")),
     };
+    if app["state"] == "stopped" {
+        remark(&format!(
+            "{name}: every worker has done its work already; `polyfork status {name}`, `restart`, `stop`"
+        ));
+        return;
+    }
     remark(&format!(
         "{name}: {} {plural} ready{listening}; `polyfork status {name}`, `logs`, `stop`",
         number("workers_ready"),

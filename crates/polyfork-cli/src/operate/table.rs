@@ -60,7 +60,9 @@ pub(crate) fn draw(paint: Paint, head: &[&str], rows: &[Vec<Cell>]) -> String {
 pub(crate) fn state(word: &str) -> Cell {
     let ink = match word {
         "ready" => Ink::Good,
-        "starting" | "online" | "draining" | "stopping" | "degraded" | "waiting" => Ink::Warn,
+        "starting" | "online" | "draining" | "stopping" | "degraded" | "waiting" | "stopped" => {
+            Ink::Warn
+        }
         _ => Ink::Bad,
     };
     Cell::of(word.replace('_', " ")).ink(ink)

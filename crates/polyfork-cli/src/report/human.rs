@@ -103,6 +103,14 @@ impl Human {
                 }
                 self.with_last_lines(what, ledger.last_lines(*slot))
             }
+            Event::SlotRests { slot, .. } => {
+                vec![
+                    self.own(
+                        None,
+                        &format!("slot {slot}: stopped, as no other worker is to follow"),
+                    ),
+                ]
+            }
             Event::SlotRetired { slot } => vec![self.own(None, &format!("slot {slot}: closed"))],
             Event::Reloading { generation } => {
                 let text = format!("reload: starting generation {generation}");

@@ -129,6 +129,10 @@ impl Json {
                 .with("restarts", restarts)
                 .with("window_ms", &window.as_millis())
                 .with("last_lines", &ledger.last_lines(*slot).collect::<Vec<_>>()),
+            Event::SlotRests { slot, code, signal } => Line::new("slot_stopped")
+                .with("slot", slot)
+                .with("code", code)
+                .with("signal", &signal.map(words::signal)),
             Event::SlotRetired { slot } => Line::new("slot_retired").with("slot", slot),
             Event::Bound { address, by } => Line::new("bound").address(address).via(by),
             Event::Closed { address } => Line::new("closed").address(address),

@@ -58,7 +58,11 @@ async fn start<F: FnMut(&Event)>(
     let settings = settings.output(output);
     // Whoever runs `start` is no manager of what stays behind.
     let managed = place.background.is_none();
-    let settings = if managed { manager::with_store(settings) } else { settings };
+    let settings = match managed {
+        true => manager::with_store(settings),
+        // As with PM2, whose apps stay when they have stopped.
+        false => settings.stay_at_rest(true),
+    };
     let cluster = Cluster::start_detected(settings, start.detected.clone())
         .map_err(|error| place.refuse(not_started(&error)))?;
     let control = place.open(&cluster, &mut start)?;

@@ -247,7 +247,7 @@ impl Watch {
         while let Some(event) = next_or_rest(&mut events).await {
             self.telling.set(true);
             match event {
-                Event::SlotFailed { .. } | Event::ReloadFailed { .. } => {
+                Event::SlotFailed { .. } | Event::SlotRests { .. } | Event::ReloadFailed { .. } => {
                     self.last_lines(LAST_LINES).await;
                 }
                 Event::Exit { voluntary: false, .. } => self.last_lines(LAST_LINES_STEP).await,

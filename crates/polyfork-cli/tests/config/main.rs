@@ -13,6 +13,7 @@ mod desk;
 
 mod apply;
 mod check;
+mod ends;
 mod pm2;
 mod reload;
 mod start;

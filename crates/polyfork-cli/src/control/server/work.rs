@@ -330,7 +330,7 @@ fn scaled(book: &Book, before: &[u32], workers: u32) -> Option<Result<(), Refusa
         match book.progress(*slot, None) {
             Progress::Coming => return None,
             Progress::Failed(why) => return Some(Err(Refusal::refused(why))),
-            Progress::Ready(_) | Progress::Gone => {}
+            Progress::Ready(_) | Progress::Stopped | Progress::Gone => {}
         }
     }
     let settled = book.wanted() != workers || book.slot_count() == workers;
@@ -343,7 +343,7 @@ fn rolled(book: &Book, slot: u32, old: Option<u64>) -> Option<Result<Option<u64>
         (Some(verdict), _) => Some(Err(Refusal::ended(verdict))),
         (None, _) if book.is_stopping() => Some(Err(Refusal::refused("it is stopping"))),
         (None, Progress::Coming) => None,
-        (None, Progress::Gone) => Some(Ok(None)),
+        (None, Progress::Stopped | Progress::Gone) => Some(Ok(None)),
         (None, Progress::Ready(worker)) => Some(Ok(Some(worker))),
         (None, Progress::Failed(why)) => Some(Err(Refusal::refused(why))),
     }

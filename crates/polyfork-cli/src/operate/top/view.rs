@@ -168,7 +168,7 @@ fn dim() -> Style {
 fn ink(state: &str) -> Style {
     match state {
         "ready" => Style::new().fg(Color::Green),
-        "starting" | "online" | "draining" | "stopping" | "degraded" | "waiting" => {
+        "starting" | "online" | "draining" | "stopping" | "degraded" | "waiting" | "stopped" => {
             Style::new().fg(Color::Yellow)
         }
         _ => Style::new().fg(Color::Red),

@@ -51,6 +51,7 @@ fn one_of_each() -> Vec<Event> {
             restart_in: Some(Duration::from_millis(100)),
         },
         Event::SlotFailed { slot: 2, restarts: 5, window: Duration::from_secs(30) },
+        Event::SlotRests { slot: 2, code: Some(0), signal: None },
         Event::SlotRetired { slot: 2 },
         Event::Bound { address: address(), by: via() },
         Event::Closed { address: address() },
