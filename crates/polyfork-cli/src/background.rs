@@ -114,7 +114,8 @@ pub(crate) fn write_panics_to(folder: Folder) {
     std::panic::set_hook(Box::new(move |panic| {
         use std::io::Write;
         // By the open folder: its path may be closed to the user that this process has become.
-        if let Ok(mut file) = folder.append("primary.log") {
+        let anew = |_| Folder::find(&folder.path).ok_or(())?.append("primary.log").map_err(drop);
+        if let Ok(mut file) = folder.append("primary.log").or_else(anew) {
             // Nobody is left to be told.
             let _ = writeln!(file, "{} polyfork: {panic}", crate::clock::now());
         }

@@ -122,7 +122,10 @@ impl Folder {
         name: &Name,
         user: Option<(u32, u32)>,
     ) -> Result<Folder, Verdict> {
-        let path = root.join(name.as_str());
+        Folder::at(root.join(name.as_str()), user)
+    }
+
+    fn at(path: PathBuf, user: Option<(u32, u32)>) -> Result<Folder, Verdict> {
         make_all(&path).map_err(|error| refused(&path, error))?;
         let folder = sys::open(&path, FOLDER_FLAGS, Mode::empty())
             .map_err(|error| refused(&path, in_the_way(error)))?;
@@ -139,6 +142,21 @@ impl Folder {
             folder.give_to(uid, gid).map_err(|error| refused(&folder.path, error))?;
         }
         Ok(folder)
+    }
+
+    /// The folder that is under this path by now, made if there is none: this one was removed.
+    ///
+    /// # Errors
+    /// As of [`make`](Self::make).
+    pub(super) fn anew(&self) -> io::Result<Folder> {
+        Folder::at(self.path.clone(), None).map_err(|verdict| io::Error::other(verdict.text))
+    }
+
+    /// Whether something else is under its path by now, or nothing.
+    pub(crate) fn is_replaced(&self) -> bool {
+        let identity = |found: Stat| (found.st_dev, found.st_ino);
+        let there = sys::lstat(&self.path).map(identity);
+        sys::fstat(&self.folder).map(identity) != there
     }
 
     /// The folder that another image of this process has opened.

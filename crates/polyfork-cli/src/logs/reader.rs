@@ -371,6 +371,27 @@ impl Follow {
         Ok(entries)
     }
 
+    /// Goes on in the folder that has taken the place of this one, which was removed; gives what was left here, too.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn go_on_in(&mut self, folder: Folder) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        for mut tail in std::mem::take(&mut self.slots).into_values() {
+            tail.lines.last = true;
+            drain(&mut tail.lines, &self.filter, &mut entries)?;
+        }
+        self.between.clear();
+        self.folder = folder;
+        entries.extend(self.more()?);
+        Ok(entries)
+    }
+
+    /// Where it reads.
+    pub(crate) fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
     fn more_of(&mut self, slot: u32, entries: &mut Vec<Entry>) -> io::Result<()> {
         let files = Snapshot::of(&self.folder, slot)?;
         let latest = files.latest.clone();

@@ -9,7 +9,7 @@
 //!
 //! A disk that is full, or a file that cannot be opened, loses lines: they are counted, and the count is written where
 //! they are missing as soon as something can be written again. A half-written line is taken back. A file that somebody
-//! moved or removed is made anew.
+//! moved or removed is made anew, and so is the folder, by the rules of the start; once a second is tried at most.
 //!
 //! The surprising rule: nothing looks at the clock by itself. A file that is a day old is rotated when the next line comes.
 
@@ -47,6 +47,8 @@ const COMPRESSOR_STACK: usize = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Between two looks at whether it has stopped.
 const COMPRESSOR_PAUSE: Duration = Duration::from_millis(2);
+/// Between two tries to make a folder that was removed.
+const ANEW: Duration = Duration::from_secs(1);
 /// A compressed file that is not whole yet.
 const PART: &str = ".part";
 
@@ -78,7 +80,6 @@ impl Losses {
 pub(crate) struct Writer {
     shared: Arc<Shared>,
     pub(crate) losses: Arc<Losses>,
-    folder: Folder,
     how: (Format, Rotation),
 }
 
@@ -100,6 +101,10 @@ struct Shared {
     progress: Condvar,
     /// Wakes the one task that waits in [`Writer::line`].
     room: Notify,
+    /// The folder that is written to, also for others.
+    folder: Mutex<Folder>,
+    /// Wakes [`Writer::moved`].
+    moved: Notify,
 }
 
 #[derive(Default)]
@@ -148,11 +153,14 @@ impl Writer {
             work: Condvar::new(),
             progress: Condvar::new(),
             room: Notify::new(),
+            folder: Mutex::new(folder.again()?),
+            moved: Notify::new(),
         });
         let losses = Arc::new(Losses { lines: AtomicU64::new(lost.lines) });
         let open = |(slot, (lost, why))| (slot, Slot { file: None, lost, why });
-        let again = folder.again()?;
         let files = Files {
+            shared: Arc::clone(&shared),
+            tried: None,
             compressor: Arc::default(),
             losses: Arc::clone(&losses),
             open: lost.slots.into_iter().map(open).collect(),
@@ -166,12 +174,17 @@ impl Writer {
         let held = upgrade::hold_signals()?;
         thread.spawn(move || write_all(&theirs, files))?;
         drop(held);
-        Ok(Writer { shared, losses, folder: again, how: (format, rotation) })
+        Ok(Writer { shared, losses, how: (format, rotation) })
     }
 
-    /// Where it writes to.
-    pub(crate) fn folder(&self) -> &Folder {
-        &self.folder
+    /// Where it writes to by now.
+    pub(crate) fn folder(&self) -> MutexGuard<'_, Folder> {
+        self.shared.folder()
+    }
+
+    /// Waits until the folder was removed and another one is written to.
+    pub(crate) async fn moved(&self) {
+        self.shared.moved.notified().await;
     }
 
     /// How lines are written, and what becomes of full files.
@@ -266,6 +279,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn folder(&self) -> MutexGuard<'_, Folder> {
+        self.folder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What is to be written next; `None` when the end is reached.
     fn take(&self) -> Option<Vec<Record>> {
         let mut state = self.lock();
@@ -306,7 +323,10 @@ fn write_all(shared: &Shared, mut files: Files) {
 
 /// The thread's files.
 struct Files {
+    shared: Arc<Shared>,
     folder: Folder,
+    /// When it was tried last to have another folder, and why lines are lost until the next try.
+    tried: Option<(Instant, String)>,
     format: Format,
     rotation: Rotation,
     open: BTreeMap<u32, Slot>,
@@ -419,9 +439,29 @@ impl Files {
         told
     }
 
+    /// Opens a file to be appended to, in a new folder if this one was removed.
+    fn append(&mut self, name: &str) -> io::Result<File> {
+        let error = match self.folder.append(name) {
+            // In a folder that is there it would have been made.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => error,
+            other => return other,
+        };
+        if let Some((_, why)) = self.tried.as_ref().filter(|(tried, _)| tried.elapsed() < ANEW) {
+            return Err(io::Error::other(why.clone()));
+        }
+        let made = self.folder.anew();
+        let why = made.as_ref().err().unwrap_or(&error).to_string();
+        self.tried = Some((Instant::now(), why));
+        let folder = made?;
+        *self.shared.folder() = folder.again()?;
+        self.folder = folder;
+        self.shared.moved.notify_one();
+        self.folder.append(name)
+    }
+
     /// Sees to it that the slot has a file, that it is the one under its name, and that it is neither full nor old.
     fn make_room(
-        &self,
+        &mut self,
         number: u32,
         slot: &mut Slot,
         bytes: u64,
@@ -436,7 +476,8 @@ impl Files {
             }
         }
         if slot.file.is_none() {
-            slot.file = Some(Open::new(self.folder.append(&name)?, || self.first_stamp(number))?);
+            let file = self.append(&name)?;
+            slot.file = Some(Open::new(file, || self.first_stamp(number))?);
         }
         let Some(open) = &slot.file else { return Ok(()) };
         let old = |age: Duration| time.duration_since(open.since).is_ok_and(|past| past >= age);
@@ -446,7 +487,7 @@ impl Files {
             let stamp = clock::fine_stamp(SystemTime::now());
             self.folder.rename(&name, &LogName::full(number, &stamp).file())?;
             self.tidy(number);
-            slot.file = Some(Open::new(self.folder.append(&name)?, || None)?);
+            slot.file = Some(Open::new(self.append(&name)?, || None)?);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use rustix::io::Errno;
@@ -25,6 +26,9 @@ use crate::logs::reader::{self, Filter, Follow};
 use crate::style::{Ink, Paint};
 use crate::values::Lines;
 use crate::{clock, words};
+
+/// Between two looks for a folder that was removed.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// One app's logs.
 struct Log {
@@ -100,13 +104,36 @@ fn watch(folder: &Folder) -> io::Result<AsyncFd<OwnedFd>> {
     let notify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
     let what = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
     inotify::add_watch(&notify, &folder.path, what)?;
+    if let Some(parent) = folder.path.parent() {
+        let what = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE;
+        // Only tells sooner that the folder was removed.
+        let _ = inotify::add_watch(&notify, parent, what);
+    }
     AsyncFd::with_interest(notify, Interest::READABLE)
 }
 
+/// The folder that takes the place of one that was removed. It comes with the next line.
+async fn replaced(gone: &Folder) -> Folder {
+    loop {
+        match Folder::find(&gone.path) {
+            Some(folder) => return folder,
+            None => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
 async fn follow_all(follows: Vec<(Name, AsyncFd<OwnedFd>, Follow)>, show: &Show) -> io::Result<()> {
-    let following = follows.into_iter().map(|(name, notify, mut tail)| async move {
+    let following = follows.into_iter().map(|(name, mut notify, mut tail)| async move {
         loop {
-            for entry in tail.more()? {
+            let more = match tail.folder().is_replaced() {
+                false => tail.more()?,
+                true => {
+                    let folder = replaced(tail.folder()).await;
+                    notify = watch(&folder)?;
+                    tail.go_on_in(folder)?
+                }
+            };
+            for entry in more {
                 show.line(&name, &entry)?;
             }
             let mut ready = notify.readable().await?;
@@ -213,7 +240,7 @@ fn find(args: &LogsArgs) -> Result<Vec<Log>, Verdict> {
                 None if told_at.is_some() => {
                     let path = told_at.unwrap_or_default();
                     let text = format!(
-                        "the folder of {name}'s logs, {}, is gone: what it writes is lost until it is started anew",
+                        "the folder of {name}'s logs, {}, is gone; it is made anew with the next line",
                         path.display()
                     );
                     return Err(Verdict { code: Code::Refused, text });

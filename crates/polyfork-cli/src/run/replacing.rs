@@ -260,14 +260,17 @@ impl Watch {
         let control = control.transpose().map_err(told)?;
         let background = match &self.logs {
             None => None,
-            Some(logs) => Some(BackgroundState {
-                starter: self.starter.borrow().pack(packs).map_err(told)?,
-                logs: packs.name(logs.folder().as_fd()).map_err(told)?,
-                logs_path: logs.folder().path.clone(),
-                format: logs.how().0,
-                rotation: logs.how().1,
-                lost: logs.lost(),
-            }),
+            Some(logs) => {
+                let folder = logs.folder();
+                Some(BackgroundState {
+                    starter: self.starter.borrow().pack(packs).map_err(told)?,
+                    logs: packs.name(folder.as_fd()).map_err(told)?,
+                    logs_path: folder.path.clone(),
+                    format: logs.how().0,
+                    rotation: logs.how().1,
+                    lost: logs.lost(),
+                })
+            }
         };
         let metrics = self.serving.as_ref().map(|serving| serving.pack(packs));
         let metrics = metrics.transpose().map_err(told)?;

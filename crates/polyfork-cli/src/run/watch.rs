@@ -11,7 +11,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use polyfork::cluster::{Cluster, Event, OutputLine};
+use polyfork::cluster::{Cluster, Event, Notice, OutputLine};
 use rustix::io::Errno;
 use tokio::sync::mpsc;
 
@@ -148,6 +148,7 @@ impl Watch {
                 () = &mut output, if !output_ended => output_ended = true,
                 () = &mut replacing => {}
                 () = &mut renewed => {}
+                () = self.logs_moved() => self.tell_of_moved_logs(),
                 error = self.lost(), if !self.told_lost.get() => self.tell_lost(error),
                 () = self.manager.stay_alive(cluster) => {}
             }
@@ -202,6 +203,28 @@ impl Watch {
             Some(out) => out.lost().await,
             None => std::future::pending().await,
         }
+    }
+
+    /// Waits until the folder of the logs is another one.
+    async fn logs_moved(&self) {
+        match &self.logs {
+            Some(logs) => logs.moved().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Tells that somebody removed the folder of the logs.
+    fn tell_of_moved_logs(&self) {
+        let Some(logs) = &self.logs else { return };
+        let path = words::harmless(&logs.folder().path.to_string_lossy());
+        let text = format!("the log folder {path} was removed, and is made anew");
+        let event = Event::Notice(Notice { code: "log-folder", who: None, text });
+        let ledger = self.ledger.borrow();
+        if let Some(control) = &self.control {
+            control.event(&event, &ledger);
+        }
+        let lines = self.report.borrow_mut().event(&event, &ledger);
+        lines.iter().for_each(|line| self.own(line));
     }
 
     /// Tells that lines are missing from standard output, once: that is where nobody can see it.

@@ -1,6 +1,7 @@
 //! What workers write, kept and read back.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::desk::{Desk, eventually, read};
@@ -207,6 +208,68 @@ fn a_file_that_somebody_takes_away_is_made_anew() {
     talk(40);
     are(&numbers(&until("line 39 ")), 30..40);
     assert_eq!(desk.status("talk")["log_lines_lost"], 0);
+}
+
+#[test]
+fn a_folder_that_somebody_removes_is_made_anew_and_told_once() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &[]);
+    let folder = desk.logs().join("talk");
+    let log = folder.join("1.log");
+    let until = |line: &str| eventually("lines", || content(&log), |text| text.contains(line));
+    talk(10);
+    until("line 9 ");
+    let mut following = Running::start(desk.command(&["logs", "-f", "--slot", "1", "talk"]));
+    let mut followed = Lines::of(following.take_out());
+    followed.wait_for("line 9 ");
+    // With all that is above it.
+    fs::remove_dir_all(desk.logs()).unwrap();
+    talk(20);
+    are(&numbers(&until("line 19 ")), 10..20);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&folder), mode(&log)), (0o700, 0o600));
+    let told = || content(&folder.join("primary.log"));
+    let told = eventually("a notice", told, |text| text.contains("was removed, and is made anew"));
+    assert_eq!(told.matches("made anew").count(), 1, "{told}");
+    assert_eq!(desk.status("talk")["log_lines_lost"], 0);
+    followed.wait_for("line 19 ");
+    let seen: Vec<u64> = numbers(&followed.seen.join("\n"));
+    are(&seen, 0..20);
+    // The next image writes to the new one, too.
+    desk.did(&["upgrade", "talk"]);
+    talk(30);
+    are(&numbers(&until("line 29 ")), 10..30);
+    desk.did(&["stop", "talk"]);
+    assert!(numbers(&desk.did(&["logs", "talk", "-n", "all"])).contains(&29));
+}
+
+#[test]
+fn a_link_in_the_place_of_a_removed_folder_is_not_followed() {
+    let mut desk = Desk::new();
+    let talk = talker(&mut desk, &[]);
+    let folder = desk.logs().join("talk");
+    talk(1);
+    eventually("a line", || content(&folder.join("1.log")), |text| text.contains("line 0 "));
+    let elsewhere = desk.place.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &folder).unwrap();
+    talk(2);
+    eventually("a loss", || desk.status("talk")["log_lines_lost"].clone(), |lost| *lost != 0);
+    assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
+    // Once it is out of the way, lines are written again, with how many are missing and why.
+    fs::remove_file(&folder).unwrap();
+    let mut asked = 2;
+    let told = eventually(
+        "written again",
+        || {
+            asked += 1;
+            talk(asked);
+            content(&folder.join("1.log"))
+        },
+        |text| text.contains("missing here"),
+    );
+    assert!(told.contains("talk: "), "{told}");
 }
 
 #[test]
