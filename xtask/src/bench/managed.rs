@@ -24,6 +24,10 @@ use crate::{paths, proc};
 
 /// No command of a manager takes longer.
 const COMMAND_LIMIT: Duration = Duration::from_secs(90);
+/// As a rule.
+pub(super) const WORKERS: u32 = 2;
+/// Where a worker takes long to come up: several come up at once while others serve.
+const SLOW_WORKERS: u32 = 8;
 /// Name of the app with its manager.
 const NAME: &str = "soak";
 
@@ -43,6 +47,8 @@ pub(super) struct Kind {
     manager: Manager,
     /// In front of the search path.
     node: Option<PathBuf>,
+    /// How many workers there are while some are killed, so that enough serve while others come up.
+    pub(super) workers_to_kill: u32,
 }
 
 /// Programs that are built once.
@@ -80,7 +86,7 @@ impl Kind {
             words: vec!["server.cjs".into()],
         };
         let title = format!("polyfork {mechanism}, Node {line}");
-        Ok(Self { title, manager, node: Some(node) })
+        Ok(Self { title, manager, node: Some(node), workers_to_kill: WORKERS })
     }
 
     /// Whether its workers are Node.
@@ -96,7 +102,7 @@ impl Kind {
             words: vec![built.axum.clone().into()],
         };
         let title = format!("polyfork {mechanism}, axum");
-        Self { title, manager, node: None }
+        Self { title, manager, node: None, workers_to_kill: WORKERS }
     }
 
     /// uvicorn under polyfork.
@@ -109,10 +115,11 @@ impl Kind {
         let mut words: Vec<OsString> = vec!["--".into(), uvicorn.into(), "--fd".into(), "3".into()];
         words.extend(["--log-level".into(), "warning".into(), "--app-dir".into(), app.into()]);
         words.push("asgi:app".into());
-        let manager =
-            Manager::Polyfork { program: built.polyfork.clone(), options: Vec::new(), words };
+        // It tells nobody when it is ready; without a question that is after a second.
+        let options = vec!["--probe".into(), "/".into()];
+        let manager = Manager::Polyfork { program: built.polyfork.clone(), options, words };
         let title = "polyfork kernel, uvicorn".into();
-        Ok(Self { title, manager, node: None })
+        Ok(Self { title, manager, node: None, workers_to_kill: SLOW_WORKERS })
     }
 
     /// The same Node program under PM2's cluster mode.
@@ -124,7 +131,7 @@ impl Kind {
         let script = manifest.tool("pm2")?.path.clone();
         let manager = Manager::Pm2 { script, node: node.clone() };
         let title = format!("PM2, Node {line}");
-        Ok(Self { title, manager, node: Some(node) })
+        Ok(Self { title, manager, node: Some(node), workers_to_kill: WORKERS })
     }
 
     /// nginx, which answers itself.
@@ -134,7 +141,18 @@ impl Kind {
     pub(super) fn nginx(manifest: &Manifest) -> Result<Self> {
         let program = manifest.tool("nginx")?.path.clone();
         let manager = Manager::Nginx { program };
-        Ok(Self { title: "nginx".into(), manager, node: None })
+        Ok(Self { title: "nginx".into(), manager, node: None, workers_to_kill: WORKERS })
+    }
+
+    /// Takes its probe away; false if it has none.
+    fn asks_nothing(&mut self) -> bool {
+        match &mut self.manager {
+            Manager::Polyfork { options, .. } if options.iter().any(|word| word == "--probe") => {
+                options.clear();
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Whether it is ours.
@@ -148,8 +166,13 @@ impl Kind {
     /// What its manager complained about.
     pub(super) fn start(&self, workers: u32) -> Result<App> {
         let folder = TempDir::with_prefix("polyfork-soak-").context("make a folder")?;
-        let app = App { kind: self.clone(), port: free_port()?, workers, folder };
-        app.run(app.start_command()?).with_context(|| format!("start {}", self.title))?;
+        let mut app = App { kind: self.clone(), port: free_port()?, workers, folder };
+        let mut started = app.run(app.start_command()?);
+        if started.is_err() && app.kind.asks_nothing() {
+            // Without the right to exact turns there are no probes in this dialect.
+            started = app.run(app.start_command()?);
+        }
+        started.with_context(|| format!("start {}", self.title))?;
         wait_answer(app.port)?;
         Ok(app)
     }
@@ -185,6 +208,9 @@ impl App {
         for name in ["NODE_OPTIONS", "NODE_CLUSTER_SCHED_POLICY", "WEB_CONCURRENCY", "STALL"] {
             command.env_remove(name);
         }
+        // A start of Python that compiles what it imports each time is none that anybody has. Not into the source tree.
+        command.env_remove("PYTHONDONTWRITEBYTECODE");
+        command.env("PYTHONPYCACHEPREFIX", self.folder.path().join("pycache"));
         command.env("PORT", self.port.to_string()).env("WORKERS", self.workers.to_string());
         command.env("PM2_HOME", self.folder.path().join("pm2"));
         command.env("POLYFORK_RUNTIME_DIR", self.folder.path().join("run"));

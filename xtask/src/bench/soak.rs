@@ -22,20 +22,24 @@ use anyhow::{Context, Result, ensure};
 use pico_args::Arguments;
 use rustix::process::Signal;
 
-use super::managed::{App, Built, Kind};
+use super::managed::{App, Built, Kind, WORKERS};
 use crate::proc;
 use crate::setup::manifest::Manifest;
 
 /// A request that takes longer has hung.
 const HANG: Duration = Duration::from_secs(10);
 const CLIENTS: usize = 16;
-const WORKERS: u32 = 2;
 /// What every server answers.
 const BODY: &[u8] = b"hello from one of many\n";
 /// Between two things that an operator does.
 const BETWEEN: Duration = Duration::from_millis(100);
+/// One kill each so often is 300 in a minute. Who cannot follow that is killed as fast as workers come up.
+const PACE: Duration = Duration::from_millis(200);
 /// Workers that were killed are back, and finished ones gone, after far less.
 const SETTLE: Duration = Duration::from_secs(20);
+
+/// Between two looks at who serves. A look is a command, which takes time that workers could have to come up.
+const LOOK: Duration = Duration::from_millis(15);
 
 /// Of failures in words.
 const MOST_KINDS: usize = 5;
@@ -207,7 +211,10 @@ fn how_often(deed: Deed, settings: &Settings) -> u32 {
 }
 
 fn soak(kind: &Kind, deed: Deed, load: Load, settings: &Settings) -> Result<Row> {
-    let app = kind.start(WORKERS)?;
+    let app = kind.start(match deed {
+        Deed::Kill => kind.workers_to_kill,
+        Deed::Reload | Deed::Upgrade => WORKERS,
+    })?;
     let primary = app.primary()?;
     let before = steady_descriptors(&app, primary);
     let (seen, stop) = (Seen::default(), AtomicBool::new(false));
@@ -232,19 +239,24 @@ fn operate(app: &App, primary: i32, deed: Deed, settings: &Settings, seen: &Seen
     let times = how_often(deed, settings);
     // At least this many under load, spread over all that is done.
     let each = settings.requests / u64::from(times.max(1));
+    let began = Instant::now();
     for number in 0..times {
         proc::check_interrupted()?;
         let goal = each * u64::from(number + 1);
         match deed {
             Deed::Reload => app.reload()?,
             Deed::Upgrade => app.upgrade()?,
-            Deed::Kill => kill_one(app, primary, number)?,
+            Deed::Kill => {
+                kill_one(app, primary, number)?;
+                let due = began + PACE * (number + 1);
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+                continue;
+            }
         }
         let until = Instant::now() + 3 * HANG;
         loop {
             thread::sleep(BETWEEN);
-            let enough = deed == Deed::Kill || seen.good.load(Ordering::Relaxed) >= goal;
-            if enough || Instant::now() >= until {
+            if seen.good.load(Ordering::Relaxed) >= goal || Instant::now() >= until {
                 break;
             }
         }
@@ -252,18 +264,19 @@ fn operate(app: &App, primary: i32, deed: Deed, settings: &Settings, seen: &Seen
     Ok(times)
 }
 
-/// Kills one worker, when all are there. One of ours is one that serves: to be killed on the way up is a strike, and such a
-/// slot rests for longer each time.
+/// Kills one worker, when all are there, or half of them where several come up at once. One of ours is one that serves: to be
+/// killed on the way up is a strike, and such a slot rests for longer each time.
 fn kill_one(app: &App, primary: i32, number: u32) -> Result<()> {
     let until = Instant::now() + SETTLE;
     let all = || match app.is_ours() {
         true => app.ready_workers(),
         false => Ok(app.worker_pids(primary)),
     };
+    let wanted = if app.workers() > WORKERS { app.workers() / 2 } else { app.workers() };
     let mut workers = all()?;
-    while workers.len() < app.workers() as usize {
+    while workers.len() < wanted as usize {
         ensure!(Instant::now() < until, "no new worker came after a kill");
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(LOOK);
         workers = all()?;
     }
     let victim = workers.get(number as usize % workers.len()).context("no worker to kill")?;
