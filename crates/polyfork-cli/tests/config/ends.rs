@@ -141,6 +141,22 @@ fn a_job_that_has_stopped_is_run_again_when_what_it_watches_changes() {
 }
 
 #[test]
+fn a_server_that_may_end_goes_on_as_long_as_it_listens() {
+    let place = Place::new();
+    place.file("serves.js", EXITS);
+    for mechanism in ["kernel", "handoff"] {
+        let codes = ["--mechanism", mechanism, "--stop-exit-codes", "0"];
+        let mut events = place.events([&codes[..], &["-w", "1", "serves.js"]].concat());
+        let address = eventually_listening(&mut events);
+        // Nothing but the way to its primary may be open in between.
+        let pids: Vec<String> = (0..5).map(|_| get(address, "/")).collect();
+        assert!(pids.windows(2).all(|two| two[0] == two[1]), "{mechanism}: {pids:?}");
+        exit(address, 0);
+        assert_eq!(events.end().0, 0, "{mechanism}");
+    }
+}
+
+#[test]
 fn in_the_foreground_the_exit_code_says_how_jobs_ended() {
     let place = Place::new();
     place.file("job.js", "process.exit(Number(process.env.CODE))");
