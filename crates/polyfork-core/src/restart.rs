@@ -71,7 +71,7 @@ impl RestartPolicy {
     pub const MAX_LIMIT: u32 = 10_000;
 
     /// The window of a limit that has none: restarts count for ever, or until [`RestartPolicy::min_uptime`] forgives them.
-    pub const NO_WINDOW: Duration = LONGEST_WINDOW;
+    pub const NO_WINDOW: Duration = Duration::MAX;
 
     /// At most `limit` restarts in `window`, the waits as in the default.
     pub fn intensity(limit: u32, window: Duration) -> RestartPolicy {

@@ -191,7 +191,7 @@ pub(crate) struct RunArgs {
 
     /// Give a slot up after N restarts within a time; the others go on serving
     ///
-    /// N alone: after N restarts, however far apart; with --min-uptime after N in a row of workers that did not live that long.
+    /// N alone, with --min-uptime: after N restarts in a row of workers that did not live that long, however far apart.
     #[arg(long, value_name = "N|N/DURATION", default_value = "5/30s", value_parser = restart_policy,
           env = "POLYFORK_RESTART_LIMIT", allow_hyphen_values = true, hide_env_values = true, help_heading = "Life of a worker")]
     pub(crate) restart_limit: RestartPolicy,

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use polyfork::cluster::{
     Address, CgroupLimits, DetectError, Detected, Dialect, Limits, Mechanism, Policy, Probe,
-    Settings, detect_with,
+    RestartPolicy, Settings, detect_with,
 };
 
 use super::how_many::HowMany;
@@ -44,6 +44,12 @@ pub(super) fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
     let Some((program, arguments)) = args.command.split_first() else {
         return Err(usage(config::nothing_to("run")));
     };
+    if args.restart_limit.window == RestartPolicy::NO_WINDOW && args.min_uptime.0.is_none() {
+        let limit = &args.restart_limit;
+        return Err(usage(format!(
+            "--restart-limit {limit}: write how many restarts in how long, as in {limit}/30s, or say with --min-uptime which count"
+        )));
+    }
     let pairs = pairs(&args.env)?;
     let detected = detected(&args, program, arguments, &pairs)?;
     let HowMany { workers, why: workers_why, notice } = HowMany::of(args.workers);
