@@ -4,9 +4,12 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use polyfork::channel::advanced::Value;
-use polyfork::cluster::{Event, SendError, Serialization, Stream};
+use polyfork::cluster::{
+    Event, Ready, RestartPolicy, SendError, Serialization, Settings, StopOn, Stream,
+};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -29,6 +32,7 @@ on_every_node! {
     a_socket_that_came_by_message_is_served_by_http,
     sockets_of_every_kind_are_sent_to_a_worker,
     further_pipes_carry_bytes_both_ways,
+    a_worker_whose_end_means_something_ends_when_nothing_is_left_to_do,
 }
 
 /// fork, online, listening, then disconnect and exit; with the right arguments, and the state follows.
@@ -470,4 +474,23 @@ fn messages(rig: &Rig) -> Vec<serde_json::Value> {
         _ => None,
     };
     rig.events().iter().filter_map(message).collect()
+}
+
+/// Cluster's own listeners would hold it for ever. One that listens, or waits for messages, is held as ever.
+async fn a_worker_whose_end_means_something_ends_when_nothing_is_left_to_do(runtime: Runtime) {
+    for mode in [Mode::Kernel, Mode::Handoff] {
+        let restart = RestartPolicy { stop_on: StopOn::AnyEnd, ..RestartPolicy::default() };
+        let long = Ready::ListeningOr(Duration::from_secs(60));
+        let change = |settings: Settings| settings.restart(restart).ready(long);
+        let rig = Rig::serving(&runtime, "job.cjs", mode, 3, change);
+        rig.online(3).await;
+        let (told, _) = rig.listening(2).await;
+        let ended = rig.ended(1).await;
+        assert_eq!((ended.code, ended.voluntary), (Some(0), false), "{}", rig.story());
+        assert_eq!(get(reach(&told), "/").await.expect("an answer").text(), "here");
+        rig.worker(3).send("go").await.expect("it listens");
+        assert_eq!(rig.ended(3).await.code, Some(5), "{}", rig.story());
+        assert_eq!(get(reach(&told), "/").await.expect("an answer").text(), "here");
+        rig.end().await;
+    }
 }
