@@ -798,7 +798,7 @@ impl Port {
             }
             (Kind::Shared(fd), _) => on(fd.as_fd()),
             (Kind::Turns(turns), _) => {
-                turns.handoff.counters().queued as u64 + on(turns.socket.get_ref().as_fd())
+                turns.handoff.counters().queued + on(turns.socket.get_ref().as_fd())
             }
             (Kind::SharedUnix(_), _) => 0,
         }
