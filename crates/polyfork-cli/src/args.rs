@@ -17,7 +17,7 @@ use crate::exit;
 
 use operate::{
     AppArgs, EventsArgs, KillArgs, LogsArgs, LsArgs, MetricsArgs, ReloadArgs, ScaleArgs, StopArgs,
-    TopArgs, UpgradeArgs, UpgradeCheckArgs, WaitArgs,
+    TopArgs, UpgradeArgs, WaitArgs,
 };
 use run::RunArgs;
 use start::StartArgs;
@@ -119,7 +119,7 @@ pub(crate) enum Verb {
     Upgrade(UpgradeArgs),
     /// The new binary's end of `upgrade`
     #[command(hide = true)]
-    UpgradeCheck(UpgradeCheckArgs),
+    UpgradeCheck,
     /// Change the number of workers
     Scale(ScaleArgs),
     /// Let workers finish, then end apps

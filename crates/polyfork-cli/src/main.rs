@@ -43,13 +43,17 @@ mod words;
 fn main() -> ExitCode {
     // Does not return in a child that `advise` has forked.
     run_entries(&[&advise::ENTRY]);
+    // The command line is that of the image before, and is not looked at.
+    if let Some(left) = upgrade::left() {
+        return run::go_on(left).into();
+    }
     let code = match args::parse(std::env::args_os()) {
         Ok(cli) => match cli.verb {
             Verb::Run(args) => run::run(*args),
             Verb::Demo(args) => demo::run(args),
             Verb::Advise(args) => advise::run(args),
             Verb::Primary(args) => run::run_in_background(*args),
-            Verb::UpgradeCheck(args) => upgrade::trial::check(args),
+            Verb::UpgradeCheck => upgrade::trial::check(),
             Verb::Doctor(args) => doctor::run(args.json),
             Verb::Service(args) => service::run(args),
             Verb::Man(args) => pages::man(&args),

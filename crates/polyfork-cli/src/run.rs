@@ -6,7 +6,7 @@
 //! writing in `sink` and `logs`.
 //!
 //! The surprising rule: an image that was executed in the place of another has the same command line, and must not look at
-//! it. That it was left an app is found out before anything else.
+//! it. That it was left an app is found out before anything else, in `main`.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -38,7 +38,7 @@ use crate::{config, words};
 
 use place::{claim_in_background, logs, with_claim, with_control, with_name};
 use prepare::{name_of, no_foreground, prepare};
-use resume::go_on;
+pub(crate) use resume::go_on;
 use start::supervise;
 
 pub(crate) mod how_many;
@@ -156,9 +156,6 @@ struct Watch {
 
 /// Runs a program until it ends.
 pub(crate) fn run(args: RunArgs) -> Code {
-    if let Some(left) = upgrade::left() {
-        return go_on(left);
-    }
     let json = args.show.json;
     let args = match config::for_run(args) {
         Ok(args) => args,
@@ -187,9 +184,6 @@ fn prepare_run(args: RunArgs) -> Result<Prepared, Refused> {
 
 /// Runs a program in the background, as `polyfork start` began it.
 pub(crate) fn run_in_background(args: StartArgs) -> Code {
-    if let Some(left) = upgrade::left() {
-        return go_on(left);
-    }
     let mut starter = match Starter::take() {
         Ok(starter) => starter,
         Err(error) => {

@@ -30,6 +30,7 @@ use crate::exit::Code;
 use crate::words;
 
 mod file;
+pub(crate) mod secrets;
 pub(crate) mod state;
 pub(crate) mod trial;
 

@@ -4,7 +4,6 @@
 //!
 //! The surprising rule: `--since` reads the wall clock when the command line is read, as logs are stamped by it.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -79,14 +78,6 @@ pub(crate) struct UpgradeArgs {
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = values::duration,
           allow_hyphen_values = true)]
     pub(crate) limit: Duration,
-}
-
-/// `polyfork upgrade-check`.
-#[derive(Debug, Args)]
-pub(crate) struct UpgradeCheckArgs {
-    /// What the primary was started with
-    #[arg(value_name = "ARGS", trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) words: Vec<OsString>,
 }
 
 /// `polyfork scale`.

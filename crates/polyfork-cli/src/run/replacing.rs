@@ -23,6 +23,7 @@ use crate::control::protocol::{self, Refusal};
 use crate::control::server::{Control, Rested, Wish};
 use crate::exit::Code;
 use crate::metrics::server::Serving;
+use crate::upgrade::secrets::Secrets;
 use crate::upgrade::state::{AppState, BackgroundState};
 use crate::upgrade::trial::Trial;
 use crate::upgrade::{self, LAST_SIGNALS, REST_LIMIT, TRIAL_LIMIT, TRIES};
@@ -161,7 +162,9 @@ impl Watch {
     ) -> Result<Infallible, String> {
         let began = Instant::now();
         let binary = upgrade::open_binary(path)?;
-        let mut trial = Trial::start(&binary, path, limit)?;
+        let settings =
+            cluster.settings().await.map_err(|error| words::plain(&error.to_string()))?;
+        let mut trial = Trial::start(&binary, path, limit, Secrets::of(&settings))?;
         let next = Next { binary, path, trial: trial.pid(), asker: asker.as_ref(), began };
         let Err(why) = self.with_trial(cluster, &next, &mut trial).await;
         trial.end().await;

@@ -30,7 +30,7 @@ use crate::upgrade::state::{AppState, BackgroundState};
 use crate::upgrade::{self, Left};
 
 /// Goes on with an app that another image of this process has left.
-pub(super) fn go_on(left: Left) -> Code {
+pub(crate) fn go_on(left: Left) -> Code {
     let adopted = left.open().and_then(|state| {
         let unpacking = Unpacking::adopt(&state.descriptors)?;
         Ok((state, unpacking))

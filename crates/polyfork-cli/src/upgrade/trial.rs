@@ -2,13 +2,13 @@
 //! that would be left to it.
 //!
 //! The primary writes states to its standard input, each behind its length (four bytes, little-endian); it answers with a
-//! line of JSON each. It also reads the arguments with which it would go on. It touches nothing: no descriptor of the primary
-//! is open in it.
+//! line of JSON each. It touches nothing: no descriptor of the primary is open in it. It is told no words of the primary's
+//! command line either: an image that was left an app does not read them.
 //!
 //! The surprising rule: nothing of the new binary is believed but its answer. Whatever else it writes, how it ends and
-//! how long it takes are reasons to refuse it.
+//! how long it takes are reasons to refuse it. What is quoted of it has gone through [`Secrets`]: it has read all that the
+//! app's variables hold.
 
-use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -22,9 +22,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::secrets::Secrets;
 use super::state::AppState;
-use crate::args::operate::UpgradeCheckArgs;
-use crate::args::{self, NotRun, Verb};
 use crate::exit::Code;
 use crate::words;
 
@@ -65,19 +64,25 @@ pub(crate) struct Trial {
     deadline: Instant,
     limit: Duration,
     shown: String,
+    secrets: Secrets,
 }
 
 impl Trial {
-    /// Runs it.
+    /// Runs it. Of what it says nothing is quoted that is among `secrets`.
     ///
     /// # Errors
     /// Why it cannot be run, for people.
-    pub(crate) fn start(binary: &OwnedFd, path: &Path, limit: Duration) -> Result<Trial, String> {
+    pub(crate) fn start(
+        binary: &OwnedFd,
+        path: &Path,
+        limit: Duration,
+        secrets: Secrets,
+    ) -> Result<Trial, String> {
         let shown = words::harmless(&path.to_string_lossy());
         // By our descriptor, not by its name.
         let program = format!("/proc/{}/fd/{}", std::process::id(), binary.as_raw_fd());
         let mut command = Command::new(program);
-        command.arg0("polyfork").arg(VERB).arg("--").args(std::env::args_os().skip(1));
+        command.arg0("polyfork").arg(VERB);
         command.stdin(Stdio::Pipe).stdout(Stdio::Pipe).stderr(Stdio::Pipe).process_group(true);
         let failed = |text: &str| format!("{shown}: {text}");
         let spawned = super::with_rights(|| command.spawn());
@@ -100,7 +105,7 @@ impl Trial {
             return Err(failed("it has no standard streams"));
         };
         let (out, deadline) = (BufReader::new(out), Instant::now() + limit);
-        Ok(Trial { child, stdin, out, err, deadline, limit, shown })
+        Ok(Trial { child, stdin, out, err, deadline, limit, shown, secrets })
     }
 
     /// Its process.
@@ -126,11 +131,11 @@ impl Trial {
             .map_err(|_| format!("{}: it does not know how to take over", self.shown))?;
         let Answer { polyfork, state, ok, text, rights } = answer;
         if !ok {
-            let text = words::harmless(&words::plain(&text));
+            let text = self.quoted(&words::plain(&text));
             return Err(format!(
                 "{}: it cannot take over: {text} (it is {}, reads states of version {state})",
                 self.shown,
-                words::harmless(&polyfork)
+                self.quoted(&polyfork)
             ));
         }
         match lost_rights(own_rights(RIGHTS).as_deref(), rights.as_deref()) {
@@ -155,6 +160,11 @@ impl Trial {
         }
     }
 
+    /// A text of its own, as it may be shown and written to logs.
+    fn quoted(&self, text: &str) -> String {
+        words::harmless(&self.secrets.hidden(text))
+    }
+
     /// More time, for another state.
     pub(crate) fn again(&mut self, limit: Duration) {
         (self.deadline, self.limit) = (Instant::now() + limit, limit);
@@ -165,7 +175,8 @@ impl Trial {
         let mut said = Vec::new();
         let mut err = (&mut self.err).take(LAST_WORDS);
         // It may go on without saying anything.
-        let _ = timeout(LAST_WORDS_TIME, err.read_to_end(&mut said)).await;
+        let read = timeout(LAST_WORDS_TIME, err.read_to_end(&mut said)).await;
+        let whole = matches!(read, Ok(Ok(_))) && (said.len() as u64) < LAST_WORDS;
         let ended = timeout(LAST_WORDS_TIME, self.child.wait()).await;
         let how = match (self.child.exit_code(), self.child.signal_code()) {
             (Some(code), _) => format!("it ended with code {code} before it answered"),
@@ -173,9 +184,7 @@ impl Trial {
             _ if ended.is_err() => "it closed its streams and stayed".to_owned(),
             _ => "it ended before it answered".to_owned(),
         };
-        let said = String::from_utf8_lossy(&said);
-        let last = said.lines().rev().find(|line| !line.trim().is_empty());
-        match last {
+        match last_line(&self.secrets.hidden(&String::from_utf8_lossy(&said)), whole) {
             Some(line) => format!("{}: {how}: {}", self.shown, words::harmless(line)),
             None => format!("{}: {how}", self.shown),
         }
@@ -187,6 +196,13 @@ impl Trial {
         let _ = self.child.kill(Signal::KILL);
         let _ = self.child.wait().await;
     }
+}
+
+/// The last line with something in it. Of a text that was cut short the last one is left out: half a value is not known
+/// for one.
+fn last_line(said: &str, whole: bool) -> Option<&str> {
+    let cut = if whole { said.len() } else { said.rfind('\n')? };
+    said[..cut].lines().rev().find(|line| !line.trim().is_empty())
 }
 
 /// The same numbers on all of Linux.
@@ -211,7 +227,7 @@ fn lost_rights(ours: Option<&str>, theirs: Option<&str>) -> Option<u64> {
 }
 
 /// `polyfork upgrade-check`: the other end.
-pub(crate) fn check(given: UpgradeCheckArgs) -> Code {
+pub(crate) fn check() -> Code {
     let mut input = io::stdin().lock();
     loop {
         let sealed = match next(&mut input) {
@@ -219,9 +235,8 @@ pub(crate) fn check(given: UpgradeCheckArgs) -> Code {
             Ok(None) => return Code::Stopped,
             Err(_) => return Code::Unexpected,
         };
-        let checked = understands(&given.words).and_then(|()| {
-            AppState::read(&sealed).map(drop).map_err(|error| words::plain(&error.to_string()))
-        });
+        let checked = AppState::read(&sealed);
+        let checked = checked.map(drop).map_err(|error| words::plain(&error.to_string()));
         let answer = Answer {
             polyfork: env!("CARGO_PKG_VERSION").to_owned(),
             state: STATE_VERSION,
@@ -256,16 +271,6 @@ fn next(input: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Whether the arguments with which the primary runs are still understood.
-fn understands(given: &[OsString]) -> Result<(), String> {
-    let all = std::iter::once(OsString::from("polyfork")).chain(given.iter().cloned());
-    match args::parse(all) {
-        Ok(cli) if matches!(cli.verb, Verb::Run(_) | Verb::Primary(_)) => Ok(()),
-        Err(NotRun::Wrong(text)) => Err(format!("it does not understand the arguments: {text}")),
-        Ok(_) | Err(NotRun::Asked(_)) => Err("it does not understand the arguments".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,11 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn arguments_are_read_as_the_primary_would() {
-        let words = |text: &str| text.split(' ').map(OsString::from).collect::<Vec<_>>();
-        assert_eq!(understands(&words("primary -w 2 --name shop server.js")), Ok(()));
-        assert_eq!(understands(&words("run server.js --port 3")), Ok(()));
-        assert!(understands(&words("run --no-such-option x")).is_err());
-        assert!(understands(&words("ls")).is_err());
+    fn half_a_line_is_not_quoted() {
+        assert_eq!(last_line("one\ntwo\n \n", true), Some("two"));
+        assert_eq!(last_line("one\ntwo", true), Some("two"));
+        assert_eq!(last_line("one\ntwo", false), Some("one"));
+        assert_eq!(last_line("one", false), None);
+        assert_eq!(last_line("", true), None);
     }
 }

@@ -91,6 +91,54 @@ fn fault_28_a_binary_that_ends_hangs_or_babbles_is_refused() {
     });
 }
 
+/// Tells on standard error what it was started with, and what it was left to read.
+const BLABS: &str = "
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+extern char **environ;
+int main(int count, char **words) {
+  for (int at = 1; at < count; at++) fprintf(stderr, \"WORD %s \", words[at]);
+  for (char **of = environ; *of; of++) fprintf(stderr, \"%s \", *of);
+  char bytes[1 << 16]; ssize_t length = read(0, bytes, sizeof bytes);
+  for (ssize_t at = 0; at < length; at++) {
+    char c = bytes[at];
+    if (c >= ' ' && c < 127) fputc(c, stderr);
+  }
+  fputs(\"\\ncannot access 'API_KEY=s3cretX' for hush-hush and 0therSecret \\033[2J\\n\", stderr);
+  return 2;
+}";
+
+#[test]
+fn a_refused_trial_tells_no_value_of_a_variable_and_no_argument() {
+    let name = "a_refused_trial_tells_no_value_of_a_variable_and_no_argument";
+    let desk = Desk::new();
+    let Some(binary) = program(name, desk.place.path(), BLABS) else { return };
+    let mut command = desk.command(&["start", "--json", "-w", "1", "--name", "sx"]);
+    command.args(["--env", "API_KEY=s3cretX", "server.js", "--token", "hush-hush"]);
+    command.env("OF_THE_PRIMARY", "0therSecret");
+    let mut desk = desk;
+    let started = desk.started(&["start"], super::support::ended(command));
+    let pid = started["pid"].as_u64().expect("a pid");
+    let secrets = ["s3cretX", "hush-hush", "0therSecret", "WORD --", "\x1b"];
+    let without = |told: &str| {
+        assert!(told.contains("before it answered: cannot access 'API_KEY=***' for ***"), "{told}");
+        for secret in secrets {
+            assert!(!told.contains(secret), "{secret}: {told}");
+        }
+    };
+    let file = binary.to_str().expect("a path");
+    without(&desk.refuses(&["upgrade", "sx", "--binary", file], 13));
+    without(&desk.does(&["upgrade", "--json", "sx", "--binary", file]).out);
+    let log = desk.logs().join("sx").join("primary.log");
+    let log = || fs::read_to_string(&log).unwrap_or_default();
+    without(&eventually("the log has it", log, |log| log.contains("not upgraded")));
+    // A real tool, as a person may name it by mistake.
+    let told = desk.refuses(&["upgrade", "sx", "--binary", "/bin/ls"], 13);
+    assert!(told.contains("before it answered") && !told.contains("s3cretX"), "{told}");
+    assert_eq!(desk.status("sx")["pid"], pid);
+}
+
 /// The process of a trial.
 struct Trial {
     pid: i32,
@@ -235,7 +283,7 @@ int main(void) {
 /// What the binary under test says to a state.
 fn asked(desk: &Desk, state: &[u8]) -> Ended {
     use std::io::Write;
-    let mut command = desk.command(&["upgrade-check", "--", "run", "server.js"]);
+    let mut command = desk.command(&["upgrade-check"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("start");
     let mut stdin = child.stdin.take().expect("stdin");

@@ -401,6 +401,13 @@ impl Settings {
         self
     }
 
+    /// What is not for every eye, and nothing to quote in messages and logs: arguments of the program, and values of
+    /// variables that were set for workers.
+    pub fn private_words(&self) -> impl Iterator<Item = &OsStr> {
+        let values = self.env.iter().map(|(_, value)| value.as_os_str());
+        self.args.iter().map(OsString::as_os_str).chain(values)
+    }
+
     /// Sets a variable in the environment of every worker.
     #[must_use]
     pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
