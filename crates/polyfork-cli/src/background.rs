@@ -4,20 +4,48 @@
 //! there is the short form of docs/events.md: notices, slots that were given up, and one last line, `started`, `end` or
 //! `error`. Then standard output is nobody's.
 //!
+//! Its words are in a sealed memory file that is its standard input ([`given`]), not in its command line: that one is
+//! shown by ps(1) to every user. The file stays where it is, through every upgrade, for `service print`; the kernel opens it for nobody
+//! who may not trace the primary.
+//!
 //! The surprising rule: the starter may be stopped (Ctrl-Z) or gone. A line that does not fit into the pipe is dropped; an
 //! app is never held up by who started it.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use polyfork::cluster::Event;
-use polyfork::cluster::upgrade::{Name as Carried, Packing, ResumeError, Unpacking};
+use polyfork::cluster::upgrade::{self, Name as Carried, Packing, ResumeError, Unpacking};
 use rustix::fs::{FileType, Mode, OFlags};
 
 use crate::control::book::Book;
 use crate::ledger::{Ledger, Verdict};
 use crate::logs::folder::Folder;
 use crate::report::json;
+
+/// Words for a primary, to be its standard input.
+///
+/// # Errors
+/// The system's.
+pub(crate) fn give(words: &[OsString]) -> io::Result<OwnedFd> {
+    let content: Vec<u8> =
+        words.iter().flat_map(|word| word.as_bytes().iter().copied().chain([0])).collect();
+    upgrade::seal(&content)
+}
+
+/// The words that this process was given; nothing if it was not `start` that started it.
+pub(crate) fn given() -> Option<Vec<OsString>> {
+    Some(words_of(&upgrade::read_sealed(0).ok()?))
+}
+
+/// Words that each end with a NUL, as in `/proc/PID/cmdline`.
+pub(crate) fn words_of(content: &[u8]) -> Vec<OsString> {
+    let words = content.split_inclusive(|byte| *byte == 0);
+    let word = |word: &[u8]| OsString::from_vec(word.strip_suffix(b"\0").unwrap_or(word).to_vec());
+    words.map(word).collect()
+}
 
 /// The way to who started us, as long as there is something to tell.
 #[derive(Debug, Default)]
@@ -120,4 +148,21 @@ pub(crate) fn write_panics_to(folder: Folder) {
             let _ = writeln!(file, "{} polyfork: {panic}", crate::clock::now());
         }
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_arrive_as_they_were_given() {
+        use std::os::fd::AsRawFd;
+        for words in [&[][..], &["-w", "", "a b", "\u{e9}"], &[""]] {
+            let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+            let file = give(&words).expect("a file");
+            let read = upgrade::read_sealed(file.as_raw_fd()).expect("it is sealed");
+            assert_eq!(words_of(&read), words);
+        }
+        assert_eq!(words_of(b"a\0b"), ["a", "b"]);
+    }
 }

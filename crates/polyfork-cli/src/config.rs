@@ -251,9 +251,13 @@ impl Loaded {
     }
 }
 
-/// The words of this command line that are options: all between the verb and `command`.
-fn option_words(command: &[OsString]) -> Vec<OsString> {
-    let all: Vec<OsString> = std::env::args_os().skip(2).collect();
+/// The words of this command line after the verb.
+fn own_words() -> Vec<OsString> {
+    std::env::args_os().skip(2).collect()
+}
+
+/// Those of `all` words after a verb that are options: all before `command`.
+fn option_words(all: &[OsString], command: &[OsString]) -> Vec<OsString> {
     let mut words = all[..all.len().saturating_sub(command.len())].to_vec();
     words.pop_if(|last| last == "--");
     words
@@ -281,16 +285,16 @@ pub(crate) fn for_run(args: RunArgs) -> Result<RunArgs, Verdict> {
         return Err(Verdict { code: Code::Usage, text });
     }
     let Some(app) = chosen.pop() else { return Ok(args) };
-    let words = option_words(&args.command);
+    let words = option_words(&own_words(), &args.command);
     let profile = args.config.profile.clone();
     Ok(with_live("run", words, &app, profile)?.run)
 }
 
-/// What the background's end runs.
+/// What the background's end runs, by the words that it was given.
 ///
 /// # Errors
 /// What is wrong with the file.
-pub(crate) fn for_primary(args: StartArgs) -> Result<StartArgs, Verdict> {
+pub(crate) fn for_primary(args: StartArgs, words: &[OsString]) -> Result<StartArgs, Verdict> {
     let config = &args.run.config;
     let (Some(file), Some(app)) = (config.of_config.clone(), config.of_app.clone()) else {
         return match args.run.command.is_empty() {
@@ -300,7 +304,7 @@ pub(crate) fn for_primary(args: StartArgs) -> Result<StartArgs, Verdict> {
     };
     let profile = config.profile.clone();
     let app = one_of(&file, profile.as_deref(), &app)?;
-    with_live("primary", option_words(&args.run.command), &app, profile)
+    with_live("primary", option_words(words, &args.run.command), &app, profile)
 }
 
 fn with_live(
@@ -323,7 +327,7 @@ pub(crate) fn for_start(args: &StartArgs) -> Result<Option<Vec<Vec<OsString>>>, 
         Meant::Program => return Ok(None),
         Meant::Apps(loaded, names) => (loaded, names),
     };
-    let options = option_words(&args.run.command);
+    let options = option_words(&own_words(), &args.run.command);
     let chosen = loaded.choose(&names)?;
     Ok(Some(chosen.iter().map(|app| start_words(&options, app)).collect()))
 }

@@ -52,7 +52,7 @@ fn main() -> ExitCode {
             Verb::Run(args) => run::run(*args),
             Verb::Demo(args) => demo::run(args),
             Verb::Advise(args) => advise::run(args),
-            Verb::Primary(args) => run::run_in_background(*args),
+            Verb::Primary(_) => run::run_in_background(),
             Verb::UpgradeCheck => upgrade::trial::check(),
             Verb::Doctor(args) => doctor::run(args.json),
             Verb::Service(args) => service::run(args),

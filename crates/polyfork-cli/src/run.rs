@@ -9,6 +9,7 @@
 //! it. That it was left an app is found out before anything else, in `main`.
 
 use std::cell::{Cell, RefCell};
+use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -20,10 +21,12 @@ use tokio::sync::mpsc;
 use crate::args::choices::OutputArg;
 use crate::args::run::{RunArgs, ShowArgs};
 use crate::args::start::StartArgs;
-use crate::background::Starter;
+use crate::args::{self, Cli, NotRun, Verb};
+use crate::background::{self, Starter};
 use crate::config::renew::Renewal;
 use crate::control::book::About;
 use crate::control::folder::Claim;
+use crate::control::name::Name;
 use crate::control::server::{Control, Rested, Wish};
 use crate::exit::Code;
 use crate::identity::{self, Wants};
@@ -183,7 +186,11 @@ fn prepare_run(args: RunArgs) -> Result<Prepared, Refused> {
 }
 
 /// Runs a program in the background, as `polyfork start` began it.
-pub(crate) fn run_in_background(args: StartArgs) -> Code {
+pub(crate) fn run_in_background() -> Code {
+    let Some(words) = background::given() else {
+        let text = "`polyfork primary` is what `polyfork start` runs, and starts nothing by itself: use `polyfork start`";
+        return refuse(&usage(text), false);
+    };
     let mut starter = match Starter::take() {
         Ok(starter) => starter,
         Err(error) => {
@@ -191,7 +198,8 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
             return refuse(&Verdict { code: Code::Unexpected, text }, false);
         }
     };
-    match config::for_primary(args).and_then(prepare_background) {
+    let args = background_args(&words).and_then(|args| config::for_primary(args, &words));
+    match args.and_then(prepare_background) {
         Ok((mut prepared, logs)) => {
             prepared.start.warnings.iter().for_each(|text| starter.warning(text));
             prepared.place.background = Some(Background { starter, logs });
@@ -203,6 +211,25 @@ pub(crate) fn run_in_background(args: StartArgs) -> Code {
             refused.code
         }
     }
+}
+
+/// The words that `start` left, read as a command line.
+fn background_args(words: &[OsString]) -> Result<StartArgs, Refused> {
+    let whole = ["polyfork", "primary"].map(OsString::from).into_iter();
+    match args::parse(whole.chain(words.iter().cloned())) {
+        Ok(Cli { verb: Verb::Primary(args) }) => Ok(*args),
+        Err(NotRun::Wrong(text)) => Err(usage(text)),
+        Ok(_) | Err(NotRun::Asked(_)) => Err(usage(config::nothing_to("start"))),
+    }
+}
+
+/// What an app of these words is called in lists of processes.
+pub(crate) fn shown_name(words: &[OsString]) -> String {
+    let named = background_args(words).map(|StartArgs { run, .. }| {
+        let of_config = run.config.of_app.clone().filter(|_| run.name.is_none());
+        of_config.unwrap_or_else(|| name_of(&run))
+    });
+    Name::like(&named.unwrap_or_default()).to_string()
 }
 
 fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {

@@ -11,7 +11,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::args::run::RunArgs;
 use crate::args::tools::{ServiceArgs, ServiceVerb, UnitArgs};
 use crate::args::{self, NotRun, Verb};
+use crate::background::words_of;
 use crate::config;
 use crate::control::folder::Runtime;
 use crate::control::name::Name;
@@ -329,19 +330,8 @@ fn of_running(name: &str) -> Result<Source, Verdict> {
     let stream = stream.map_err(|error| broken(error.to_string()))?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(|e| broken(e.to_string()))?;
     let folder = PathBuf::from(format!("/proc/{}", peer.pid.as_raw_nonzero()));
-    let line = fs::read(folder.join("cmdline")).map_err(|e| broken(e.to_string()))?;
     let directory = fs::read_link(folder.join("cwd")).map_err(|e| broken(e.to_string()))?;
-    if line.len() > LONGEST_COMMAND {
-        return Err(broken("its command line is too long".to_owned()));
-    }
-    let line = line.strip_suffix(b"\0").unwrap_or(&line);
-    let mut words = line.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec()));
-    let verb = words.nth(1).unwrap_or_default();
-    if verb != "primary" && verb != "run" {
-        return Err(broken("it was not started by `start` or `run`".to_owned()));
-    }
-    let background = verb == "primary";
-    let words: Vec<OsString> = words.collect();
+    let (words, background) = words_of_running(&folder).map_err(broken)?;
     let environment = fs::read(folder.join("environ")).map_err(|e| broken(e.to_string()))?;
     let pairs = environment.split(|byte| *byte == 0).filter_map(|pair| {
         let at = pair.iter().position(|byte| *byte == b'=')?;
@@ -354,6 +344,29 @@ fn of_running(name: &str) -> Result<Source, Verdict> {
         secret: true,
         variables: options_of(pairs),
     })
+}
+
+/// What a primary was given to run, and whether it is in the background.
+fn words_of_running(folder: &Path) -> Result<(Vec<OsString>, bool), String> {
+    let mut words = words_of(&content(&folder.join("cmdline"))?).into_iter().skip(1);
+    match words.next() {
+        // It has them as its standard input.
+        Some(verb) if verb == "primary" => Ok((words_of(&content(&folder.join("fd/0"))?), true)),
+        Some(verb) if verb == "run" => Ok((words.collect(), false)),
+        _ => Err("it was not started by `start` or `run`".to_owned()),
+    }
+}
+
+fn content(path: &Path) -> Result<Vec<u8>, String> {
+    let mut content = Vec::new();
+    let file = fs::File::open(path);
+    let read =
+        file.and_then(|file| file.take(LONGEST_COMMAND as u64 + 1).read_to_end(&mut content));
+    read.map_err(|error| error.to_string())?;
+    match content.len() > LONGEST_COMMAND {
+        true => Err("its command line is too long".to_owned()),
+        false => Ok(content),
+    }
 }
 
 /// Options that only `start` has: under systemd the journal keeps what is written. The program's own words stay.

@@ -15,9 +15,11 @@ use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
 use crate::args::start::StartArgs;
+use crate::background;
 use crate::config;
 use crate::exit::Code;
 use crate::ledger::Verdict;
+use crate::run::shown_name;
 use crate::words;
 
 /// What was told so far.
@@ -141,7 +143,7 @@ async fn several(apps: Vec<Vec<OsString>>, json: bool) -> Code {
 /// # Errors
 /// Why it is not.
 pub(crate) async fn one(words: Vec<OsString>) -> Result<Value, NotReady> {
-    let mut child = spawn(words)
+    let mut child = spawn(&words)
         .map_err(|text| Verdict { code: Code::Unexpected, text: words::plain(&text) })?;
     let mut told = Told::default();
     wait(&mut child, &mut told)
@@ -149,12 +151,15 @@ pub(crate) async fn one(words: Vec<OsString>) -> Result<Value, NotReady> {
         .map_err(|verdict| NotReady { verdict, last_lines: told.last_lines })
 }
 
-fn spawn(words: Vec<OsString>) -> Result<Child, String> {
+/// Its words are for nobody else's eyes; what stands in lists of processes says which app it is.
+fn spawn(words: &[OsString]) -> Result<Child, String> {
     let program = std::env::current_exe()
         .map_err(|error| format!("cannot find this program's own file: {error}"))?;
     let mut command = Command::new(program);
-    command.arg0("polyfork").arg("primary").args(words);
-    command.detached(true).stdin(Stdio::Ignore).stdout(Stdio::Pipe).stderr(Stdio::Ignore);
+    let given = background::give(words);
+    let given = given.map_err(|error| format!("cannot leave the primary its words: {error}"))?;
+    command.arg0("polyfork").arg("primary").arg(shown_name(words));
+    command.detached(true).stdin(Stdio::Fd(given)).stdout(Stdio::Pipe).stderr(Stdio::Ignore);
     command.spawn().map_err(|error| format!("cannot start the primary: {error}"))
 }
 

@@ -1,7 +1,7 @@
 //! What an app leaves to the next image of its primary, beyond what the library leaves.
 //!
 //! The descriptors it needs are listed once, for all parts together. Arguments and environment are not in it: exec passes them
-//! on as they are. What was set for workers (`--env`) is, as it is in this process' memory; nobody else can open it.
+//! on as they are, standard input too. What was set for workers (`--env`) is, as it is in this process' memory; nobody else can open it.
 
 use std::path::PathBuf;
 

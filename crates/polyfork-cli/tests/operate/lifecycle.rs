@@ -81,9 +81,10 @@ fn an_app_outlives_its_terminal_and_has_nothing_of_it() {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     assert_eq!(fields[3], pid.to_string(), "leader of a session: {stat}");
-    for fd in 0..3 {
-        let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
-        assert_eq!(link, std::path::Path::new("/dev/null"), "{fd}");
+    let open = |fd| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+    assert!(open(0).to_string_lossy().starts_with("/memfd:"), "its words: {:?}", open(0));
+    for fd in 1..3 {
+        assert_eq!(open(fd), std::path::Path::new("/dev/null"), "{fd}");
     }
 }
 
@@ -318,6 +319,16 @@ fn an_interrupted_start_starts_nothing() {
     start.signal(Signal::INT);
     assert_eq!(start.end().code(), Some(15));
     eventually("it is gone", || desk.listed().len(), |apps| *apps == 0);
+}
+
+#[test]
+fn the_background_end_of_start_is_not_for_people() {
+    let desk = Desk::new();
+    for args in [&["primary", "-w", "1", "server.js"][..], &["primary"], &["primary", "shop"]] {
+        let told = desk.refuses(args, 2);
+        assert!(told.contains("use `polyfork start`"), "{told}");
+    }
+    assert_eq!(desk.listed(), []);
 }
 
 #[test]

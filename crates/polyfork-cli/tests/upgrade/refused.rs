@@ -139,6 +139,27 @@ fn a_refused_trial_tells_no_value_of_a_variable_and_no_argument() {
     assert_eq!(desk.status("sx")["pid"], pid);
 }
 
+#[test]
+fn what_an_app_was_given_is_in_no_list_of_processes() {
+    let given = ["-w", "1", "--name", "sx", "--env", "API_KEY=s3cretX", "server.js", "--token=x y"];
+    let app = App::start(&given);
+    let shown = || fs::read(format!("/proc/{}/cmdline", app.pid)).expect("cmdline");
+    let printed = || app.desk.did(&["service", "print", "sx"]);
+    let unit = printed();
+    assert!(unit.contains("API_KEY=s3cretX") && unit.contains("--token=x y"), "{unit}");
+    assert_eq!(shown(), b"polyfork\0primary\0sx\0");
+    for _ in 0..2 {
+        app.upgrade();
+        assert_eq!(shown(), b"polyfork\0primary\0sx\0");
+        assert_eq!(printed(), unit, "what it was given is known");
+    }
+    app.desk.did(&["reload", "--probation", "0s", "sx"]);
+    // No worker has it open.
+    let worker = app.status()["workers"][0]["pid"].as_u64().expect("a pid");
+    let stdin = fs::read_link(format!("/proc/{worker}/fd/0")).expect("its standard input");
+    assert_eq!(stdin, Path::new("/dev/null"));
+}
+
 /// The process of a trial.
 struct Trial {
     pid: i32,
