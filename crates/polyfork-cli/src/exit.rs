@@ -79,7 +79,7 @@ pub(crate) const TABLE: [Row; 17] = [
     row(
         Code::Interrupted,
         "interrupted",
-        "the command was interrupted while it waited; what it asked for goes on",
+        "the command was interrupted while it waited; what it asked for goes on, but what `start` began is stopped",
     ),
     row(
         Code::ReloadFailed,

@@ -1,7 +1,8 @@
 //! `polyfork start`: runs this executable again in a session of its own, and waits until it is ready or says why not.
 //!
-//! Ctrl-C ends what is being started. Once it is ready it needs us no more. Of a configuration every app is started that
-//! is meant, at the same time; the exit code is that of the first that went wrong.
+//! Ctrl-C ends what is being started, a second one at once; we stay until it is gone. Once it is ready it needs us no more.
+//! Of a configuration every app is started that is meant, at the same time; the exit code is that of the first that went
+//! wrong.
 
 use std::ffi::OsString;
 use std::io;
@@ -10,7 +11,7 @@ use polyfork::child_process::{Child, Command, Signal, Stdio};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal as Interrupts, SignalKind, signal};
 use tokio::task::JoinSet;
 
 use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
@@ -173,26 +174,76 @@ async fn wait(child: &mut Child, told: &mut Told) -> Result<Value, Verdict> {
     let mut interrupt = signal(SignalKind::interrupt())
         .map_err(|error| unexpected(words::plain(&format!("cannot watch signals: {error}"))))?;
     let mut interrupts = 0;
+    let mut told_end = None;
     loop {
         let line = tokio::select! {
             line = lines.next_line() => line,
             _ = interrupt.recv() => {
-                interrupts += 1;
-                let wanted = if interrupts == 1 { Signal::TERM } else { Signal::KILL };
-                // It may have ended by itself.
-                let _ = child.kill(wanted);
+                end_harder(child, &mut interrupts);
                 continue;
             }
         };
         let Ok(Some(line)) = line else { break };
         let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
-        if let Some(outcome) = take(&event, told) {
-            return outcome;
+        match take(&event, told) {
+            Some(Err(verdict)) => {
+                told_end = Some(verdict);
+                break;
+            }
+            // It got ready at the very moment at which it was told to end.
+            Some(Ok(_)) if interrupts > 0 => {}
+            Some(Ok(app)) => return Ok(app),
+            None => {}
         }
     }
-    let text =
-        "the primary ended without a word; its memory may have run out, or somebody killed it";
-    Err(unexpected(text.to_owned()))
+    if interrupts > 0 {
+        gone(child, &mut interrupt, &mut interrupts).await;
+    }
+    Err(why_not(told_end, interrupts))
+}
+
+/// An interrupt more: asks the primary to end, then to end at once. One that cannot obey any more is killed.
+fn end_harder(child: &Child, interrupts: &mut u32) {
+    *interrupts += 1;
+    let wanted = match interrupts {
+        1 => Signal::TERM,
+        2 => Signal::QUIT,
+        _ => Signal::KILL,
+    };
+    // It may have ended by itself.
+    let _ = child.kill(wanted);
+}
+
+/// Returns once nothing of it is left.
+async fn gone(child: &mut Child, interrupt: &mut Interrupts, interrupts: &mut u32) {
+    loop {
+        tokio::select! {
+            _ = child.wait() => return,
+            _ = interrupt.recv() => end_harder(child, interrupts),
+        }
+    }
+}
+
+/// Why it is not ready, by what it told in the end and by what we told it.
+fn why_not(told: Option<Verdict>, interrupts: u32) -> Verdict {
+    let verdict = |code, text: &str| Verdict { code, text: text.to_owned() };
+    let at_once = told.as_ref().is_none_or(|told| told.code == Code::Forced);
+    match (told, interrupts) {
+        (Some(told), _) if !matches!(told.code, Code::Stopped | Code::Forced) => told,
+        (_, 2..) if at_once => {
+            verdict(Code::Forced, "interrupted twice before it was ready: it was stopped at once")
+        }
+        (_, 1..) => verdict(Code::Interrupted, "interrupted before it was ready: it was stopped"),
+        (Some(told), 0) if told.code == Code::Stopped => verdict(
+            Code::Refused,
+            "it was stopped before it was ready, by another command or a signal; `polyfork start` starts it again",
+        ),
+        (Some(told), 0) => told,
+        (None, 0) => verdict(
+            Code::Unexpected,
+            "the primary ended without a word; its memory may have run out, or somebody killed it",
+        ),
+    }
 }
 
 /// What an event means for who waits; `None` to wait on.
@@ -203,8 +254,6 @@ fn take(event: &Value, told: &mut Told) -> Option<Result<Value, Verdict>> {
         "error" | "end" => {
             let number = event["exit_code"].as_u64().and_then(|code| u8::try_from(code).ok());
             let code = number.map_or(Code::Unexpected, Code::of);
-            // It was told to, before it was ready.
-            let code = if code == Code::Stopped { Code::Interrupted } else { code };
             Some(Err(Verdict { code, text: text.to_owned() }))
         }
         "slot_failed" => {
@@ -248,5 +297,29 @@ pub(crate) fn tell(app: &Value) {
         complain(&format!(
             "{name}: {failed} of its slots were given up; `polyfork logs {name}` says why"
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_it_is_not_ready_is_told_by_who_ended_it() {
+        let code = |told: Option<Code>, interrupts| {
+            let told = told.map(|code| Verdict { code, text: "told".to_owned() });
+            why_not(told, interrupts).code
+        };
+        let table = [
+            (Some(Code::Stopped), [Code::Refused, Code::Interrupted, Code::Interrupted]),
+            (Some(Code::Forced), [Code::Forced, Code::Interrupted, Code::Forced]),
+            (Some(Code::Failed), [Code::Failed, Code::Failed, Code::Failed]),
+            (None, [Code::Unexpected, Code::Interrupted, Code::Forced]),
+        ];
+        for (told, codes) in table {
+            for (interrupts, wanted) in (0..).zip(codes) {
+                assert_eq!(code(told, interrupts), wanted, "{told:?} {interrupts}");
+            }
+        }
     }
 }

@@ -316,9 +316,51 @@ fn an_interrupted_start_starts_nothing() {
         || desk.does(&["status", "--json", "silent"]).out,
         |status| status.contains("\"online\""),
     );
+    let mut told = Lines::of(start.take_err());
     start.signal(Signal::INT);
     assert_eq!(start.end().code(), Some(15));
-    eventually("it is gone", || desk.listed().len(), |apps| *apps == 0);
+    told.wait_for("interrupted before it was ready: it was stopped");
+    assert_eq!(desk.listed(), [], "nothing goes on, and nothing is left");
+}
+
+/// `start` of a program that never gets ready and does not leave when it is asked to.
+fn starting(desk: &Desk) -> Running {
+    let stays = "process.on('SIGTERM', () => {}); process.on('disconnect', () => {}); setInterval(() => {}, 1000)";
+    desk.place.file("stays.js", stays);
+    let start = Running::start(desk.command(&["start", "-w", "1", "--grace", "30s", "stays.js"]));
+    eventually(
+        "a worker runs",
+        || desk.does(&["status", "--json", "stays"]).out,
+        |status| status.contains("\"online\""),
+    );
+    start
+}
+
+#[test]
+fn the_second_interrupt_ends_a_start_at_once_and_leaves_nothing() {
+    let desk = Desk::new();
+    let mut start = starting(&desk);
+    let mut told = Lines::of(start.take_err());
+    start.signal(Signal::INT);
+    eventually("it stops", || desk.status("stays")["state"].clone(), |state| state == "stopping");
+    start.signal(Signal::INT);
+    assert_eq!(start.end().code(), Some(9));
+    told.wait_for("interrupted twice before it was ready: it was stopped at once");
+    assert_eq!(desk.listed(), []);
+}
+
+#[test]
+fn a_start_says_that_another_command_stopped_or_killed_it() {
+    let desk = Desk::new();
+    let mut start = starting(&desk);
+    let mut told = Lines::of(start.take_err());
+    desk.did(&["stop", "--grace", "100ms", "stays"]);
+    assert_eq!(start.end().code(), Some(13));
+    told.wait_for("it was stopped before it was ready, by another command");
+    let mut start = starting(&desk);
+    desk.did(&["kill", "stays"]);
+    assert_eq!(start.end().code(), Some(9));
+    assert_eq!(desk.listed(), []);
 }
 
 #[test]
