@@ -50,6 +50,38 @@ fn a_reload_by_name_ends_with_a_proof_and_a_bad_version_is_refused() {
     assert_eq!(app.end().0, 0);
 }
 
+/// How many slots each `ready` told so far.
+fn told_ready(app: &support::Events) -> Vec<u64> {
+    let told = app.seen.iter().filter(|event| event["event"] == "ready");
+    told.map(|event| event["workers"].as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn all_are_ready_when_each_slot_has_its_worker_and_old_ones_do_not_count() {
+    let place = Place::with_server();
+    for workers in [1, 3] {
+        let mut app = place.events(["--name", "shop", "-w", &workers.to_string(), "server.js"]);
+        let address = app.address();
+        app.wait_for("ready");
+        for _ in 0..2 {
+            let done = ask(&place, &["reload", "--probation", "0s", "shop"]);
+            assert_eq!(done.status.code(), Some(0), "{done:?}");
+            app.wait_for("reloaded");
+        }
+        assert_eq!(told_ready(&app), [workers], "it was so all the time");
+        let _cut_short = std::panic::catch_unwind(|| get(address, "/die"));
+        app.wait_until("exit", |exit| exit["reason"] == "exited");
+        app.wait_for("ready");
+        assert_eq!(told_ready(&app), [workers, workers]);
+        let done = ask(&place, &["scale", "shop", "4"]);
+        assert_eq!(done.status.code(), Some(0), "{done:?}");
+        app.wait_for("ready");
+        assert_eq!(told_ready(&app), [workers, workers, 4]);
+        app.running.signal(Signal::TERM);
+        assert_eq!(app.end().0, 0);
+    }
+}
+
 #[test]
 fn an_address_that_the_new_version_does_not_listen_on_is_closed() {
     let place = Place::with_server();

@@ -43,9 +43,9 @@ pub enum Event {
     },
     /// A worker is ready and gets connections from now on.
     Ready(Who),
-    /// Every slot has a ready worker. Told when it becomes true, so again after each repair.
+    /// Every slot has a ready worker. Told when it becomes true, so again after each repair; a reload does not interrupt it.
     AllReady {
-        /// How many workers are ready.
+        /// How many slots have one.
         workers: u32,
     },
     /// A worker sent a message (Node: `message`).

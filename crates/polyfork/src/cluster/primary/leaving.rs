@@ -37,7 +37,7 @@ impl Primary {
         self.refresh_ports();
         if was_admitted {
             self.emit(Event::Draining(who));
-            self.all_ready = false;
+            self.note_not_all_ready();
         }
         self.check_drained(worker);
     }
@@ -227,7 +227,7 @@ impl Primary {
             None => (Who { slot: slot.0, worker: worker.0, pid: 0 }, false, false),
         };
         self.ended_meanwhile(worker, reason);
-        self.all_ready = false;
+        self.note_not_all_ready();
         if self.workers.is_empty() {
             self.look_for_unused();
         }

@@ -143,9 +143,8 @@ impl Primary {
         self.emit(Event::Fork(who));
         if self.supervisor.reloading() == Some(generation) {
             self.started_anew(worker, who);
-        } else {
-            self.all_ready = false;
         }
+        self.note_not_all_ready();
         if self.runtime().binds_itself() {
             self.is_bun(worker);
         }
@@ -279,19 +278,32 @@ impl Primary {
     /// All slots have a ready worker: say so, and see in a while which sockets the present program does not use.
     pub(super) fn check_all_ready(&mut self) {
         let (ready, wanted) = self.ready_and_wanted();
-        let all = ready > 0 && ready >= wanted;
-        if all && !self.all_ready {
+        if ready > 0 && ready >= wanted && !self.all_ready {
             self.emit(Event::AllReady { workers: u32::try_from(ready).unwrap_or(u32::MAX) });
             self.look_for_unused();
+            self.all_ready = true;
         }
-        self.all_ready = all;
     }
 
-    /// Workers that may have connections, and slots.
+    /// Something became of a worker: should its slot be without a ready one now, all slots being ready is told again.
+    /// One that has a successor in its slot already is not missed.
+    pub(super) fn note_not_all_ready(&mut self) {
+        let mut states = self
+            .supervisor
+            .slots()
+            .map(|slot| slot.state)
+            .filter(|s| *s != SlotState::Resting)
+            .peekable();
+        self.all_ready &= states.peek().is_some() && states.all(|state| state == SlotState::Ready);
+    }
+
+    /// Slots whose worker may have connections, and slots. During a change a slot may have two such workers; the one
+    /// that leaves does not count.
     fn ready_and_wanted(&self) -> (usize, usize) {
-        let ready = self.workers.values().filter(|w| w.admitted).count();
-        let slots = self.supervisor.slots();
-        (ready, slots.filter(|slot| slot.state != SlotState::Resting).count())
+        let admitted = |worker| self.workers.get(&worker).is_some_and(|w| w.admitted);
+        let ready = self.supervisor.slots().filter(|slot| slot.current.is_some_and(admitted));
+        let wanted = self.supervisor.slots().filter(|slot| slot.state != SlotState::Resting);
+        (ready.count(), wanted.count())
     }
 
     /// One look at a time: an earlier one that is planned is replaced.
