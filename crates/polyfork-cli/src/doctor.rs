@@ -215,21 +215,16 @@ fn proc() -> Check {
 }
 
 fn control_groups() -> Check {
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let Some(path) = own.lines().find_map(|line| line.strip_prefix("0::")) else {
+    let Some((folder, version)) = polyfork::cluster::cgroup_folder() else {
         return Check::ok(
             "cgroup",
-            "no control groups of version 2: limits of memory are looked after, not enforced",
+            "no control groups that limit memory are mounted here: limits of memory are looked after, not enforced",
         );
     };
-    let folder = format!("/sys/fs/cgroup{path}");
-    if fs::metadata(&folder).is_err() {
-        return Check::ok("cgroup", "version 2, not mounted here");
-    }
     let may = rustix::fs::access(&folder, rustix::fs::Access::WRITE_OK).is_ok();
     let delegated =
         if may { "groups for workers can be made" } else { "not delegated to this user" };
-    Check::ok("cgroup", format!("version 2, {path}: {delegated}"))
+    Check::ok("cgroup", format!("version {version}, {}: {delegated}", folder.display()))
 }
 
 fn cpus() -> Check {

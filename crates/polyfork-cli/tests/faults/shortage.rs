@@ -61,6 +61,21 @@ fn fault_43_worker_out_of_descriptors() {
     cluster.stop();
 }
 
+/// No descriptor left to start a worker with: it is told what to do, and the worker comes once there are some.
+#[test]
+fn a_worker_that_cannot_be_prepared_is_told_with_the_next_step() {
+    let mut cluster = Cluster::start(&["-w", "2"], APP);
+    let old = limit_descriptors(cluster.pid(), Some(descriptors(cluster.pid()) as u64));
+    cluster.events.running.signal(rustix::process::Signal::TTIN);
+    let notice = cluster.wait(|e| e["event"] == "notice" && e["code"] == "spawn-failed");
+    let text = notice["text"].as_str().expect("a text");
+    assert!(text.contains("Too many open files") && !text.contains("os error"), "{text}");
+    assert!(text.contains("; raise the limit of open files (`ulimit -n`"), "{text}");
+    limit_descriptors(cluster.pid(), old.current);
+    cluster.wait(|e| e["event"] == "ready" && e["workers"] == 3);
+    cluster.stop();
+}
+
 /// One slot dies in a loop: given up after its limit, while the other serves.
 #[test]
 fn fault_49_crash_loop_of_one_slot() {

@@ -53,6 +53,30 @@ fn doctor_looks_at_everything_and_says_what_to_do() {
 }
 
 #[test]
+fn doctor_knows_of_control_groups_what_workers_get() {
+    let place = Place::with_server();
+    let report = read(&place.ends(["doctor", "--json"]).out);
+    let text = check(&report, "cgroup")["text"].as_str().expect("a text").to_owned();
+    if !text.contains("groups for workers can be made") {
+        skip("doctor_knows_of_control_groups_what_workers_get", &text);
+        return;
+    }
+    let mut app = place.events(["-w", "1", "--cgroup-memory", "200MiB", "server.js"]);
+    let worker = app.wait_for("fork")["pid"].as_u64().expect("a pid");
+    app.wait_for("ready");
+    let version = if text.starts_with("version 1, /") { 1 } else { 2 };
+    let groups = fs::read_to_string(format!("/proc/{worker}/cgroup")).expect("its groups");
+    let of_memory = |line: &&str| match version {
+        1 => line.split(':').nth(1).is_some_and(|list| list.split(',').any(|one| one == "memory")),
+        _ => line.starts_with("0::"),
+    };
+    let group = groups.lines().find(of_memory).expect("a group");
+    assert!(group.contains("/polyfork-"), "{text}: {groups}");
+    app.running.signal(Signal::TERM);
+    assert_eq!(app.end().0, 0);
+}
+
+#[test]
 fn doctor_tells_of_apps_that_were_killed() {
     let mut desk = Desk::new();
     let app = desk.start(&["-w", "1", "server.js"]);

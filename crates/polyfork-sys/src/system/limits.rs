@@ -172,6 +172,16 @@ impl Drop for LimitGroup {
     }
 }
 
+/// Where groups with a limit on memory are made, and whether that is version 2.
+///
+/// # Errors
+///
+/// `Unsupported`: no hierarchy that is mounted here has the controller.
+pub fn limits_folder() -> io::Result<(PathBuf, bool)> {
+    let groups = Groups::read(Path::new("/"));
+    home(&groups.ok_or_else(|| unsupported("no control groups".into()))?, "memory")
+}
+
 /// Removes empty groups that processes left behind which are no more.
 pub fn sweep() {
     sweep_at(Path::new("/"));

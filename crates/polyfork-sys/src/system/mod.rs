@@ -23,7 +23,7 @@ mod limits;
 mod local_time;
 
 pub use code::give_back_code;
-pub use limits::{LimitGroup, Limits, prefer_as_oom_victim, sweep};
+pub use limits::{LimitGroup, Limits, limits_folder, prefer_as_oom_victim, sweep};
 pub use local_time::{LocalTime, local_time};
 
 /// How many processors this process may really use.

@@ -12,7 +12,7 @@ use std::io;
 use std::path::PathBuf;
 
 use polyfork_core::WorkerId;
-use polyfork_sys::system::{LimitGroup, Limits, sweep};
+use polyfork_sys::system::{LimitGroup, Limits, limits_folder, sweep};
 
 use super::StartError;
 use super::primary::Primary;
@@ -20,6 +20,12 @@ use super::settings::{CgroupLimits, Settings};
 
 /// So many groups that could not be removed are remembered.
 const LEFT: usize = 256;
+
+/// Where control groups of workers are made, and of which version they are; nothing where the kernel enforces no limits.
+pub fn cgroup_folder() -> Option<(PathBuf, u32)> {
+    let (folder, is_v2) = limits_folder().ok()?;
+    Some((folder, if is_v2 { 2 } else { 1 }))
+}
 
 /// The group of one worker, if workers are to have one.
 pub(crate) fn of_worker(settings: &Settings, worker: WorkerId) -> io::Result<Option<LimitGroup>> {

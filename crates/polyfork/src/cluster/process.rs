@@ -315,6 +315,24 @@ impl StartFailure {
             StartFailure::Prepare(e) => is_shortage(e),
         }
     }
+
+    /// What failed, and what to do about it where that is known.
+    pub(crate) fn told(&self) -> String {
+        let errno = match self {
+            StartFailure::Spawn(e) => &e.errno,
+            StartFailure::Prepare(e) => e,
+        };
+        let next = match errno.raw_os_error() {
+            Some(libc::EMFILE) => {
+                "; raise the limit of open files (`ulimit -n`, or LimitNOFILE= of a unit), or run fewer workers"
+            }
+            Some(libc::ENFILE) => {
+                "; the whole machine has too many files open: raise fs.file-max, or end what holds them"
+            }
+            _ => "",
+        };
+        format!("{self}{next}")
+    }
 }
 
 /// What a Node worker is asked to tell of itself.

@@ -80,7 +80,7 @@ impl Primary {
                 self.notice(
                     "spawn-failed",
                     Some(Who { slot: slot.0, worker: worker.0, pid: 0 }),
-                    error.to_string(),
+                    error.told(),
                 );
                 self.feed(Input::SpawnFailed { worker, transient });
             }
