@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::args::tools::AdviseArgs;
 use crate::exit::Code;
+use crate::out;
 use crate::style::{Ink, Paint};
 use crate::words;
 
@@ -86,7 +87,7 @@ pub(crate) fn run(args: AdviseArgs) -> Code {
         missing: told.missing,
     };
     let text = if args.json { json(&advice) } else { page(&advice, Paint::stdout()) };
-    crate::say(io::stdout(), &text);
+    out::write(text.as_bytes());
     if advice.missing.is_empty() { Code::Stopped } else { Code::Unexpected }
 }
 

@@ -20,6 +20,7 @@ use rustix::process::{PidfdFlags, Resource, getpid, getrlimit, pidfd_open};
 use serde::Serialize;
 
 use crate::exit::Code;
+use crate::out;
 use crate::style::{Ink, Paint};
 use crate::words;
 
@@ -90,7 +91,7 @@ pub(crate) fn run(json: bool) -> Code {
         }
         false => drawn(&checks, Paint::stdout()),
     };
-    crate::say(io::stdout(), &text);
+    out::write(text.as_bytes());
     if worst == Level::Fail { Code::Unexpected } else { Code::Stopped }
 }
 

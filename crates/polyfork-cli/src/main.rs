@@ -2,7 +2,7 @@
 //!
 //! Parses, renders, never decides: what happens to workers is the business of the library it stands on. `args` is the
 //! command line, `run` and `demo` are the verbs in the foreground, `advise` measures, `operate` has those for apps that run, `config` is files
-//! that say what is to run, `control` is how they are reached, `logs` is what they wrote, `report` has the words, `sink` writes them, `exit` has the codes.
+//! that say what is to run, `control` is how they are reached, `logs` is what they wrote, `report` has the words, `sink` and `out` write them, `exit` has the codes.
 //!
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
 #![forbid(unsafe_code)]
@@ -30,6 +30,7 @@ mod logs;
 mod manager;
 mod metrics;
 mod operate;
+mod out;
 mod pages;
 mod report;
 mod run;
@@ -64,32 +65,18 @@ fn main() -> ExitCode {
             verb => operate::run(verb),
         },
         Err(NotRun::Asked(text)) => {
-            match write(io::stdout(), &text) {
-                // A reader that is gone, as in `polyfork --help | head -1`, has read enough.
-                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                    let what = words::plain(&error.to_string());
-                    say(
-                        io::stderr(),
-                        &format!("polyfork: cannot write to standard output: {what}\n"),
-                    );
-                    Code::Unexpected
-                }
-                _ => Code::Stopped,
-            }
+            out::write(text.as_bytes());
+            Code::Stopped
         }
         Err(NotRun::Wrong(line)) => {
             say(io::stderr(), &format!("polyfork: {line}\n"));
             Code::Usage
         }
     };
-    code.into()
+    out::code(code).into()
 }
 
-/// Writes what is said before or instead of running anything; the exit code tells it as well.
-fn say(stream: impl Write, text: &str) {
-    let _gone = write(stream, text);
-}
-
-fn write(mut stream: impl Write, text: &str) -> io::Result<()> {
-    stream.write_all(text.as_bytes()).and_then(|()| stream.flush())
+/// Writes what is said before or instead of running anything to standard error; the exit code tells it as well.
+fn say(mut stream: impl Write, text: &str) {
+    let _gone = stream.write_all(text.as_bytes()).and_then(|()| stream.flush());
 }

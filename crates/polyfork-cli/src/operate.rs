@@ -6,7 +6,7 @@
 //! The surprising rule: several apps are asked at the same time, each with its own time limit, so that one that hangs
 //! holds up none of the others. The exit code is that of the first that went wrong.
 
-use std::io::{self, Write};
+use std::io;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -21,7 +21,7 @@ use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::style::{Ink, Paint};
-use crate::words;
+use crate::{out, words};
 
 pub(crate) mod change;
 mod events;
@@ -76,7 +76,7 @@ pub(crate) fn run(verb: Verb) -> Code {
 /// Tells why nothing was done: on standard error, and as JSON where that is wanted.
 pub(crate) fn fail(verdict: &Verdict, json: bool) -> Code {
     if json {
-        write_json(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
+        out::json(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
     }
     complain(&verdict.text);
     verdict.code
@@ -119,19 +119,6 @@ impl<'a> ErrorShape<'a> {
         let Verdict { code, text } = verdict;
         ErrorShape { code: code.row().word, exit_code: *code as u8, text }
     }
-}
-
-/// Writes one JSON value and a newline to standard output.
-pub(crate) fn write_json<T: Serialize>(value: &T) {
-    let mut line = serde_json::to_vec_pretty(value).unwrap_or_default();
-    line.push(b'\n');
-    write_out(&line);
-}
-
-/// Writes to standard output. A reader that is gone has read enough.
-fn write_out(bytes: &[u8]) -> bool {
-    let mut out = io::stdout().lock();
-    out.write_all(bytes).and_then(|()| out.flush()).is_ok()
 }
 
 /// Asks one app one thing.

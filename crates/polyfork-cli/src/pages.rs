@@ -8,7 +8,7 @@
 //! References: man-pages(7); the manuals of bash, zsh and fish on completion.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use clap::Command;
@@ -19,7 +19,7 @@ use crate::args;
 use crate::args::tools::{CompletionsArgs, ManArgs};
 use crate::control::folder::Runtime;
 use crate::exit::Code;
-use crate::words;
+use crate::out;
 
 /// Verbs that take the names of apps.
 const OF_APPS: [&str; 12] = [
@@ -31,37 +31,33 @@ const OF_APPS: [&str; 12] = [
 pub(crate) fn man(args: &ManArgs) -> Code {
     let command = built();
     let written = match &args.out {
-        None => page(&command).and_then(|text| io::stdout().lock().write_all(&text)),
+        None => page(&command).map(|text| {
+            out::write(&text);
+        }),
         Some(folder) => fs::create_dir_all(folder).and_then(|()| pages(&command, folder)),
     };
-    let place = args.out.as_ref().map_or("standard output".into(), |out| out.to_string_lossy());
-    end(written, &place)
+    match written {
+        Ok(()) => Code::Stopped,
+        Err(error) => {
+            let place = args.out.as_ref().map_or("memory".into(), |out| out.to_string_lossy());
+            crate::say(io::stderr(), &out::complaint(&place, &error));
+            Code::Unexpected
+        }
+    }
 }
 
 /// Writes completions.
 pub(crate) fn completions(args: &CompletionsArgs) -> Code {
-    let written = io::stdout().lock().write_all(&script(args.shell));
-    end(written, "standard output")
+    out::write(&script(args.shell));
+    Code::Stopped
 }
 
 /// Writes the names of all apps, one a line.
 pub(crate) fn names() -> Code {
     let names = Runtime::find().ok().flatten().and_then(|runtime| runtime.names().ok());
     let lines: String = names.unwrap_or_default().iter().map(|name| format!("{name}\n")).collect();
-    end(io::stdout().lock().write_all(lines.as_bytes()), "standard output")
-}
-
-fn end(written: io::Result<()>, place: &str) -> Code {
-    match written {
-        // A reader that is gone has read enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            let what = words::plain(&error.to_string());
-            let place = words::harmless(place);
-            crate::say(io::stderr(), &format!("polyfork: cannot write to {place}: {what}\n"));
-            Code::Unexpected
-        }
-        _ => Code::Stopped,
-    }
+    out::write(lines.as_bytes());
+    Code::Stopped
 }
 
 /// The description, with everything that is worked out late worked out.

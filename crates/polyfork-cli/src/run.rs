@@ -37,7 +37,7 @@ use crate::metrics::server::Serving;
 use crate::report::{Report, Start, json};
 use crate::sink::Sink;
 use crate::upgrade;
-use crate::{config, words};
+use crate::{config, out, words};
 
 use place::{claim_in_background, logs, with_claim, with_control, with_name};
 use prepare::{name_of, no_foreground, prepare};
@@ -253,7 +253,7 @@ fn prepare_background(args: StartArgs) -> Result<(Prepared, Writer), Refused> {
 /// Tells why nothing was started: a line on standard error, and a JSON line where those are wanted.
 pub(crate) fn refuse(refused: &Refused, json: bool) -> Code {
     if json {
-        crate::say(io::stdout(), &json::refused(refused));
+        out::write(json::refused(refused).as_bytes());
     }
     crate::say(io::stderr(), &format!("polyfork: {}\n", refused.text));
     refused.code

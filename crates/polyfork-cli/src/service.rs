@@ -27,7 +27,7 @@ use crate::control::folder::Runtime;
 use crate::control::name::Name;
 use crate::exit::Code;
 use crate::ledger::Verdict;
-use crate::words;
+use crate::{operate, out, words};
 
 mod unit;
 
@@ -52,19 +52,6 @@ struct ToldUnit<'a> {
     text: &'a str,
 }
 
-#[derive(Serialize)]
-struct Failed<'a> {
-    version: u32,
-    error: FailedShape<'a>,
-}
-
-#[derive(Serialize)]
-struct FailedShape<'a> {
-    code: &'a str,
-    exit_code: u8,
-    text: &'a str,
-}
-
 /// Runs the verb.
 pub(crate) fn run(args: ServiceArgs) -> Code {
     let (args, install) = match args.verb {
@@ -73,18 +60,7 @@ pub(crate) fn run(args: ServiceArgs) -> Code {
     };
     match make(&args, install) {
         Ok(()) => Code::Stopped,
-        Err(verdict) => {
-            if args.form.json {
-                let error = FailedShape {
-                    code: verdict.code.row().word,
-                    exit_code: verdict.code as u8,
-                    text: &verdict.text,
-                };
-                write_json(&Failed { version: VERSION, error });
-            }
-            crate::say(io::stderr(), &format!("polyfork: {}\n", words::harmless(&verdict.text)));
-            verdict.code
-        }
+        Err(verdict) => operate::fail(&verdict, args.form.json),
     }
 }
 
@@ -99,13 +75,15 @@ fn make(args: &UnitArgs, install: bool) -> Result<(), Verdict> {
         let told =
             units.iter().map(|unit| ToldUnit { path: folder.join(&unit.file), text: &unit.text });
         let name = app.name.as_str();
-        write_json(&Told { version: VERSION, name, installed: install, units: told.collect() });
+        out::json(&Told { version: VERSION, name, installed: install, units: told.collect() });
     } else if install {
         crate::say(io::stderr(), &installed(args, &folder, &units));
     } else {
         for unit in &units {
             let head = format!("# {}\n", folder.join(&unit.file).display());
-            crate::say(io::stdout(), &format!("{head}{}", unit.text));
+            if !out::write(format!("{head}{}", unit.text).as_bytes()) {
+                break;
+            }
         }
     }
     Ok(())
@@ -119,11 +97,6 @@ fn installed(args: &UnitArgs, folder: &Path, units: &[Unit]) -> String {
     let names = names.join(" ");
     wrote.collect::<String>()
         + &format!("polyfork: next: {manager} daemon-reload && {manager} enable --now {names}\n")
-}
-
-fn write_json<T: Serialize>(value: &T) {
-    let text = serde_json::to_string_pretty(value).unwrap_or_default();
-    crate::say(io::stdout(), &(text + "\n"));
 }
 
 fn refused(text: impl Into<String>) -> Verdict {

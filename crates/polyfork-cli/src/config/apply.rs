@@ -19,7 +19,8 @@ use crate::control::folder::App;
 use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;
-use crate::operate::{self, VERSION, complain, fail, remark, start, targets, write_json};
+use crate::operate::{self, VERSION, complain, fail, remark, start, targets};
+use crate::out;
 use crate::run::how_many::HowMany;
 
 /// What is to be done with one app.
@@ -299,7 +300,7 @@ async fn carry_out(args: &ApplyArgs, file: &Path, steps: Vec<Step>) -> Code {
         };
         let mut report = serde_json::to_value(report).unwrap_or_default();
         report["apps"] = apps.into();
-        write_json(&report);
+        out::json(&report);
     }
     code
 }

@@ -14,7 +14,8 @@ use super::wanted::Wanted;
 use super::{Loaded, keys};
 use crate::exit::Code;
 use crate::ledger::Verdict;
-use crate::operate::{VERSION, complain, fail, remark, write_json};
+use crate::operate::{VERSION, complain, fail, remark};
+use crate::out;
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -51,7 +52,7 @@ struct Problem<'a> {
 pub(crate) fn run(args: CheckArgs) -> Code {
     let json = args.form.json;
     if args.schema {
-        write_json(&keys::schema());
+        out::json(&keys::schema());
         return Code::Stopped;
     }
     let profile = args.profile.as_deref();
@@ -75,7 +76,7 @@ pub(crate) fn run(args: CheckArgs) -> Code {
         }
     }
     if json {
-        write_json(&report(&loaded));
+        out::json(&report(&loaded));
     } else if code == Code::Stopped {
         let names: Vec<&str> = loaded.apps.iter().map(|app| app.name.as_str()).collect();
         let shown = loaded.file.display();

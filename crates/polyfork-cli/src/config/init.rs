@@ -15,14 +15,14 @@ use super::keys::{self, Key, Kind};
 use super::wanted::Wanted;
 use crate::exit::Code;
 use crate::ledger::Verdict;
-use crate::operate::{VERSION, fail, remark, write_json};
-use crate::words;
+use crate::operate::{VERSION, fail, remark};
+use crate::{out, words};
 
 /// Runs the verb.
 pub(crate) fn run(args: InitArgs) -> Code {
     let json = args.form.json;
     if args.schema {
-        write_json(&keys::schema());
+        out::json(&keys::schema());
         return Code::Stopped;
     }
     let written = text(&args).and_then(|text| write(&args.out, &text));
@@ -30,7 +30,7 @@ pub(crate) fn run(args: InitArgs) -> Code {
         Ok(()) => {
             let shown = args.out.display();
             if json {
-                write_json(&json!({"version": VERSION, "file": args.out}));
+                out::json(&json!({"version": VERSION, "file": args.out}));
             }
             remark(&format!(
                 "wrote {shown}; `polyfork check {shown}` looks it over, `polyfork start` starts what it says"

@@ -9,13 +9,14 @@ use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 
-use super::{ErrorShape, VERSION, ask, complain, fail, plain, remark, targets, told, write_json};
+use super::{ErrorShape, VERSION, ask, complain, fail, plain, remark, targets, told};
 use crate::args::operate::{KillArgs, ReloadArgs, ScaleArgs, StopArgs, UpgradeArgs, WaitArgs};
 use crate::control::client::NoAnswer;
 use crate::control::folder::{App, Runtime};
 use crate::control::protocol::{Raw, Scale};
 use crate::exit::Code;
 use crate::ledger::Verdict;
+use crate::out;
 
 /// Between two looks at whether an ended primary has given its name back.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -187,7 +188,7 @@ async fn each(apps: Result<Vec<App>, Verdict>, change: Change, fill: impl Fn(&mu
     let one = apps.len() == 1;
     if apps.is_empty() {
         if change.json {
-            write_json(&Vec::<Value>::new());
+            out::json(&Vec::<Value>::new());
         } else {
             remark("no app runs");
         }
@@ -248,8 +249,14 @@ fn tell(answers: Vec<Answer>, change: &Change, one: bool) -> Code {
         complain(&verdict.text);
     }
     match (one, outcomes.first()) {
-        (true, Some(outcome)) => write_json(outcome),
-        _ => write_json(&outcomes),
+        (true, Some(outcome)) => out::json(outcome),
+        _ => out::json(&outcomes),
+    };
+    if out::is_lost() {
+        // It was done all the same.
+        for (_, app, answer) in &answers {
+            answer.iter().for_each(|result| remark(&(change.done)(app, result)));
+        }
     }
     code
 }

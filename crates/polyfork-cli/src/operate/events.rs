@@ -2,11 +2,12 @@
 
 use tokio::time::Instant;
 
-use super::{ANSWER_TIME, fail, plain, targets, told, write_out};
+use super::{ANSWER_TIME, fail, plain, targets, told};
 use crate::args::operate::EventsArgs;
 use crate::control::client::Connection;
 use crate::exit::Code;
 use crate::ledger::Verdict;
+use crate::out;
 
 /// Runs the verb.
 pub(crate) async fn run(args: EventsArgs) -> Code {
@@ -30,7 +31,7 @@ pub(crate) async fn run(args: EventsArgs) -> Code {
     };
     loop {
         match connection.line().await {
-            Ok(Some(line)) if write_out(&line) => {}
+            Ok(Some(line)) if out::write(&line) => {}
             Ok(_) => return Code::Stopped,
             Err(error) => return fail(&told(&app, &error), false),
         }

@@ -14,12 +14,13 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::table::{self, Cell};
-use super::{VERSION, fail, plain, targets, write_json, write_out};
+use super::{VERSION, fail, plain, targets};
 use crate::args::operate::LsArgs;
 use crate::control::client::NoAnswer;
 use crate::control::folder::App;
 use crate::control::usage;
 use crate::exit::Code;
+use crate::out;
 use crate::style::{Ink, Paint};
 use crate::values;
 
@@ -39,11 +40,11 @@ pub(crate) async fn run(args: LsArgs) -> Code {
     };
     let briefs = briefs(apps).await;
     if json {
-        write_json(&briefs);
+        out::json(&briefs);
     } else if briefs.is_empty() {
         super::remark("no app runs; `polyfork start PROGRAM` starts one");
     } else {
-        write_out(draw(&briefs).as_bytes());
+        out::write(draw(&briefs).as_bytes());
     }
     Code::Stopped
 }

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::{fail, targets, write_out};
+use super::{fail, targets};
 use crate::args::operate::LogsArgs;
 use crate::control::folder::Runtime;
 use crate::control::name::{self, Name};
@@ -25,7 +25,7 @@ use crate::logs::line::{self, Entry, Source};
 use crate::logs::reader::{self, Filter, Follow};
 use crate::style::{Ink, Paint};
 use crate::values::Lines;
-use crate::{clock, words};
+use crate::{clock, out, words};
 
 /// Between two looks for a folder that was removed.
 const LOOK: Duration = Duration::from_millis(200);
@@ -170,7 +170,7 @@ impl Show {
             true => line::json(entry, Some(app.as_str())),
             false => self.text(app, entry),
         };
-        match write_out(&bytes) {
+        match out::write(&bytes) {
             true => Ok(()),
             false => Err(io::ErrorKind::BrokenPipe.into()),
         }

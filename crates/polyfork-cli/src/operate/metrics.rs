@@ -1,10 +1,11 @@
 //! `polyfork metrics NAME`: what its primary would serve to Prometheus, through the control socket.
 
-use super::{ANSWER_TIME, ask, fail, plain, targets, told, write_json, write_out};
+use super::{ANSWER_TIME, ask, fail, plain, targets, told};
 use crate::args::operate::MetricsArgs;
 use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;
+use crate::out;
 
 /// Runs the verb.
 pub(crate) async fn run(args: MetricsArgs) -> Code {
@@ -21,9 +22,9 @@ pub(crate) async fn run(args: MetricsArgs) -> Code {
     match ask(&app, request, Some(ANSWER_TIME)).await {
         Ok(answer) => {
             match answer.as_str() {
-                Some(text) => drop(write_out(text.as_bytes())),
-                None => write_json(&answer),
-            }
+                Some(text) => out::write(text.as_bytes()),
+                None => out::json(&answer),
+            };
             Code::Stopped
         }
         Err(error) => fail(&told(&app, &error), json),

@@ -14,14 +14,14 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::signal::unix::{Signal as Interrupts, SignalKind, signal};
 use tokio::task::JoinSet;
 
-use super::{ErrorShape, VERSION, complain, fail, remark, write_json};
+use super::{ErrorShape, VERSION, complain, fail, remark};
 use crate::args::start::StartArgs;
 use crate::background;
 use crate::config;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::run::shown_name;
-use crate::words;
+use crate::{out, words};
 
 /// What was told so far.
 #[derive(Default)]
@@ -94,7 +94,10 @@ pub(crate) async fn run(args: StartArgs) -> Code {
 async fn program(json: bool) -> Code {
     match one(std::env::args_os().skip(2).collect()).await {
         Ok(app) if json => {
-            write_json(&app);
+            out::json(&app);
+            if out::is_lost() {
+                tell(&app);
+            }
             Code::Stopped
         }
         Ok(app) => {
@@ -104,7 +107,7 @@ async fn program(json: bool) -> Code {
         Err(failed) => {
             failed.complain();
             if json {
-                write_json(&failed.shape());
+                out::json(&failed.shape());
             }
             failed.verdict.code
         }
@@ -133,7 +136,10 @@ async fn several(apps: Vec<Vec<OsString>>, json: bool) -> Code {
             Ok(app) => app.clone(),
             Err(failed) => serde_json::to_value(failed.shape()).unwrap_or_default(),
         };
-        write_json(&outcomes.iter().map(shape).collect::<Vec<Value>>());
+        out::json(&outcomes.iter().map(shape).collect::<Vec<Value>>());
+        if out::is_lost() {
+            outcomes.iter().flat_map(|(_, outcome)| outcome).for_each(tell);
+        }
     }
     let failed = outcomes.iter().filter_map(|(_, outcome)| outcome.as_ref().err()).next();
     failed.map_or(Code::Stopped, |failed| failed.verdict.code)

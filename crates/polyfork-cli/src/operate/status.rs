@@ -4,11 +4,11 @@ use serde_json::Value;
 
 use super::list::time;
 use super::table::{self, Cell};
-use super::{ANSWER_TIME, ask, complain, fail, plain, targets, told, write_json, write_out};
+use super::{ANSWER_TIME, ask, complain, fail, plain, targets, told};
 use crate::args::operate::AppArgs;
 use crate::exit::Code;
 use crate::style::{Ink, Paint};
-use crate::{values, words};
+use crate::{out, values, words};
 
 /// Runs the verb.
 pub(crate) async fn run(args: AppArgs) -> Code {
@@ -37,13 +37,13 @@ pub(crate) async fn run(args: AppArgs) -> Code {
         }
     }
     match (json, several, answers.first()) {
-        (true, false, Some(answer)) => write_json(answer),
-        (true, true, _) => write_json(&answers),
+        (true, false, Some(answer)) => out::json(answer),
+        (true, true, _) => out::json(&answers),
         _ => {
             let drawn: Vec<String> = answers.iter().map(draw).collect();
-            write_out(drawn.join("\n").as_bytes());
+            out::write(drawn.join("\n").as_bytes())
         }
-    }
+    };
     code
 }
 

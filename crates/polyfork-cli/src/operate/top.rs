@@ -16,14 +16,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::{ANSWER_TIME, ask, complain, fail, plain as request, targets, told, write_out};
+use super::{ANSWER_TIME, ask, complain, fail, plain as request, targets, told};
 use crate::args::operate::TopArgs;
 use crate::control::folder::App;
 use crate::control::protocol::Raw;
 use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::style::Paint;
-use crate::words;
+use crate::{out, words};
 use screen::{Screen, Wish};
 use state::{Look, Seen};
 
@@ -109,14 +109,14 @@ async fn written(args: &TopArgs, apps: Vec<App>) -> Code {
             true => {
                 let mut line = plain::json(&known).to_string();
                 line.push('\n');
-                write_out(line.as_bytes())
+                out::write(line.as_bytes())
             }
             false => {
                 let paint = Paint::stdout();
                 let drawn: Vec<String> =
                     known.iter().map(|seen| plain::draw(seen, paint)).collect();
                 let gap = if args.interval.is_some() { "\n" } else { "" };
-                write_out(format!("{}{gap}", drawn.join("\n")).as_bytes())
+                out::write(format!("{}{gap}", drawn.join("\n")).as_bytes())
             }
         };
         // When all have gone there is nothing more to see.

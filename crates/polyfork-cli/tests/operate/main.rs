@@ -12,5 +12,6 @@ mod desk;
 
 mod control;
 mod faults;
+mod full;
 mod lifecycle;
 mod logs;
