@@ -46,8 +46,8 @@ cp good.js shop.js
 say polyfork apply --dry-run
 say polyfork apply
 
-# PM2: pm2 logs
-say polyfork logs shop mail -n 5
+# PM2: pm2 logs. Both in the order of time.
+say polyfork logs shop mail -n 10
 
 # PM2: pm2 delete all
 say polyfork stop --all

@@ -76,7 +76,7 @@ pub(crate) fn run(verb: Verb) -> Code {
 /// Tells why nothing was done: on standard error, and as JSON where that is wanted.
 pub(crate) fn fail(verdict: &Verdict, json: bool) -> Code {
     if json {
-        out::json(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
+        out::json_line(&Failed { version: VERSION, error: ErrorShape::of(verdict) });
     }
     complain(&verdict.text);
     verdict.code

@@ -37,6 +37,13 @@ pub(crate) fn json<T: Serialize>(value: &T) -> bool {
     write(&text)
 }
 
+/// Writes one JSON value as one line.
+pub(crate) fn json_line<T: Serialize>(value: &T) -> bool {
+    let mut text = serde_json::to_vec(value).unwrap_or_default();
+    text.push(b'\n');
+    write(&text)
+}
+
 /// That something could not be written to a place.
 pub(crate) fn complaint(place: &str, error: &io::Error) -> String {
     let what = words::plain(&error.to_string());

@@ -148,7 +148,7 @@ pub(crate) struct LogsArgs {
     #[arg(short, long)]
     pub(crate) follow: bool,
 
-    /// The last N lines, or all
+    /// The last N lines of all that is meant together, or all
     #[arg(short = 'n', long, value_name = "N|all", default_value = "20", value_parser = values::lines,
           allow_hyphen_values = true)]
     pub(crate) lines: Lines,

@@ -1,6 +1,9 @@
-//! Reads an app's logs back: all slots in the order of time, full and compressed files too, and what is written from now on.
+//! Reads logs of one app or of several back: all slots in the order of time, full and compressed files too, and what is
+//! written from now on.
 //!
 //! Memory is bounded: one line of each slot, and the last lines that are asked for.
+//!
+//! A file that cannot be read, or not to its end, is noted and keeps nothing else from being shown. No link is followed.
 //!
 //! A file may be renamed, compressed or removed by the primary at any moment. It is found again by its name of age; one that
 //! is gone altogether is passed over. Who follows keeps the file it reads open and finishes it before it goes on to those
@@ -8,10 +11,13 @@
 //!
 //! The surprising rule: a line that is none of ours, because somebody edited a file, is taken for a part of the line before it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::cell::RefCell;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 
 use flate2::bufread::MultiGzDecoder;
 use rustix::fs as sys;
@@ -49,10 +55,71 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     part.is_empty() || text.windows(part.len()).any(|window| window == part)
 }
 
+/// The folder of one app, and what in it could not be read.
+pub(crate) struct Shelf {
+    folder: RefCell<Folder>,
+    path: PathBuf,
+    /// Files that were noted; each is told once.
+    noted: RefCell<BTreeSet<String>>,
+    unread: RefCell<Vec<Unread>>,
+}
+
+/// A file that could not be read, or not to its end.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    pub(crate) path: PathBuf,
+    pub(crate) error: io::Error,
+}
+
+impl Shelf {
+    pub(crate) fn new(folder: Folder) -> Shelf {
+        let path = folder.path.clone();
+        let folder = RefCell::new(folder);
+        Shelf { folder, path, noted: RefCell::default(), unread: RefCell::default() }
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &std::path::Path {
+        &self.path
+    }
+
+    /// Whether something else is under its path by now, or nothing.
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.folder.borrow().is_replaced()
+    }
+
+    /// What could not be read since the last call.
+    pub(crate) fn unread(&self) -> Vec<Unread> {
+        self.unread.take()
+    }
+
+    /// Files come and go while they are read: one that is gone is no fault.
+    fn note(&self, name: &LogName, error: io::Error) {
+        if error.kind() != io::ErrorKind::NotFound && self.noted.borrow_mut().insert(name.file()) {
+            let path = self.path.join(name.file());
+            self.unread.borrow_mut().push(Unread { path, error });
+        }
+    }
+
+    /// What the folder has at this moment; nothing if that cannot be told, which is noted.
+    fn files(&self) -> Vec<LogName> {
+        let files = self.folder.borrow().files();
+        files.unwrap_or_else(|error| {
+            if self.noted.borrow_mut().insert(String::new()) {
+                let path = self.path.clone();
+                self.unread.borrow_mut().push(Unread { path, error });
+            }
+            Vec::new()
+        })
+    }
+}
+
 /// The lines of one file.
 struct Lines {
     from: Box<dyn BufRead>,
-    slot: u32,
+    name: LogName,
+    /// It could not be read any further.
+    broken: bool,
     /// Of the line before.
     stamp: String,
     /// Begun and not ended yet.
@@ -64,46 +131,81 @@ struct Lines {
 }
 
 impl Lines {
-    fn of(folder: &Folder, name: &LogName) -> io::Result<Lines> {
+    /// `None`: it is gone, or cannot be opened, which is noted.
+    fn of(shelf: &Shelf, name: &LogName) -> Option<Lines> {
+        match Lines::open(&shelf.folder.borrow(), name) {
+            Ok(from) => Some(Lines::over(from, name.clone())),
+            Err(error) => {
+                shelf.note(name, error);
+                None
+            }
+        }
+    }
+
+    fn open(folder: &Folder, name: &LogName) -> io::Result<Box<dyn BufRead>> {
         let plain = LogName { compressed: false, ..name.clone() };
         let whole = LogName { compressed: true, ..name.clone() };
         // It may be compressed this very moment.
-        let from: Box<dyn BufRead> = match folder.open(&plain) {
-            Ok(file) if !name.compressed => Box::new(BufReader::new(file)),
-            _ => match folder.open(&whole) {
-                Ok(file) => Box::new(BufReader::new(MultiGzDecoder::new(BufReader::new(file)))),
-                Err(_) => Box::new(BufReader::new(folder.open(&plain)?)),
-            },
-        };
-        Ok(Lines::over(from, name.slot))
+        if !name.compressed
+            && let Ok(file) = folder.open(&plain)
+        {
+            return Ok(Box::new(BufReader::new(file)));
+        }
+        match folder.open(&whole) {
+            Ok(file) => Ok(Box::new(BufReader::new(MultiGzDecoder::new(BufReader::new(file))))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(Box::new(BufReader::new(folder.open(&plain)?)))
+            }
+            Err(error) => Err(error),
+        }
     }
 
-    fn over(from: Box<dyn BufRead>, slot: u32) -> Lines {
-        Lines { from, slot, stamp: String::new(), pending: Vec::new(), last: true, read: 0 }
+    fn over(from: Box<dyn BufRead>, name: LogName) -> Lines {
+        Lines {
+            from,
+            name,
+            broken: false,
+            stamp: String::new(),
+            pending: Vec::new(),
+            last: true,
+            read: 0,
+        }
     }
 
     /// The next line. What does not end with a newline yet is kept for later, unless nothing will be added any more.
-    fn next(&mut self) -> io::Result<Option<Entry>> {
+    fn next(&mut self, shelf: &Shelf) -> Option<Entry> {
+        if self.broken {
+            return None;
+        }
         let mut limited = (&mut self.from).take(LONGEST_LINE);
-        self.read += limited.read_until(b'\n', &mut self.pending)? as u64;
+        match limited.read_until(b'\n', &mut self.pending) {
+            Ok(read) => self.read += read as u64,
+            Err(error) => {
+                self.broken = true;
+                shelf.note(&self.name, error);
+                // Of the line where it breaks off there may be a piece.
+                let piece = line::read(&std::mem::take(&mut self.pending), self.name.slot)?;
+                return Some(Entry { complete: false, ..piece });
+            }
+        }
         let ended = self.pending.last() == Some(&b'\n');
         let long = self.pending.len() as u64 >= LONGEST_LINE;
         if self.pending.is_empty() || !(ended || long || self.last) {
-            return Ok(None);
+            return None;
         }
         let mut text = std::mem::take(&mut self.pending);
         if ended {
             text.pop();
         }
-        let entry = line::read(&text, self.slot).unwrap_or_else(|| Entry {
+        let entry = line::read(&text, self.name.slot).unwrap_or_else(|| Entry {
             stamp: self.stamp.clone(),
-            slot: self.slot,
+            slot: self.name.slot,
             source: line::Source::Own,
             complete: true,
             line: text,
         });
         self.stamp.clone_from(&entry.stamp);
-        Ok(Some(entry))
+        Some(entry)
     }
 }
 
@@ -126,76 +228,76 @@ const TRIES: u32 = 100;
 impl Snapshot {
     /// Between a look at the names and the opening of the file that is written to, that one may become a full one, and would
     /// be missed. So it is opened between two looks that must show the same.
-    fn of(folder: &Folder, slot: u32) -> io::Result<Snapshot> {
-        let mut before = full_files(folder, slot)?;
+    fn of(shelf: &Shelf, slot: u32) -> Option<Snapshot> {
+        let name = LogName::current(slot);
+        let mut before = full_files(shelf, slot);
         for _ in 0..TRIES {
-            let current = match folder.open(&LogName::current(slot)) {
-                Ok(file) => {
-                    let found = sys::fstat(file.as_fd())?;
-                    Some((file, (found.st_dev, found.st_ino)))
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                Err(error) => return Err(error),
-            };
-            let after = full_files(folder, slot)?;
+            let current = open_current(shelf, &name);
+            let after = full_files(shelf, slot);
             if after.back().map(|name| &name.age) == before.back().map(|name| &name.age) {
                 let latest = after.back().map_or(Age::Full(String::new()), |name| name.age.clone());
-                return Ok(Snapshot { slot, full: after, latest, current });
+                return Some(Snapshot { slot, full: after, latest, current });
             }
             before = after;
         }
-        Err(io::Error::other("files are filled faster than they can be listed"))
+        shelf.note(&name, io::Error::other("files are filled faster than they can be listed"));
+        None
     }
 
     /// Leaves out old files: those behind which there are enough lines.
-    fn keep_last(&mut self, folder: &Folder, filter: &Filter, last: usize) -> io::Result<()> {
-        let count = |mut lines: Lines| -> io::Result<usize> {
-            let mut found = 0;
-            while let Some(entry) = lines.next()? {
-                found += usize::from(filter.takes(&entry));
-            }
-            Ok(found)
+    fn keep_last(&mut self, shelf: &Shelf, filter: &Filter, last: usize) {
+        let count = |mut lines: Lines| {
+            let all = std::iter::from_fn(|| lines.next(shelf));
+            all.filter(|entry| filter.takes(entry)).count()
         };
-        let mut found = match &self.current {
-            Some((file, _)) => {
-                let again = BufReader::new(file.try_clone()?);
-                let found = count(Lines::over(Box::new(again), self.slot))?;
-                // The two share their place in the file.
-                io::Seek::rewind(&mut &*file)?;
-                found
-            }
-            None => 0,
-        };
+        let again = self.current.as_ref().and_then(|(file, _)| file.try_clone().ok());
+        let mut found = 0;
+        if let Some(again) = again {
+            let again = Box::new(BufReader::new(again));
+            found = count(Lines::over(again, LogName::current(self.slot)));
+        }
+        // The two share their place in the file.
+        if let Some((file, _)) = &self.current
+            && let Err(error) = io::Seek::rewind(&mut &*file)
+        {
+            shelf.note(&LogName::current(self.slot), error);
+        }
         let mut first = self.full.len();
         while first > 0 && found < last {
             first -= 1;
-            match Lines::of(folder, &self.full[first]) {
-                Ok(lines) => found += count(lines)?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+            found += Lines::of(shelf, &self.full[first]).map_or(0, count);
         }
         self.full.drain(..first);
-        Ok(())
     }
 }
 
-fn full_files(folder: &Folder, slot: u32) -> io::Result<VecDeque<LogName>> {
+/// The file that is written to, with its identity; `None` if there is none, or none that can be read, which is noted.
+fn open_current(shelf: &Shelf, name: &LogName) -> Option<(File, Identity)> {
+    let opened = shelf.folder.borrow().open(name).and_then(|file| {
+        let found = sys::fstat(file.as_fd())?;
+        Ok((file, (found.st_dev, found.st_ino)))
+    });
+    opened.map_err(|error| shelf.note(name, error)).ok()
+}
+
+fn full_files(shelf: &Shelf, slot: u32) -> VecDeque<LogName> {
     let full = |name: &LogName| name.slot == slot && name.age != Age::Current;
-    Ok(folder.files()?.into_iter().filter(full).collect())
+    shelf.files().into_iter().filter(full).collect()
 }
 
 /// The slots that have files and are wanted.
-fn slots(folder: &Folder, filter: &Filter) -> io::Result<Vec<u32>> {
-    let mut slots: Vec<u32> = folder.files()?.into_iter().map(|name| name.slot).collect();
+fn slots(shelf: &Shelf, filter: &Filter) -> Vec<u32> {
+    let mut slots: Vec<u32> = shelf.files().into_iter().map(|name| name.slot).collect();
     slots.dedup();
     slots.retain(|slot| filter.takes_slot(*slot));
-    Ok(slots)
+    slots
 }
 
 /// The lines of one slot, file after file.
 struct SlotLines<'a> {
-    folder: &'a Folder,
+    /// Whose, by its place among those that are read.
+    app: usize,
+    shelf: &'a Shelf,
     files: Snapshot,
     lines: Option<Lines>,
     next: Option<Entry>,
@@ -208,140 +310,145 @@ struct SlotLines<'a> {
 }
 
 impl<'a> SlotLines<'a> {
-    fn new(folder: &'a Folder, mut files: Snapshot, follow: bool) -> io::Result<SlotLines<'a>> {
+    fn new(app: usize, shelf: &'a Shelf, mut files: Snapshot, follow: bool) -> SlotLines<'a> {
         let (latest, mut tail, mut end) = (files.latest.clone(), None, 0);
         if follow && let Some((file, identity)) = files.current.take() {
-            end = file.metadata()?.len();
+            end = file.metadata().map_or(0, |found| found.len());
             tail = Some(Tail::new(file, files.slot, identity, latest.clone()));
         }
-        Ok(SlotLines { folder, files, lines: None, next: None, tail, latest, end })
+        SlotLines { app, shelf, files, lines: None, next: None, tail, latest, end }
     }
 
-    fn advance(&mut self, filter: &Filter) -> io::Result<()> {
+    fn advance(&mut self, filter: &Filter) {
+        let wanted = |lines: &mut Lines, shelf: &Shelf, end: u64| {
+            while lines.read < end {
+                let entry = lines.next(shelf)?;
+                if filter.takes(&entry) {
+                    return Some(entry);
+                }
+            }
+            None
+        };
         loop {
-            if let Some(lines) = &mut self.lines {
-                while let Some(entry) = lines.next()? {
-                    if filter.takes(&entry) {
-                        self.next = Some(entry);
-                        return Ok(());
-                    }
+            self.next = match (&mut self.lines, &mut self.tail) {
+                (Some(lines), _) => wanted(lines, self.shelf, u64::MAX),
+                (None, Some(tail)) if self.files.full.is_empty() => {
+                    wanted(&mut tail.lines, self.shelf, self.end)
                 }
+                _ => None,
+            };
+            if self.next.is_some() {
+                return;
             }
-            if self.files.full.is_empty()
-                && let Some(Tail { lines, .. }) = &mut self.tail
-            {
-                while lines.read < self.end {
-                    let Some(entry) = lines.next()? else { break };
-                    if filter.takes(&entry) {
-                        (self.lines, self.next) = (None, Some(entry));
-                        return Ok(());
-                    }
-                }
-            }
-            self.lines = match (self.files.full.pop_front(), self.files.current.take()) {
-                (Some(name), current) => {
-                    self.files.current = current;
-                    match Lines::of(self.folder, &name) {
-                        Ok(lines) => Some(lines),
-                        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-                        Err(error) => return Err(error),
-                    }
-                }
-                (None, Some((file, _))) => {
-                    Some(Lines::over(Box::new(BufReader::new(file)), self.files.slot))
-                }
-                (None, None) => {
-                    self.next = None;
-                    return Ok(());
-                }
+            self.lines = match (self.files.full.pop_front(), self.lines.take()) {
+                (Some(name), _) => Lines::of(self.shelf, &name),
+                (None, read) => match self.files.current.take() {
+                    Some((file, _)) => Some(Lines::over(
+                        Box::new(BufReader::new(file)),
+                        LogName::current(self.files.slot),
+                    )),
+                    // Behind the last full file comes the tail.
+                    None if read.is_some() && self.tail.is_some() => None,
+                    None => return,
+                },
             };
         }
     }
 }
 
-/// Gives every line that is wanted to `take`, in the order of time. With `last`, only so many of the latest.
+/// Gives every line that is wanted to `take`, with the place of its app in `shelves`, in the order of time. With `last`, only
+/// so many of the latest.
 ///
 /// # Errors
-/// The system's, and those of `take`.
+/// Those of `take`.
 pub(crate) fn read(
-    folder: &Folder,
+    shelves: &[Shelf],
     filter: &Filter,
     last: Option<usize>,
-    take: impl FnMut(Entry) -> io::Result<()>,
+    take: impl FnMut(usize, Entry) -> io::Result<()>,
 ) -> io::Result<()> {
-    read_to_tails(folder, filter, last, false, take).map(drop)
+    merged(shelves, filter, last, false, take).map(drop)
 }
 
-/// ... and then goes on where that has ended: no line is missed, and none comes twice.
+/// ... and then goes on where that has ended, with a follower for each app: no line is missed, and none comes twice.
 ///
 /// # Errors
-/// The system's, and those of `take`.
-pub(crate) fn read_and_follow(
-    folder: Folder,
+/// Those of `take`.
+pub(crate) fn read_and_follow<'a>(
+    shelves: &'a [Shelf],
     filter: &Filter,
     last: Option<usize>,
-    take: impl FnMut(Entry) -> io::Result<()>,
-) -> io::Result<Follow> {
-    let (slots, between) = read_to_tails(&folder, filter, last, true, take)?;
-    Ok(Follow { folder, filter: filter.clone(), slots, between })
+    take: impl FnMut(usize, Entry) -> io::Result<()>,
+) -> io::Result<Vec<Follow<'a>>> {
+    let heads = merged(shelves, filter, last, true, take)?;
+    let follow = |shelf| Follow {
+        shelf,
+        filter: filter.clone(),
+        slots: BTreeMap::new(),
+        between: BTreeMap::new(),
+    };
+    let mut follows: Vec<Follow<'_>> = shelves.iter().map(follow).collect();
+    for head in heads {
+        let Follow { slots, between, .. } = &mut follows[head.app];
+        match head.tail {
+            Some(tail) => drop(slots.insert(head.files.slot, tail)),
+            None => drop(between.insert(head.files.slot, head.latest)),
+        }
+    }
+    Ok(follows)
 }
 
-fn read_to_tails(
-    folder: &Folder,
+/// Gives the lines of all slots of all apps in the order of time; where each of them has been read to.
+fn merged<'a>(
+    shelves: &'a [Shelf],
     filter: &Filter,
     last: Option<usize>,
     follow: bool,
-    mut take: impl FnMut(Entry) -> io::Result<()>,
-) -> io::Result<(BTreeMap<u32, Tail>, BTreeMap<u32, Age>)> {
+    mut take: impl FnMut(usize, Entry) -> io::Result<()>,
+) -> io::Result<Vec<SlotLines<'a>>> {
     let mut heads = Vec::new();
-    for slot in slots(folder, filter)? {
-        let mut files = Snapshot::of(folder, slot)?;
-        if let Some(last) = last {
-            files.keep_last(folder, filter, last)?;
+    for (app, shelf) in shelves.iter().enumerate() {
+        for slot in slots(shelf, filter) {
+            let Some(mut files) = Snapshot::of(shelf, slot) else { continue };
+            if let Some(last) = last {
+                files.keep_last(shelf, filter, last);
+            }
+            heads.push(SlotLines::new(app, shelf, files, follow));
         }
-        heads.push(SlotLines::new(folder, files, follow)?);
     }
-    for head in &mut heads {
-        head.advance(filter)?;
+    // The earliest line of each; of several at the same time that of the first.
+    let mut earliest = BinaryHeap::new();
+    let advanced = |head: &mut SlotLines<'_>, place: usize| {
+        head.advance(filter);
+        head.next.as_ref().map(|entry| Reverse((entry.stamp.clone(), place)))
+    };
+    for (place, head) in heads.iter_mut().enumerate() {
+        earliest.extend(advanced(head, place));
     }
     let mut kept = VecDeque::new();
-    loop {
-        let earliest = heads
-            .iter_mut()
-            .filter(|head| head.next.is_some())
-            .min_by(|a, b| stamp_of(a).cmp(stamp_of(b)));
-        let Some(head) = earliest else { break };
-        let Some(entry) = head.next.take() else { break };
-        head.advance(filter)?;
+    while let Some(Reverse((_, place))) = earliest.pop() {
+        let head = &mut heads[place];
+        let Some(entry) = head.next.take() else { continue };
+        let app = head.app;
+        earliest.extend(advanced(head, place));
         match last {
-            None => take(entry)?,
+            None => take(app, entry)?,
             Some(0) => {}
             Some(last) => {
                 if kept.len() == last {
                     kept.pop_front();
                 }
-                kept.push_back(entry);
+                kept.push_back((app, entry));
             }
         }
     }
-    kept.into_iter().try_for_each(take)?;
-    let (mut tails, mut between) = (BTreeMap::new(), BTreeMap::new());
-    for head in heads {
-        match head.tail {
-            Some(tail) => drop(tails.insert(head.files.slot, tail)),
-            None => drop(between.insert(head.files.slot, head.latest)),
-        }
-    }
-    Ok((tails, between))
-}
-
-fn stamp_of<'a>(head: &'a SlotLines<'_>) -> &'a str {
-    head.next.as_ref().map_or("", |entry| &entry.stamp)
+    kept.into_iter().try_for_each(|(app, entry)| take(app, entry))?;
+    Ok(heads)
 }
 
 /// What is written from now on.
-pub(crate) struct Follow {
-    folder: Folder,
+pub(crate) struct Follow<'a> {
+    shelf: &'a Shelf,
     filter: Filter,
     slots: BTreeMap<u32, Tail>,
     /// Slots whose file has got full and whose next one is about to be made: all is read up to this full file.
@@ -357,43 +464,32 @@ struct Tail {
     after: Age,
 }
 
-impl Follow {
+impl Follow<'_> {
     /// All that came since the last call, in the order of time.
-    ///
-    /// # Errors
-    /// The system's.
-    pub(crate) fn more(&mut self) -> io::Result<Vec<Entry>> {
+    pub(crate) fn more(&mut self) -> Vec<Entry> {
         let mut entries = Vec::new();
-        for slot in slots(&self.folder, &self.filter)? {
-            self.more_of(slot, &mut entries)?;
+        for slot in slots(self.shelf, &self.filter) {
+            self.more_of(slot, &mut entries);
         }
         entries.sort_by(|a, b| a.stamp.cmp(&b.stamp));
-        Ok(entries)
+        entries
     }
 
     /// Goes on in the folder that has taken the place of this one, which was removed; gives what was left here, too.
-    ///
-    /// # Errors
-    /// The system's.
-    pub(crate) fn go_on_in(&mut self, folder: Folder) -> io::Result<Vec<Entry>> {
+    pub(crate) fn go_on_in(&mut self, folder: Folder) -> Vec<Entry> {
         let mut entries = Vec::new();
         for mut tail in std::mem::take(&mut self.slots).into_values() {
             tail.lines.last = true;
-            drain(&mut tail.lines, &self.filter, &mut entries)?;
+            drain(&mut tail.lines, self.shelf, &self.filter, &mut entries);
         }
         self.between.clear();
-        self.folder = folder;
-        entries.extend(self.more()?);
-        Ok(entries)
+        self.shelf.folder.replace(folder);
+        entries.extend(self.more());
+        entries
     }
 
-    /// Where it reads.
-    pub(crate) fn folder(&self) -> &Folder {
-        &self.folder
-    }
-
-    fn more_of(&mut self, slot: u32, entries: &mut Vec<Entry>) -> io::Result<()> {
-        let files = Snapshot::of(&self.folder, slot)?;
+    fn more_of(&mut self, slot: u32, entries: &mut Vec<Entry>) {
+        let Some(files) = Snapshot::of(self.shelf, slot) else { return };
         let latest = files.latest.clone();
         // When there is none, the next one is about to be made.
         let now = files.current.as_ref().map(|(_, identity)| *identity);
@@ -405,55 +501,45 @@ impl Follow {
         };
         // Once it has been moved nothing is added to it any more.
         tail.lines.last = moved(tail);
-        drain(&mut tail.lines, &self.filter, entries)?;
+        drain(&mut tail.lines, self.shelf, &self.filter, entries);
         if !moved(tail) {
-            return Ok(());
+            return;
         }
         let after = std::mem::replace(&mut tail.after, latest);
         // The file that was read was the first to get full since.
-        self.begin(files, (after, 1), entries)
+        self.begin(files, (after, 1), entries);
     }
 
     /// Reads what came after a full file and so many others.
-    fn begin(
-        &mut self,
-        files: Snapshot,
-        (since, read): (Age, usize),
-        entries: &mut Vec<Entry>,
-    ) -> io::Result<()> {
+    fn begin(&mut self, files: Snapshot, (since, read): (Age, usize), entries: &mut Vec<Entry>) {
         let (slot, latest) = (files.slot, files.latest.clone());
         for name in files.full.iter().filter(|name| name.age > since).skip(read) {
-            if let Ok(mut lines) = Lines::of(&self.folder, name) {
-                drain(&mut lines, &self.filter, entries)?;
+            if let Some(mut lines) = Lines::of(self.shelf, name) {
+                drain(&mut lines, self.shelf, &self.filter, entries);
             }
         }
         let Some((file, identity)) = files.current else {
             self.slots.remove(&slot);
             self.between.insert(slot, latest);
-            return Ok(());
+            return;
         };
         let mut tail = Tail::new(file, slot, identity, latest);
-        drain(&mut tail.lines, &self.filter, entries)?;
+        drain(&mut tail.lines, self.shelf, &self.filter, entries);
         self.slots.insert(slot, tail);
-        Ok(())
     }
 }
 
 impl Tail {
     fn new(file: File, slot: u32, identity: Identity, after: Age) -> Tail {
-        let mut lines = Lines::over(Box::new(BufReader::new(file)), slot);
+        let mut lines = Lines::over(Box::new(BufReader::new(file)), LogName::current(slot));
         lines.last = false;
         Tail { lines, identity, after }
     }
 }
 
-fn drain(lines: &mut Lines, filter: &Filter, entries: &mut Vec<Entry>) -> io::Result<()> {
-    while let Some(entry) = lines.next()? {
-        if filter.takes(&entry) {
-            entries.push(entry);
-        }
-    }
-    Ok(())
+fn drain(lines: &mut Lines, shelf: &Shelf, filter: &Filter, entries: &mut Vec<Entry>) {
+    let all = std::iter::from_fn(|| lines.next(shelf));
+    entries.extend(all.filter(|entry| filter.takes(entry)));
 }
 
 #[cfg(test)]
@@ -483,7 +569,7 @@ mod tests {
     fn files_that_were_left_out_are_not_read_when_the_next_one_is_full() {
         let root = tempfile::tempdir().expect("a folder");
         let name = Name::read("app").expect("a name");
-        let folder = Folder::make_for(root.path(), &name, None).expect("a folder");
+        let shelf = [Shelf::new(Folder::make_for(root.path(), &name, None).expect("a folder"))];
         let at = |name: LogName| root.path().join("app").join(name.file());
         let full = |number| LogName::full(1, &format!("2026010100000{number}"));
         for number in 0..3 {
@@ -492,42 +578,44 @@ mod tests {
         }
         std::fs::write(at(LogName::current(1)), lines(30..40)).expect("written");
         let mut seen = Vec::new();
-        let mut follow = read_and_follow(folder, &Filter::default(), Some(2), |entry| {
+        let mut follow = read_and_follow(&shelf, &Filter::default(), Some(2), |_, entry| {
             seen.push(entry);
             Ok(())
         })
         .expect("a follower");
+        let mut follow = follow.pop().expect("a follower");
         assert_eq!(texts(seen), ["38", "39"]);
         std::fs::rename(at(LogName::current(1)), at(full(3))).expect("renamed");
         std::fs::write(at(LogName::current(1)), lines(40..41)).expect("written");
-        assert_eq!(texts(follow.more().expect("a look")), ["40"]);
+        assert_eq!(texts(follow.more()), ["40"]);
     }
 
     #[test]
     fn between_a_full_file_and_its_successor_nothing_comes_twice() {
         let root = tempfile::tempdir().expect("a folder");
         let name = Name::read("app").expect("a name");
-        let folder = Folder::make_for(root.path(), &name, None).expect("a folder");
+        let shelf = [Shelf::new(Folder::make_for(root.path(), &name, None).expect("a folder"))];
         let write = |name: LogName, text: Vec<u8>| {
             std::fs::write(root.path().join("app").join(name.file()), text).expect("written");
         };
         let full = |number| LogName::full(1, &format!("2026010100000{number}"));
         write(full(1), lines(0..10));
         let mut seen = Vec::new();
-        let mut follow = read_and_follow(folder, &Filter::default(), Some(2), |entry| {
+        let mut follow = read_and_follow(&shelf, &Filter::default(), Some(2), |_, entry| {
             seen.push(entry);
             Ok(())
         })
         .expect("a follower");
+        let mut follow = follow.pop().expect("a follower");
         assert_eq!(texts(seen), ["8", "9"]);
         // The next file has not been made, is made, gets full, and has no successor yet.
-        assert_eq!(texts(follow.more().expect("a look")), [""; 0]);
+        assert_eq!(texts(follow.more()), [""; 0]);
         write(LogName::current(1), lines(10..12));
-        assert_eq!(texts(follow.more().expect("a look")), ["10", "11"]);
+        assert_eq!(texts(follow.more()), ["10", "11"]);
         let at = |name: LogName| root.path().join("app").join(name.file());
         std::fs::rename(at(LogName::current(1)), at(full(2))).expect("renamed");
-        assert_eq!(texts(follow.more().expect("a look")), [""; 0]);
+        assert_eq!(texts(follow.more()), [""; 0]);
         write(LogName::current(1), lines(12..13));
-        assert_eq!(texts(follow.more().expect("a look")), ["12"]);
+        assert_eq!(texts(follow.more()), ["12"]);
     }
 }

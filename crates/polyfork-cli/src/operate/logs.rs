@@ -1,16 +1,20 @@
-//! `polyfork logs NAME`: what workers wrote, in the order of time, and what they write from now on.
+//! `polyfork logs NAME`: what workers wrote, in the order of time over all apps that are meant, and what they write from now on.
 //!
 //! Reads files; a running app is not asked for anything but where they are. So what an app wrote can be read after its end,
 //! and following costs the primary nothing.
+//!
+//! The surprising rule: what is written from now on is in order as far as it is seen together. A line that is written late
+//! under an early stamp comes late.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -22,13 +26,15 @@ use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::logs::folder::{self, Folder};
 use crate::logs::line::{self, Entry, Source};
-use crate::logs::reader::{self, Filter, Follow};
+use crate::logs::reader::{self, Filter, Shelf, Unread};
 use crate::style::{Ink, Paint};
 use crate::values::Lines;
 use crate::{clock, out, words};
 
 /// Between two looks for a folder that was removed.
 const LOOK: Duration = Duration::from_millis(200);
+/// In this time what several apps write is collected, to be put in order.
+const TOGETHER: Duration = Duration::from_millis(10);
 
 /// One app's logs.
 struct Log {
@@ -42,6 +48,10 @@ struct Show {
     paint: Paint,
     /// Lines of several apps are mixed.
     several: bool,
+    /// Their names.
+    apps: Vec<Name>,
+    /// What the verb comes to.
+    code: Code,
 }
 
 /// Runs the verb.
@@ -56,116 +66,179 @@ pub(crate) async fn run(args: LogsArgs) -> Code {
         part: args.grep.map(String::into_bytes),
         slot: args.slot,
     };
-    let show = Show { json, paint: Paint::stdout(), several: logs.len() > 1 };
-    let shown = show_all(logs, filter, &show, args.lines, args.follow).await;
+    let mut show = Show {
+        json,
+        paint: Paint::stdout(),
+        several: logs.len() > 1,
+        apps: Vec::new(),
+        code: Code::Stopped,
+    };
+    let mut shelves = Vec::new();
+    for Log { name, folder } in logs {
+        show.apps.push(name);
+        shelves.push(Shelf::new(folder));
+    }
+    let last = match args.lines {
+        Lines::Last(last) => Some(last),
+        Lines::All => None,
+    };
+    may_open_many();
+    let shown = match args.follow {
+        true => follow(&shelves, &filter, &mut show, last).await,
+        false => reader::read(&shelves, &filter, last, |app, entry| show.line(app, &entry)),
+    };
+    show.complain(&shelves);
     match shown {
-        Ok(()) => Code::Stopped,
+        Ok(()) => show.code,
         // Whoever read has read enough.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Code::Stopped,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => show.code,
         Err(error) => {
-            let text = words::plain(&format!("cannot read the logs: {error}"));
+            let text = words::plain(&format!("cannot follow the logs: {error}"));
             fail(&Verdict { code: Code::Unexpected, text }, json)
         }
     }
 }
 
-async fn show_all(
-    logs: Vec<Log>,
-    filter: Filter,
-    show: &Show,
-    lines: Lines,
-    follow: bool,
-) -> io::Result<()> {
-    let last = match lines {
-        Lines::Last(last) => Some(last),
-        Lines::All => None,
-    };
-    let mut follows = Vec::new();
-    for Log { name, folder } in logs {
-        let tell = |entry: Entry| show.line(&name, &entry);
-        if !follow {
-            reader::read(&folder, &filter, last, tell)?;
-            continue;
-        }
-        // From before the reading on, so that nothing falls between the two.
-        let notify = watch(&folder)?;
-        let tail = reader::read_and_follow(folder, &filter, last, tell)?;
-        follows.push((name, notify, tail));
-    }
-    follow_all(follows, show).await
+/// Every slot of every app has two files open while they are merged.
+fn may_open_many() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // With fewer, some of many files cannot be read, which is told.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
-/// Sound for an `OwnedFd`, which stays open and the same until it is dropped; see tokio's pull request 8587.
-#[expect(
-    deprecated,
-    reason = "the unsafe one is for types that may close their descriptor earlier"
-)]
-fn watch(folder: &Folder) -> io::Result<AsyncFd<OwnedFd>> {
-    let notify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-    let what = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
-    inotify::add_watch(&notify, &folder.path, what)?;
-    if let Some(parent) = folder.path.parent() {
+async fn follow(
+    shelves: &[Shelf],
+    filter: &Filter,
+    show: &mut Show,
+    last: Option<usize>,
+) -> io::Result<()> {
+    // From before the reading on, so that nothing falls between the two.
+    let mut watch = Watch::new(shelves.iter().map(Shelf::path))?;
+    let mut follows =
+        reader::read_and_follow(shelves, filter, last, |app, entry| show.line(app, &entry))?;
+    let mut changed: Vec<usize> = (0..shelves.len()).collect();
+    loop {
+        let mut entries: Vec<(usize, Entry)> = Vec::new();
+        let mut removed = Vec::new();
+        for app in changed {
+            let more = match shelves[app].is_replaced() {
+                false => follows[app].more(),
+                // A folder that takes the place of one that was removed comes with the next line.
+                true => match Folder::find(shelves[app].path()) {
+                    Some(folder) if watch.again(app, &folder.path).is_ok() => {
+                        follows[app].go_on_in(folder)
+                    }
+                    _ => {
+                        removed.push(app);
+                        continue;
+                    }
+                },
+            };
+            entries.extend(more.into_iter().map(|entry| (app, entry)));
+        }
+        entries.sort_by(|(_, a), (_, b)| a.stamp.cmp(&b.stamp));
+        entries.iter().try_for_each(|(app, entry)| show.line(*app, entry))?;
+        show.complain(shelves);
+        changed = match removed.is_empty() {
+            true => watch.next().await?,
+            false => match tokio::time::timeout(LOOK, watch.next()).await {
+                Ok(changed) => changed?,
+                Err(_) => Vec::new(),
+            },
+        };
+        changed.extend(removed);
+        changed.sort_unstable();
+        changed.dedup();
+    }
+}
+
+/// Tells which apps have written.
+struct Watch {
+    notify: AsyncFd<OwnedFd>,
+    /// Of each app, as the kernel numbers its folder, and that in which it is.
+    numbers: Vec<[Option<i32>; 2]>,
+}
+
+impl Watch {
+    /// Sound for an `OwnedFd`, which stays open and the same until it is dropped; see tokio's pull request 8587.
+    #[expect(
+        deprecated,
+        reason = "the unsafe one is for types that may close their descriptor earlier"
+    )]
+    fn new<'a>(folders: impl Iterator<Item = &'a Path>) -> io::Result<Watch> {
+        let notify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        let numbers = folders.map(|folder| Watch::add(&notify, folder)).collect::<Result<_, _>>();
+        let notify = AsyncFd::with_interest(notify, Interest::READABLE)?;
+        Ok(Watch { notify, numbers: numbers? })
+    }
+
+    fn add(notify: &OwnedFd, folder: &Path) -> Result<[Option<i32>; 2], Errno> {
+        let what = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO;
+        let what = what | WatchFlags::DONT_FOLLOW | WatchFlags::ONLYDIR;
+        let number = inotify::add_watch(notify, folder, what)?;
         let what = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE;
         // Only tells sooner that the folder was removed.
-        let _ = inotify::add_watch(&notify, parent, what);
+        let above = folder.parent().and_then(|above| inotify::add_watch(notify, above, what).ok());
+        Ok([Some(number), above])
     }
-    AsyncFd::with_interest(notify, Interest::READABLE)
-}
 
-/// The folder that takes the place of one that was removed. It comes with the next line.
-async fn replaced(gone: &Folder) -> Folder {
-    loop {
-        match Folder::find(&gone.path) {
-            Some(folder) => return folder,
-            None => tokio::time::sleep(LOOK).await,
+    /// Watches the folder that has taken the place of another.
+    fn again(&mut self, app: usize, folder: &Path) -> Result<(), Errno> {
+        self.numbers[app] = Watch::add(self.notify.get_ref(), folder)?;
+        Ok(())
+    }
+
+    /// Waits until some have.
+    async fn next(&self) -> io::Result<Vec<usize>> {
+        let mut ready = self.notify.readable().await?;
+        if self.numbers.len() > 1 {
+            tokio::time::sleep(TOGETHER).await;
         }
-    }
-}
-
-async fn follow_all(follows: Vec<(Name, AsyncFd<OwnedFd>, Follow)>, show: &Show) -> io::Result<()> {
-    let following = follows.into_iter().map(|(name, mut notify, mut tail)| async move {
+        let mut changed = vec![false; self.numbers.len()];
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut events = Reader::new(self.notify.get_ref(), &mut buffer);
         loop {
-            let more = match tail.folder().is_replaced() {
-                false => tail.more()?,
-                true => {
-                    let folder = replaced(tail.folder()).await;
-                    notify = watch(&folder)?;
-                    tail.go_on_in(folder)?
+            match events.next() {
+                Ok(event) => {
+                    // More than the kernel can note: it may have been anybody.
+                    let anybody = event.events().contains(ReadFlags::QUEUE_OVERFLOW);
+                    for (number, changed) in self.numbers.iter().zip(&mut changed) {
+                        *changed |= anybody || number.contains(&Some(event.wd()));
+                    }
                 }
-            };
-            for entry in more {
-                show.line(&name, &entry)?;
+                Err(Errno::WOULDBLOCK) => break,
+                Err(error) => return Err(error.into()),
             }
-            let mut ready = notify.readable().await?;
-            let mut buffer = [MaybeUninit::uninit(); 4096];
-            let mut events = Reader::new(notify.get_ref(), &mut buffer);
-            loop {
-                match events.next() {
-                    Ok(_) => {}
-                    Err(Errno::WOULDBLOCK) => break,
-                    Err(error) => return Err::<(), io::Error>(error.into()),
-                }
-            }
-            ready.clear_ready();
         }
-    });
-    let mut following: Vec<_> = following.map(Box::pin).collect();
-    if following.is_empty() {
-        return Ok(());
+        ready.clear_ready();
+        Ok((0..changed.len()).filter(|app| changed[*app]).collect())
     }
-    std::future::poll_fn(|context| {
-        for each in &mut following {
-            if let std::task::Poll::Ready(outcome) = each.as_mut().poll(context) {
-                return std::task::Poll::Ready(outcome);
-            }
-        }
-        std::task::Poll::Pending
-    })
-    .await
 }
 
 impl Show {
-    fn line(&self, app: &Name, entry: &Entry) -> io::Result<()> {
+    /// Tells what could not be read. All else has been shown.
+    fn complain(&mut self, shelves: &[Shelf]) {
+        for (app, shelf) in self.apps.iter().zip(shelves) {
+            for Unread { path, error } in shelf.unread() {
+                let next = match error.kind() {
+                    io::ErrorKind::PermissionDenied => "see whose it is",
+                    _ if error.raw_os_error() == Some(Errno::MFILE.raw_os_error()) => {
+                        "`ulimit -n` allows more open files"
+                    }
+                    _ => "remove it",
+                };
+                let text = format!(
+                    "{app}: cannot read {}: {error}; all else is shown; {next}",
+                    path.display()
+                );
+                let text = words::plain(&text);
+                self.code = fail(&Verdict { code: Code::Unexpected, text }, self.json);
+            }
+        }
+    }
+
+    fn line(&self, app: usize, entry: &Entry) -> io::Result<()> {
+        let app = &self.apps[app];
         let bytes = match self.json {
             true => line::json(entry, Some(app.as_str())),
             false => self.text(app, entry),

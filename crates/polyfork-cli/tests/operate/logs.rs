@@ -1,6 +1,7 @@
 //! What workers write, kept and read back.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -305,8 +306,135 @@ fn several_apps_are_read_together() {
     for name in ["web-1", "web-2"] {
         desk.start(&["-w", "1", "--name", name, "server.js"]);
     }
-    let text = desk.did(&["logs", "web-*", "--slot", "0", "-n", "1"]);
+    let text = desk.did(&["logs", "web-*", "--slot", "0", "-n", "all"]);
     let mut names: Vec<&str> = text.lines().filter_map(|line| line.split(' ').nth(1)).collect();
     names.sort_unstable();
+    names.dedup();
     assert_eq!(names, ["web-1", "web-2"], "{text}");
+}
+
+/// Folders of two apps that wrote in turns, in two slots and with a full file. The seconds are the lines' numbers.
+fn two_that_ended(desk: &Desk) {
+    let line =
+        |second: u32| format!("2026-11-23T06:56:{second:02}.000000Z 3 out number {second:02}\n");
+    let file = |path: &str, seconds: &[u32]| {
+        let path = desk.logs().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, seconds.iter().copied().map(line).collect::<String>()).unwrap();
+    };
+    file("shop/1.20261123T065606000000Z.log", &[0, 4]);
+    file("shop/1.log", &[8, 12]);
+    file("shop/2.log", &[2, 6, 10]);
+    file("soap/1.log", &[1, 3, 5]);
+    file("soap/2.log", &[7, 9, 11, 13]);
+}
+
+/// The number of each line, and whose it is.
+fn told(text: &str) -> Vec<(u32, String)> {
+    let number = |line: &str| line.rsplit(' ').next()?.parse().ok();
+    let app = |line: &str| line.split(' ').nth(1).map(str::to_owned);
+    text.lines().filter_map(|line| number(line).zip(app(line))).collect()
+}
+
+#[test]
+fn lines_of_several_apps_are_in_one_order() {
+    let desk = Desk::new();
+    two_that_ended(&desk);
+    let whose = |number: u32| if number % 2 == 0 { "shop" } else { "soap" }.to_owned();
+    let right = |from: u32| (from..14).map(|number| (number, whose(number))).collect::<Vec<_>>();
+    for names in [&["shop", "soap"][..], &["soap", "shop"], &["s*"]] {
+        let seen = |args: &[&str]| told(&desk.did(&[&["logs"], names, args].concat()));
+        assert_eq!(seen(&["-n", "all"]), right(0));
+        assert_eq!(seen(&["-n", "5"]), right(9));
+        assert_eq!(seen(&["-n", "all", "--since", "2026-11-23T06:56:04Z"]), right(4));
+        assert_eq!(seen(&["-n", "2", "--grep", "number 0"]), right(8)[..2]);
+        let slot = seen(&["-n", "all", "--slot", "1"]);
+        let numbers: Vec<u32> = slot.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers, [0, 1, 3, 4, 5, 8, 12]);
+    }
+    let text = desk.did(&["logs", "s*", "--json", "-n", "3"]);
+    let lines: Vec<_> = text.lines().map(read).collect();
+    let names: Vec<_> = lines.iter().map(|line| line["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["soap", "shop", "soap"]);
+    assert_eq!(lines[2]["line"], "number 13");
+}
+
+#[test]
+fn following_several_apps_begins_in_order_and_goes_on_with_all() {
+    let desk = Desk::new();
+    two_that_ended(&desk);
+    let mut follow = Running::start(desk.command(&["logs", "-f", "s*", "-n", "4"]));
+    let mut lines = Lines::of(follow.take_out());
+    lines.wait_for("number 13");
+    let append = |path: &str, second: u32| {
+        let mut file = fs::OpenOptions::new().append(true).open(desk.logs().join(path)).unwrap();
+        writeln!(file, "2026-11-23T06:56:{second:02}.000000Z 3 out number {second:02}").unwrap();
+    };
+    for (path, second) in [("soap/2.log", 14), ("shop/1.log", 15), ("soap/1.log", 16)] {
+        append(path, second);
+        lines.wait_for(&format!("number {second:02}"));
+    }
+    let numbers: Vec<u32> =
+        told(&lines.seen.join("\n")).into_iter().map(|(number, _)| number).collect();
+    assert_eq!(numbers, (10..17).collect::<Vec<_>>());
+}
+
+/// What is before the cut of a damaged file, and everything else.
+#[test]
+fn a_file_that_cannot_be_read_keeps_nothing_else_from_being_shown() {
+    let desk = Desk::new();
+    two_that_ended(&desk);
+    let shop = desk.logs().join("shop");
+    let full = shop.join("1.20261123T065606000000Z.log");
+    // Two members; the second is cut off.
+    let mut packed = gzip(&fs::read(&full).unwrap());
+    let second = gzip(b"2026-11-23T06:56:05.000000Z 3 out never seen\n");
+    packed.extend_from_slice(&second[..second.len() / 2]);
+    fs::write(full.with_extension("log.gz"), packed).unwrap();
+    fs::remove_file(&full).unwrap();
+    let secret = desk.place.file("secret", "2026-11-23T06:56:59.000000Z 3 out secret 59\n");
+    std::os::unix::fs::symlink(&secret, shop.join("3.log")).unwrap();
+    std::os::unix::fs::symlink(&secret, shop.join("1.20261123T065600000000Z.log.gz")).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        shop.join("4.log"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RWXU,
+        0,
+    )
+    .unwrap();
+    for (args, numbers) in [
+        (&["logs", "shop", "-n", "all"][..], &[0, 2, 4, 6, 8, 10, 12][..]),
+        (&["logs", "shop", "-n", "1"], &[12]),
+        (&["logs", "s*", "-n", "2"], &[12, 13]),
+    ] {
+        let shown = desk.does(args);
+        let seen: Vec<u32> = told(&shown.out).into_iter().map(|(number, _)| number).collect();
+        assert_eq!((seen.as_slice(), shown.code), (numbers, Some(1)), "{args:?}: {shown:?}");
+        assert!(!shown.out.contains("secret"), "{shown:?}");
+        for (file, why) in [("3.log", "a link is in the way"), ("4.log", "no file is in the way")] {
+            let path = shop.join(file).display().to_string();
+            let line = shown.err.lines().find(|line| line.contains(&path)).unwrap_or_default();
+            let parts = ["polyfork: shop: cannot read", why, "remove it"];
+            assert!(parts.iter().all(|part| line.contains(part)), "{args:?}: {shown:?}");
+        }
+        assert_eq!(shown.err.contains(".log.gz: "), numbers.len() > 2, "{args:?}: {shown:?}");
+    }
+    let shown = desk.does(&["logs", "shop", "-n", "1", "--json"]);
+    let lines: Vec<_> = shown.out.lines().map(read).collect();
+    assert_eq!(lines[0]["line"], "number 12");
+    assert!(lines[1..].iter().all(|line| line["error"]["exit_code"] == 1), "{shown:?}");
+    // Who follows sees the rest as well.
+    let mut follow = Running::start(desk.command(&["logs", "-f", "shop", "-n", "1"]));
+    let mut lines = Lines::of(follow.take_out());
+    lines.wait_for("number 12");
+    let mut file = fs::OpenOptions::new().append(true).open(shop.join("2.log")).unwrap();
+    file.write_all(b"2026-11-23T06:56:58.000000Z 3 out number 58\n").unwrap();
+    lines.wait_for("number 58");
+}
+
+fn gzip(text: &[u8]) -> Vec<u8> {
+    let mut to = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    to.write_all(text).expect("packed");
+    to.finish().expect("packed")
 }
