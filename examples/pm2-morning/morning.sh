@@ -47,7 +47,7 @@ say polyfork apply --dry-run
 say polyfork apply
 
 # PM2: pm2 logs. Both in the order of time.
-say polyfork logs shop mail -n 10
+say polyfork logs shop mail -n 40
 
 # PM2: pm2 delete all
 say polyfork stop --all
