@@ -187,13 +187,22 @@ fn how_to_be_permitted(address: &Address) -> String {
     }
 }
 
+/// Whether a terminal would obey it, or show nothing: control characters, those that turn the direction of writing, end lines
+/// or have no width. Joiners of letters and emoji are left alone.
+pub(crate) fn is_unseen(c: char) -> bool {
+    c.is_control()
+        || matches!(c,
+            '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+}
+
 /// A line of a worker for a terminal: colours are obeyed, all other control characters are shown.
 pub(crate) fn colours_only(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     let mut safe = String::with_capacity(text.len());
     let mut rest = &*text;
     let mut coloured = false;
-    while let Some(at) = rest.find(|c: char| c.is_control() && c != '\t') {
+    while let Some(at) = rest.find(|c: char| is_unseen(c) && c != '\t') {
         safe.push_str(&rest[..at]);
         rest = &rest[at..];
         let len = colour(rest);
@@ -240,7 +249,7 @@ pub(crate) fn plain(text: &str) -> String {
 /// Text of a worker for one line of a terminal: control characters are shown, not obeyed.
 pub(crate) fn harmless(text: &str) -> String {
     text.chars()
-        .flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] })
+        .flat_map(|c| if is_unseen(c) { c.escape_default().collect() } else { vec![c] })
         .collect()
 }
 
@@ -338,6 +347,20 @@ mod tests {
     #[test]
     fn control_characters_of_workers_are_shown() {
         assert_eq!(harmless("a\x1b[2Jb\n"), "a\\u{1b}[2Jb\\n");
+    }
+
+    #[test]
+    fn what_turns_or_hides_text_is_shown() {
+        let turned = "user\u{202e}nimda\u{2069} a\u{200b}b\u{feff}";
+        let shown = "user\\u{202e}nimda\\u{2069} a\\u{200b}b\\u{feff}";
+        assert_eq!(harmless(turned), shown);
+        assert_eq!(colours_only(turned.as_bytes()), shown);
+        // Words of every language, and emoji that are joined.
+        for text in ["עברית العربية", "नमस्ते", "می\u{200c}خواهم", "👩\u{200d}💻", "日本語 é"]
+        {
+            assert_eq!(harmless(text), text);
+            assert_eq!(colours_only(text.as_bytes()), text);
+        }
     }
 
     #[test]

@@ -146,7 +146,7 @@ fn with_addresses(
 fn about(args: &RunArgs, name: String, program: &OsStr, detected: &Detected) -> About {
     About {
         name,
-        program: words::harmless(&program.to_string_lossy()),
+        program: program.to_string_lossy().into_owned(),
         runtime: json::runtime_word(detected.runtime).to_owned(),
         dialect: detected.dialect.to_string(),
         policy: Policy::from(args.policy).to_string(),
