@@ -183,6 +183,15 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Not
         .map_err(|error| wrong::not_taken(&error, &args))
 }
 
+/// Whether a command line that was not understood asks for an answer as JSON, as far as that can be seen: `--json` stands
+/// among its words. `run` and `demo` write events, and those tell of no such thing.
+pub(crate) fn wants_json(args: impl IntoIterator<Item = OsString>) -> bool {
+    let mut args = args.into_iter().skip(1);
+    let verb = args.next().unwrap_or_default();
+    let answers = !["run", "demo", "primary", "upgrade-check"].iter().any(|other| verb == *other);
+    answers && args.take_while(|word| word != "--").any(|word| word == "--json")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,13 +7,14 @@
 //! The surprising rule: this very executable is also the demo's worker; it then is started by its own primary.
 #![forbid(unsafe_code)]
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use polyfork::child_process::run_entries;
 
 use crate::args::{NotRun, Verb};
 use crate::exit::Code;
+use crate::ledger::Verdict;
 
 mod advise;
 mod args;
@@ -69,8 +70,8 @@ fn main() -> ExitCode {
             Code::Stopped
         }
         Err(NotRun::Wrong(line)) => {
-            say(io::stderr(), &format!("polyfork: {line}\n"));
-            Code::Usage
+            let wrong = Verdict { code: Code::Usage, text: line };
+            operate::fail(&wrong, args::wants_json(std::env::args_os()))
         }
     };
     out::code(code).into()

@@ -13,11 +13,11 @@ use crate::out;
 pub(crate) async fn run(args: EventsArgs) -> Code {
     let mut apps = match targets::find(&[args.name]) {
         Ok(apps) => apps,
-        Err(verdict) => return fail(&verdict, false),
+        Err(verdict) => return fail(&verdict, args.json),
     };
     let (Some(app), true) = (apps.pop(), apps.is_empty()) else {
         let text = "events are those of one app; the pattern fits several".to_owned();
-        return fail(&Verdict { code: Code::Usage, text }, false);
+        return fail(&Verdict { code: Code::Usage, text }, args.json);
     };
     let deadline = Instant::now() + ANSWER_TIME;
     let opened = async {
@@ -27,13 +27,13 @@ pub(crate) async fn run(args: EventsArgs) -> Code {
     };
     let mut connection = match opened.await {
         Ok(connection) => connection,
-        Err(error) => return fail(&told(&app, &error), false),
+        Err(error) => return fail(&told(&app, &error), args.json),
     };
     loop {
         match connection.line().await {
             Ok(Some(line)) if out::write(&line) => {}
             Ok(_) => return Code::Stopped,
-            Err(error) => return fail(&told(&app, &error), false),
+            Err(error) => return fail(&told(&app, &error), args.json),
         }
     }
 }

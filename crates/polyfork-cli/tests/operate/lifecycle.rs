@@ -566,3 +566,40 @@ fn a_list_that_nobody_reads_is_no_error() {
     drop(running.take_out());
     assert_eq!(running.end().code(), Some(0));
 }
+
+#[test]
+fn with_json_an_error_of_the_command_line_is_json_as_well() {
+    let mut desk = Desk::new();
+    desk.start(&["-w", "1", "server.js"]);
+    for (args, code, part) in [
+        (&["scale", "--json", "server", "0"][..], 2, "'0'"),
+        (&["status", "--json"], 2, "NAME"),
+        (&["logs", "--json", "server", "--since", "banana"], 2, "banana"),
+        (&["ls", "--jsn", "--json"], 2, "--jsn"),
+        (&["events", "--json", "nope"], 10, "nope"),
+    ] {
+        let told = desk.does(args);
+        let error = &read(&told.out)["error"];
+        assert_eq!((told.code, &error["exit_code"]), (Some(code), &code.into()), "{told:?}");
+        let text = error["text"].as_str().expect("a text");
+        assert!(text.contains(part), "{args:?}: {told:?}");
+        assert_eq!(told.err, format!("polyfork: {text}\n"), "{args:?}");
+    }
+    for args in [&["scale", "server", "0"][..], &["ls", "--jsn", "--", "--json"]] {
+        let told = desk.does(args);
+        assert_eq!((told.code, told.out.as_str()), (Some(2), ""), "{told:?}");
+    }
+}
+
+#[test]
+fn a_program_of_an_odd_name_is_shown_without_harm_and_told_as_it_is() {
+    let mut desk = Desk::new();
+    let odd = "odd\u{1b}[31m\u{202e}.js";
+    desk.place.file(odd, "require('http').createServer().listen(0, '127.0.0.1')");
+    let app = desk.start(&["-w", "1", "--name", "odd", odd]);
+    assert_eq!(app["program"], odd);
+    assert_eq!(desk.status("odd")["program"], odd);
+    let shown = desk.did(&["status", "odd"]);
+    assert!(shown.contains("odd\\u{1b}[31m\\u{202e}.js"), "{shown:?}");
+    assert!(!shown.contains(['\u{1b}', '\u{202e}']), "{shown:?}");
+}
