@@ -123,9 +123,17 @@ fn maps_need_no_right() -> bool {
     major.is_none_or(|major: u32| major >= 6)
 }
 
+/// Finds out whether the user that is meant exists, and becomes nobody.
+///
+/// # Errors
+/// Who is not known.
+pub(crate) fn look_up(args: &IdentityArgs) -> Result<(), Refused> {
+    wanted(args).map(drop)
+}
+
 /// The account that is meant.
 fn wanted(args: &IdentityArgs) -> Result<Option<Account>, Refused> {
-    let Some(text) = args.user.as_deref().filter(|text| !text.is_empty()) else { return Ok(None) };
+    let Some(text) = args.user.as_deref() else { return Ok(None) };
     let refused =
         |why: String| Verdict { code: Code::Usage, text: format!("--user {}: {why}", shown(text)) };
     let (user, group) = split(text);

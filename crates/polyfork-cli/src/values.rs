@@ -180,6 +180,19 @@ pub(crate) fn umask(text: &str) -> Result<u32, String> {
     }
 }
 
+/// Takes whom to become. Nobody is no answer: it would leave root as it is.
+pub(crate) fn user(text: OsString) -> Result<OsString, String> {
+    let name = text.as_bytes().split(|byte| *byte == b':').next().unwrap_or_default();
+    match name.trim_ascii().is_empty() {
+        true => Err(
+            "it names no user; is the variable set that it comes from? Leave it out to stay who \
+                     you are"
+                .to_owned(),
+        ),
+        false => Ok(text),
+    }
+}
+
 /// Reads a duration, or `none` for no limit.
 pub(crate) fn limit(text: &str) -> Result<Option<Duration>, String> {
     match text.trim() {
@@ -386,6 +399,16 @@ mod tests {
         assert_eq!(size("2m"), Ok(2 << 20));
         for text in ["0", "", "KiB", "1x", "-1", "99999999999999999999", "18446744073709551615G"] {
             assert!(size(text).expect_err(text).contains("64KiB"));
+        }
+    }
+
+    #[test]
+    fn whoever_is_to_be_another_user_says_which() {
+        for text in ["www", "33:33", "www:"] {
+            assert_eq!(user(text.into()), Ok(text.into()));
+        }
+        for text in ["", " ", ":", ":adm"] {
+            assert!(user(text.into()).expect_err(text).contains("names no user"), "{text:?}");
         }
     }
 

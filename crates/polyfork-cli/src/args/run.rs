@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::TypedValueParser as _;
 use polyfork::cluster::{Address, Probe, Ready, RestartDelay, RestartPolicy, StopOn};
 
 use super::choices::{
@@ -313,7 +314,7 @@ pub(crate) struct IdentityArgs {
     ///
     /// NAME, NAME:GROUP or UID:GID. Groups are those of the account. Ports below 1024 can be bound all the same. What
     /// workers start cannot become root again. See docs/security.md.
-    #[arg(long, value_name = "NAME[:GROUP]", value_parser = clap::builder::OsStringValueParser::new(),
+    #[arg(long, value_name = "NAME[:GROUP]", value_parser = clap::builder::OsStringValueParser::new().try_map(values::user),
           env = "POLYFORK_USER", hide_env_values = true, help_heading = "Workers")]
     pub(crate) user: Option<OsString>,
 

@@ -1,7 +1,7 @@
 //! `polyfork check`: everything that can be known to be wrong before anything runs.
 //!
-//! Beyond what reading a file finds: programs and runtimes that are not there, folders that cannot be entered, addresses
-//! that two apps want. Starts nothing, binds nothing, and asks nobody.
+//! Beyond what reading a file finds: programs, runtimes and users that are not there, folders that cannot be entered,
+//! addresses that two apps want. Starts nothing, binds nothing, and asks nobody.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -139,14 +139,24 @@ pub(crate) fn look(apps: &[Wanted], file: &Path) -> Vec<Fault> {
                 continue;
             }
         };
-        // What is wrong with a folder is told of its key.
-        let key = |text: &str| if text.starts_with("--cwd") { "cwd" } else { "program" };
         if let Err(verdict) = crate::run::prepare::look_over(args) {
-            faults.push(fault(key(&verdict.text), verdict));
+            faults.push(fault(&key_of(&verdict, app), verdict));
         }
     }
     faults.extend(conflicts(apps, file));
     faults
+}
+
+/// The key that is at fault. What is wrong with an option begins with its name.
+fn key_of(verdict: &Verdict, app: &Wanted) -> String {
+    let word = verdict.text.split([' ', ':']).next().unwrap_or_default();
+    match word.strip_prefix("--") {
+        Some(option) => option.replace('-', "_"),
+        None if verdict.code == Code::NoRuntime && app.marks.contains_key("runtime") => {
+            "runtime".to_owned()
+        }
+        None => "program".to_owned(),
+    }
 }
 
 /// What two apps cannot both have.

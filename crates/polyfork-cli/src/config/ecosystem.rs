@@ -210,7 +210,7 @@ impl Reader<'_> {
 
     /// The value of a key or of its other names. `null` is as good as none.
     fn get(&self, names: &[&str]) -> Option<&Value> {
-        names.iter().find_map(|name| self.app.get(*name)).filter(|value| !value.is_null())
+        names.iter().filter_map(|name| self.app.get(*name)).find(|value| !value.is_null())
     }
 
     /// Text, or a number as text.
@@ -483,6 +483,14 @@ impl Reader<'_> {
 
     /// Another user is one that can be had, or a mistake. `can` is whether there is an option for it.
     fn user(&mut self, wanted: &mut Wanted, can: bool) {
+        for key in ["uid", "user", "gid"] {
+            let named = self.text(&[key]).is_some_and(|text| !text.trim().is_empty());
+            if self.get(&[key]).is_some() && !named {
+                // Passed over, it would run as whoever starts it.
+                self.wrong(format!("{key} names nobody; is the variable set that it comes from?"));
+                return;
+            }
+        }
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
         let user = std::env::var("USER").unwrap_or_default();
         let is_other = |asked: Option<String>, own: u32| {
@@ -747,6 +755,19 @@ mod tests {
         let (app, told) = one(json!({"script": "a.js", "uid": "nobody-at-all"}));
         let refused = told.iter().any(|line| line.contains("nobody-at-all"));
         assert!(refused || app.options["user"] == ["nobody-at-all"], "{told:?}");
+        for app in
+            [json!({"user": ""}), json!({"uid": " "}), json!({"gid": ""}), json!({"uid": true})]
+        {
+            let mut app = app;
+            app["script"] = "a.js".into();
+            let (app, told) = one(app);
+            assert!(
+                told[0].contains("names nobody") && !app.options.contains_key("user"),
+                "{told:?}"
+            );
+        }
+        let (app, told) = one(json!({"script": "a.js", "uid": null, "user": "nobody-at-all"}));
+        assert!(app.options["user"] == ["nobody-at-all"], "null is as good as none: {told:?}");
         let (_, told) =
             one(json!({"script": "a.js", "pmx": false, "vizion": null, "exec_mod": "fork"}));
         assert_eq!(told.len(), 2, "{told:?}");

@@ -25,6 +25,7 @@ use crate::config::live::Live;
 use crate::config::renew::Renewal;
 use crate::control::book::About;
 use crate::exit::Code;
+use crate::identity;
 use crate::ledger::Verdict;
 use crate::manager;
 use crate::metrics::server as metrics_server;
@@ -169,6 +170,7 @@ pub(super) fn read_again(live: &Live) -> Result<(Settings, Detected), String> {
 /// What would.
 pub(crate) fn look_over(args: StartArgs) -> Result<(), Refused> {
     no_foreground(&args.run)?;
+    identity::look_up(&args.run.identity)?;
     prepare(args.run).map(drop)
 }
 

@@ -82,7 +82,16 @@ fn programs_folders_and_addresses_are_looked_at() {
     for (text, code, part) in [
         ("[app.a]\nprogram = \"nothing.js\"\n", 3, ":2:11: app a:"),
         ("[app.a]\nprogram = \"server.js\"\nruntime = \"no-such-node\"\n", 4, "no-such-node"),
+        ("[app.a]\nprogram = \"server.js\"\nruntime = \"no-such-node\"\n", 4, ":3:11: app a:"),
         ("[app.a]\nprogram = \"server.js\"\ncwd = \"nowhere\"\n", 2, "no such directory"),
+        ("[app.a]\nprogram = \"server.js\"\nuser = \"nobodyx\"\n", 2, ":3:8: app a:"),
+        ("[app.a]\nprogram = \"server.js\"\nuser = \"nobodyx\"\n", 2, "no such user: nobodyx"),
+        (
+            "[app.a]\nprogram = \"server.js\"\nuser = \"\"\n",
+            2,
+            ":3:8: app a: user: it names no user",
+        ),
+        ("[app.a]\nprogram = \"server.js\"\nmetrics = \"0.0.0.0:9\"\n", 2, ":3:11: app a:"),
         (
             "[defaults]\ndialect = \"sockets\"\nlisten = \":4711\"\n[app.a]\nprogram = \"server.js\"\n[app.b]\nprogram = \"server.js\"\n",
             5,
@@ -167,4 +176,28 @@ fn the_schema_has_what_the_parser_takes() {
         let told = desk.does(&["check", "one.toml"]).err;
         assert!(!told.contains("unknown key") && !told.contains(&format!("{key} is ")), "{told}");
     }
+}
+
+#[test]
+fn a_user_that_is_named_and_empty_is_refused_wherever_it_is_named() {
+    let desk = Desk::new();
+    for verb in ["run", "start"] {
+        let told = desk.refuses(&[verb, "--user", "", "-w", "1", "server.js"], 2);
+        assert!(told.contains("--user") && told.contains("names no user"), "{told}");
+        let mut command = desk.command(&[verb, "-w", "1", "server.js"]);
+        command.env("POLYFORK_USER", "");
+        let done = super::support::ended(command);
+        assert_eq!(done.code, Some(2), "{done:?}");
+        assert!(done.err.contains("names no user"), "{done:?}");
+    }
+    desk.place.file("polyfork.toml", "[app.a]\nprogram = \"server.js\"\nuser = \"\"\n");
+    let js =
+        "module.exports = { apps: [{ script: 'server.js', uid: process.env.NO_SUCH_USER || '' }] }";
+    desk.place.file("ecosystem.config.js", js);
+    for file in ["polyfork.toml", "ecosystem.config.js"] {
+        for verb in ["check", "start", "run", "apply"] {
+            desk.refuses(&[verb, file], 2);
+        }
+    }
+    assert_eq!(desk.listed(), []);
 }
