@@ -17,6 +17,7 @@ use crate::args::start::{LogArgs, StartArgs};
 use crate::args::{Cli, Verb};
 use crate::exit::Code;
 use crate::ledger::Verdict;
+use crate::operate::start::Starting;
 use crate::words;
 
 use fault::Fault;
@@ -318,18 +319,22 @@ fn with_live(
     Ok(args)
 }
 
-/// What `start` starts: the words for the background's end of each app. `None`: the program of the command line.
+/// What `start` starts: each app, with the words for its background's end. `None`: the program of the command line.
 ///
 /// # Errors
 /// What is wrong with the file, or with what was named.
-pub(crate) fn for_start(args: &StartArgs) -> Result<Option<Vec<Vec<OsString>>>, Verdict> {
+pub(crate) fn for_start(args: &StartArgs) -> Result<Option<Vec<Starting>>, Verdict> {
     let (loaded, names) = match meant(&args.run, "start")? {
         Meant::Program => return Ok(None),
         Meant::Apps(loaded, names) => (loaded, names),
     };
     let options = option_words(&own_words(), &args.run.command);
     let chosen = loaded.choose(&names)?;
-    Ok(Some(chosen.iter().map(|app| start_words(&options, app)).collect()))
+    let starting = |app: &Wanted| {
+        let name = args.run.name.as_ref().unwrap_or(&app.name);
+        (Some(words::harmless(name)), start_words(&options, app))
+    };
+    Ok(Some(chosen.iter().map(starting).collect()))
 }
 
 /// What the background's end of an app is told.

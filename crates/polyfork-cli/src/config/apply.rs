@@ -368,7 +368,8 @@ async fn start_one(wanted: &Wanted, profile: Option<&str>) -> Result<Value, Verd
     let profile: Vec<OsString> =
         profile.map(|profile| vec!["--profile".into(), profile.into()]).unwrap_or_default();
     let words = super::start_words(&profile, wanted);
-    let app = start::one(words).await.map_err(|refused| refused.whole())?;
+    let app =
+        start::one((Some(wanted.name.clone()), words)).await.map_err(|refused| refused.whole())?;
     start::tell(&app);
     Ok(app)
 }

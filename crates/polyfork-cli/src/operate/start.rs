@@ -23,9 +23,14 @@ use crate::ledger::Verdict;
 use crate::run::shown_name;
 use crate::{out, words};
 
+/// An app that is started: what it is called, if a file has it, and the words for its primary.
+pub(crate) type Starting = (Option<String>, Vec<OsString>);
+
 /// What was told so far.
 #[derive(Default)]
 struct Told {
+    /// The app, where it is one of a file: it may be one of several.
+    app: Option<String>,
     /// Of the last slot that was given up.
     last_lines: Vec<String>,
 }
@@ -34,6 +39,8 @@ struct Told {
 #[derive(Serialize)]
 struct NotStarted<'a> {
     version: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
     error: ErrorShape<'a>,
     last_lines: &'a [String],
 }
@@ -41,20 +48,17 @@ struct NotStarted<'a> {
 /// Why it did not start, with what its last worker wrote.
 #[derive(Debug)]
 pub(crate) struct NotReady {
+    /// The app, where it is one of a file.
+    app: Option<String>,
     verdict: Verdict,
     last_lines: Vec<String>,
-}
-
-impl From<Verdict> for NotReady {
-    fn from(verdict: Verdict) -> NotReady {
-        NotReady { verdict, last_lines: Vec::new() }
-    }
 }
 
 impl NotReady {
     /// All of it as one complaint.
     pub(crate) fn whole(self) -> Verdict {
-        let Verdict { code, mut text } = self.verdict;
+        let code = self.verdict.code;
+        let mut text = self.text();
         if !self.last_lines.is_empty() {
             text.push_str("; the last lines that its last worker wrote to standard error:");
         }
@@ -64,10 +68,20 @@ impl NotReady {
         Verdict { code, text }
     }
 
+    /// What went wrong, with which app.
+    fn text(&self) -> String {
+        match &self.app {
+            // That says itself which one.
+            Some(_) if self.verdict.code == Code::AlreadyRunning => self.verdict.text.clone(),
+            app => about(app.as_deref(), &self.verdict.text),
+        }
+    }
+
     fn complain(&self) {
-        complain(&self.verdict.text);
+        complain(&self.text());
         if !self.last_lines.is_empty() {
-            remark("the last lines that its last worker wrote to standard error:");
+            let text = "the last lines that its last worker wrote to standard error:";
+            remark(&about(self.app.as_deref(), text));
             let lines = self.last_lines.iter();
             let lines = lines.map(|line| format!("    {}\n", words::harmless(line)));
             crate::say(io::stderr(), &lines.collect::<String>());
@@ -76,8 +90,13 @@ impl NotReady {
 
     fn shape(&self) -> NotStarted<'_> {
         let error = ErrorShape::of(&self.verdict);
-        NotStarted { version: VERSION, error, last_lines: &self.last_lines }
+        let name = self.app.as_deref();
+        NotStarted { version: VERSION, name, error, last_lines: &self.last_lines }
     }
+}
+
+fn about(app: Option<&str>, text: &str) -> String {
+    app.map_or_else(|| text.to_owned(), |app| format!("{app}: {text}"))
 }
 
 /// Runs the verb.
@@ -92,7 +111,7 @@ pub(crate) async fn run(args: StartArgs) -> Code {
 
 /// Starts the program of this command line.
 async fn program(json: bool) -> Code {
-    match one(std::env::args_os().skip(2).collect()).await {
+    match one((None, std::env::args_os().skip(2).collect())).await {
         Ok(app) if json => {
             out::json(&app);
             if out::is_lost() {
@@ -115,10 +134,10 @@ async fn program(json: bool) -> Code {
 }
 
 /// Starts apps of a configuration at the same time.
-async fn several(apps: Vec<Vec<OsString>>, json: bool) -> Code {
+async fn several(apps: Vec<Starting>, json: bool) -> Code {
     let mut starting = JoinSet::new();
-    for (number, words) in apps.into_iter().enumerate() {
-        starting.spawn(async move { (number, one(words).await) });
+    for (number, app) in apps.into_iter().enumerate() {
+        starting.spawn(async move { (number, one(app).await) });
     }
     let mut outcomes = Vec::new();
     while let Some(outcome) = starting.join_next().await {
@@ -149,13 +168,14 @@ async fn several(apps: Vec<Vec<OsString>>, json: bool) -> Code {
 ///
 /// # Errors
 /// Why it is not.
-pub(crate) async fn one(words: Vec<OsString>) -> Result<Value, NotReady> {
-    let mut child = spawn(&words)
-        .map_err(|text| Verdict { code: Code::Unexpected, text: words::plain(&text) })?;
-    let mut told = Told::default();
-    wait(&mut child, &mut told)
-        .await
-        .map_err(|verdict| NotReady { verdict, last_lines: told.last_lines })
+pub(crate) async fn one((app, words): Starting) -> Result<Value, NotReady> {
+    let mut told = Told { app, ..Told::default() };
+    let started = match spawn(&words) {
+        Ok(mut child) => wait(&mut child, &mut told).await,
+        Err(text) => Err(Verdict { code: Code::Unexpected, text: words::plain(&text) }),
+    };
+    let Told { app, last_lines } = told;
+    started.map_err(|verdict| NotReady { app, verdict, last_lines })
 }
 
 /// Its words are for nobody else's eyes; what stands in lists of processes says which app it is.
@@ -268,9 +288,9 @@ fn take(event: &Value, told: &mut Told) -> Option<Result<Value, Verdict>> {
             None
         }
         "notice" | "bind_failed" => {
-            let about =
+            let slot =
                 event["slot"].as_u64().map_or(String::new(), |slot| format!("slot {slot}: "));
-            remark(&format!("{about}{text}"));
+            remark(&about(told.app.as_deref(), &format!("{slot}{text}")));
             None
         }
         _ => None,

@@ -94,3 +94,39 @@ fn a_program_of_a_folder_with_a_file_is_still_a_program() {
     desk.did(&["stop", "server"]);
     assert!(super::desk::is_over(&primary));
 }
+
+#[test]
+fn of_several_apps_every_complaint_says_which_it_is_about() {
+    let mut desk = Desk::new();
+    desk.place.file("bad.js", "console.error('no vault'); process.exit(9)");
+    let text = "[defaults]\nworkers = 1\nrestart_limit = \"0/1m\"\n[app.good]\nprogram = \"server.js\"\n\
+                [app.bad]\nprogram = \"bad.js\"\n[app.none]\nprogram = \"nofile.js\"\n";
+    desk.place.file("polyfork.toml", text);
+    let done = desk.does(&["start", "--json"]);
+    let told = read(&done.out);
+    desk.adopt(&told[0]);
+    let named: Vec<_> = told.as_array().expect("an array").iter().map(|app| &app["name"]).collect();
+    assert_eq!(named, ["good", "bad", "none"]);
+    assert_eq!(done.code, Some(7), "{done:?}");
+    assert_eq!(told[1]["error"]["code"], "failed");
+    for part in [
+        "polyfork: bad: every slot was given up",
+        "bad: the last lines that its last worker wrote",
+        "polyfork: none: no such program",
+    ] {
+        assert!(done.err.contains(part), "{part:?} is not in {}", done.err);
+    }
+    desk.did(&["stop", "good"]);
+    // What `apply` starts is told of in the same way.
+    desk.place.file("polyfork.toml", &text.replace("nofile.js", "bad.js"));
+    let done = desk.does(&["apply", "--json"]);
+    read(&done.out)["apps"].as_array().expect("apps").iter().for_each(|app| {
+        if app["name"] == "good" {
+            desk.adopt(&app["result"]);
+        }
+    });
+    for name in ["bad", "none"] {
+        let part = format!("polyfork: {name}: every slot was given up");
+        assert!(done.err.contains(&part), "{part:?} is not in {}", done.err);
+    }
+}
