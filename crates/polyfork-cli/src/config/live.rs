@@ -1,7 +1,7 @@
 //! The configuration of an app that runs: read again at every reload, and told to whoever compares.
 //!
 //! The surprising rule: what was read counts only once a reload with it has succeeded. Until then, and if it fails, the app
-//! is what it was, and so is what it tells. What a reload cannot take over stays as it was told before.
+//! is what it was, and so is what it tells. What a reload cannot take over stays as it was told before, and is named.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -11,9 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::renew::{Renewal, Times};
-use super::wanted::{Digest, Wanted};
+use super::wanted::{Digest, Takes, Wanted};
 use crate::args::run::RunArgs;
 use crate::ledger::Verdict;
+use crate::words;
 
 /// Where options came from.
 #[derive(Clone)]
@@ -32,6 +33,8 @@ struct Inner {
 struct Taken {
     now: Digest,
     next: Option<(Digest, Times)>,
+    /// Keys that differ by what was read last, and that no reload changes.
+    left: Vec<String>,
 }
 
 /// A configuration as it is carried to the next image of the primary. What was read and has not taken effect is not.
@@ -59,7 +62,8 @@ impl Live {
         words: Vec<OsString>,
     ) -> Live {
         let salt = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), &app.name);
-        let taken = Taken { now: Digest::of(app, profile.as_deref(), salt), next: None };
+        let taken =
+            Taken { now: Digest::of(app, profile.as_deref(), salt), next: None, left: Vec::new() };
         let (file, name) = (app.file.clone(), app.name.clone());
         let verb = verb.to_owned();
         Live(Arc::new(Inner { verb, file, app: name, profile, words, taken: Mutex::new(taken) }))
@@ -79,7 +83,7 @@ impl Live {
 
     pub(crate) fn back(state: LiveState) -> Live {
         let LiveState { verb, file, app, profile, words, now } = state;
-        let taken = Mutex::new(Taken { now, next: None });
+        let taken = Mutex::new(Taken { now, next: None, left: Vec::new() });
         Live(Arc::new(Inner { verb, file, app, profile, words, taken }))
     }
 
@@ -102,8 +106,32 @@ impl Live {
         let args = super::layered(verb, words, &wanted)?.run;
         let salt_of = self.digest();
         let next = salt_of.like(&wanted, profile.as_deref());
-        self.taken().next = Some((next, Times::of(&args)));
+        let changes = salt_of.changes(&wanted, profile.as_deref());
+        let fixed = changes.into_iter().filter(|change| change.takes == Takes::Replace);
+        let taken = &mut *self.taken();
+        taken.left = fixed.map(|change| change.key).collect();
+        taken.next = Some((next, Times::of(&args)));
         Ok(args)
+    }
+
+    /// Keys that the file has otherwise than what runs: the last reload could not take them over.
+    pub(crate) fn left(&self) -> Vec<String> {
+        self.taken().left.clone()
+    }
+
+    /// The same for people, with what to do about it.
+    pub(crate) fn left_told(&self) -> Option<String> {
+        let left = self.left();
+        let profile = self.0.profile.as_ref();
+        let profile = profile.map_or(String::new(), |name| format!("--profile {name} "));
+        (!left.is_empty()).then(|| {
+            words::harmless(&format!(
+                "left as it was, since no reload can change it: {}; `polyfork apply --replace {profile}{}`, or a stop \
+                 and a start, takes that over",
+                left.join(", "),
+                self.0.file.display()
+            ))
+        })
     }
 
     /// What was read last has taken effect.

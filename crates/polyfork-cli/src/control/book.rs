@@ -266,6 +266,11 @@ impl Book {
         self.about.live.as_ref().map(Live::digest).unwrap_or_default()
     }
 
+    /// Where it came from, if that is a file.
+    pub(crate) fn live(&self) -> Option<&Live> {
+        self.about.live.as_ref()
+    }
+
     /// Notes that it was asked to stop.
     pub(crate) fn stops(&mut self) {
         self.stopping = true;

@@ -280,6 +280,9 @@ impl Watch {
             self.manager.event(&event);
             if let (Event::Reloaded(_), Some(live)) = (&event, &self.about.live) {
                 live.commit(&self.renewal);
+                if let Some(text) = live.left_told() {
+                    cluster.remark(Notice { code: "left-as-it-was", who: None, text });
+                }
             }
             self.ledger.borrow_mut().event(&event);
             if let Some(control) = &self.control {

@@ -113,3 +113,29 @@ fn a_minute_of_the_clock_on_the_wall_reloads() {
         desk.did(&["logs", "shop", "-n", "all", "--slot", "0"]).contains("it is time (* * * * *)")
     );
 }
+
+#[test]
+fn what_a_reload_leaves_as_it_was_is_named_with_what_to_do() {
+    let (desk, app) = started("");
+    let logs = || desk.did(&["logs", "shop", "-n", "all", "--slot", "0"]);
+    write(&desk, "grace = \"5s\"", "blue");
+    let told = desk.does(&["reload", "--probation", "0", "shop"]);
+    assert!(told.code == Some(0) && !told.err.contains("left as it was"), "{told:?}");
+    write(&desk, "mechanism = \"handoff\"\nlog_size = \"1MiB\"", "green");
+    let told = desk.does(&["reload", "--probation", "0", "shop"]);
+    assert_eq!(told.code, Some(0), "{told:?}");
+    for part in
+        ["left as it was", "log_size, mechanism", "polyfork apply --replace", "polyfork.toml"]
+    {
+        assert!(told.err.contains(part), "{part:?} is not in {}", told.err);
+    }
+    assert_eq!(answer(&app)["COLOUR"], "green");
+    let notices = || logs().matches("left as it was").count();
+    eventually("a notice", notices, |notices| *notices == 1);
+    // It differs as long as it differs, however the reload was asked for.
+    let told = desk.json(&["reload", "--json", "--probation", "0", "shop"]);
+    assert_eq!(told["result"]["left"], serde_json::json!(["log_size", "mechanism"]));
+    eventually("a second notice", notices, |notices| *notices == 2);
+    signal(&pidfd(app["pid"].as_u64().unwrap()), Signal::HUP);
+    eventually("a third notice", notices, |notices| *notices == 3);
+}

@@ -15,6 +15,7 @@ use tokio::sync::broadcast;
 use tokio::time::timeout;
 
 use super::{Control, LAST_ANSWERS, lock};
+use crate::config::live::Live;
 use crate::control::book::{Book, Progress};
 use crate::control::protocol::{self, Refusal, Request, Scale, Verb};
 use crate::exit::Code;
@@ -57,11 +58,18 @@ struct Reloaded {
     abandoned: Vec<String>,
     slowest_wait_ms: u128,
     took_ms: u128,
+    /// Keys of the configuration that no reload changes.
+    left: Vec<String>,
     text: String,
 }
 
 impl Reloaded {
-    fn of(report: &ReloadReport) -> Reloaded {
+    fn of(report: &ReloadReport, live: Option<&Live>) -> Reloaded {
+        let mut text = words::reloaded(report);
+        if let Some(left) = live.and_then(Live::left_told) {
+            text.push_str("; ");
+            text.push_str(&left);
+        }
         Reloaded {
             generation: report.generation,
             workers: report.workers,
@@ -71,7 +79,8 @@ impl Reloaded {
             abandoned: words::addresses(&report.abandoned),
             slowest_wait_ms: report.slowest_wait.as_millis(),
             took_ms: report.took.as_millis(),
-            text: words::reloaded(report),
+            left: live.map(Live::left).unwrap_or_default(),
+            text,
         }
     }
 }
@@ -213,7 +222,7 @@ impl Control {
         }
         let outcome = reloading.await.map_err(|_| Refusal::refused("the reload broke off"))?;
         match outcome {
-            Ok(report) => Ok(protocol::done(&Reloaded::of(&report))),
+            Ok(report) => Ok(protocol::done(&Reloaded::of(&report, self.book().live()))),
             Err(ReloadError::Busy { .. }) => Err(busy("reload")),
             // Nothing is wrong with the new version, and nobody goes on serving.
             Err(ReloadError::Stopping | ReloadError::Ended) => {
