@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use polyfork::cluster::Answers;
 use serde::Serialize;
 
 use super::args::CheckArgs;
@@ -16,6 +17,11 @@ use crate::exit::Code;
 use crate::ledger::Verdict;
 use crate::operate::{VERSION, complain, fail, remark};
 use crate::out;
+
+/// Names that are all told.
+const MOST_NAMES: usize = 12;
+/// When there are more, so many are.
+const FIRST_NAMES: usize = 5;
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -78,12 +84,22 @@ pub(crate) fn run(args: CheckArgs) -> Code {
     if json {
         out::json(&report(&loaded));
     } else if code == Code::Stopped {
-        let names: Vec<&str> = loaded.apps.iter().map(|app| app.name.as_str()).collect();
         let shown = loaded.file.display();
-        let plural = if names.len() == 1 { "app" } else { "apps" };
-        remark(&format!("{shown} is sound: {} {plural} ({})", names.len(), names.join(", ")));
+        remark(&format!("{shown} is sound: {}", counted(&loaded.apps)));
     }
     code
+}
+
+/// How many apps there are, and their names: of many only the first.
+fn counted(apps: &[Wanted]) -> String {
+    let plural = if apps.len() == 1 { "app" } else { "apps" };
+    let shown = if apps.len() > MOST_NAMES { FIRST_NAMES } else { apps.len() };
+    let names: Vec<&str> = apps.iter().take(shown).map(|app| app.name.as_str()).collect();
+    let more = match apps.len() - shown {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{} {plural} ({}{more})", apps.len(), names.join(", "))
 }
 
 /// Something to know, in one line or more.
@@ -127,6 +143,7 @@ fn problem(fault: &Fault) -> Problem<'_> {
 /// What is wrong with apps whose file is sound. `file` is what people call it.
 pub(crate) fn look(apps: &[Wanted], file: &Path) -> Vec<Fault> {
     let mut faults: Vec<Fault> = Vec::new();
+    let answers = Answers::default();
     for app in apps {
         let fault = |key: &str, Verdict { code, text }: Verdict| {
             let at = app.marks.get(key).or(app.at.as_ref()).cloned();
@@ -139,7 +156,7 @@ pub(crate) fn look(apps: &[Wanted], file: &Path) -> Vec<Fault> {
                 continue;
             }
         };
-        if let Err(verdict) = crate::run::prepare::look_over(args) {
+        if let Err(verdict) = crate::run::prepare::look_over(args, &answers) {
             faults.push(fault(&key_of(&verdict, app), verdict));
         }
     }

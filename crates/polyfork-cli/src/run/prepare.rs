@@ -11,8 +11,8 @@ use std::io;
 use std::path::Path;
 
 use polyfork::cluster::{
-    Address, CgroupLimits, DetectError, Detected, Dialect, Limits, Mechanism, Policy, Probe,
-    RestartPolicy, Settings, detect_with,
+    Address, Answers, CgroupLimits, DetectError, Detected, Dialect, Limits, Mechanism, Policy,
+    Probe, RestartPolicy, Settings,
 };
 
 use super::how_many::HowMany;
@@ -37,6 +37,11 @@ use crate::{values, words};
 /// # Errors
 /// What is wrong with them, or with the program.
 pub(super) fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
+    prepare_with(args, &Answers::default())
+}
+
+/// The same for one app of many: `answers` are what runtimes said before.
+fn prepare_with(args: RunArgs, answers: &Answers) -> Result<Prepared, Refused> {
     let show = shown(&args)?;
     if let Some(directory) = args.cwd.as_deref() {
         enterable(directory)
@@ -52,7 +57,7 @@ pub(super) fn prepare(args: RunArgs) -> Result<Prepared, Refused> {
         )));
     }
     let pairs = pairs(&args.env)?;
-    let detected = detected(&args, program, arguments, &pairs)?;
+    let detected = detected(&args, program, arguments, &pairs, answers)?;
     let HowMany { workers, why: workers_why, notice } = HowMany::of(args.workers);
     let name = name_of(&args);
     let settings = Settings::new(program).args(arguments).workers(workers).name(&name);
@@ -81,10 +86,12 @@ fn detected(
     program: &OsStr,
     arguments: &[OsString],
     pairs: &[(OsString, OsString)],
+    answers: &Answers,
 ) -> Result<Detected, Refused> {
     let path = pairs.iter().rev().find(|(key, _)| key == "PATH").map(|(_, path)| path.as_os_str());
     let runtime = args.runtime.as_deref().filter(|name| !name.is_empty());
-    let found = detect_with(program, arguments, args.cwd.as_deref(), path, runtime)
+    let found = answers
+        .detect(program, arguments, args.cwd.as_deref(), path, runtime)
         .map_err(|error| not_run(&error))?;
     let dialect = args.dialect.dialect().unwrap_or(found.dialect);
     Ok(Detected { dialect, ..found })
@@ -164,14 +171,15 @@ pub(super) fn read_again(live: &Live) -> Result<(Settings, Detected), String> {
     Ok((prepared.settings, prepared.start.detected))
 }
 
-/// Finds out what would keep an app from being started, as far as that can be known without starting it.
+/// Finds out what would keep an app from being started, as far as that can be known without starting it. It may be one of
+/// many: `answers` are what runtimes said before.
 ///
 /// # Errors
 /// What would.
-pub(crate) fn look_over(args: StartArgs) -> Result<(), Refused> {
+pub(crate) fn look_over(args: StartArgs, answers: &Answers) -> Result<(), Refused> {
     no_foreground(&args.run)?;
     identity::look_up(&args.run.identity)?;
-    prepare(args.run).map(drop)
+    prepare_with(args.run, answers).map(drop)
 }
 
 /// What makes sense in the foreground alone.

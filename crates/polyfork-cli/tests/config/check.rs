@@ -201,3 +201,37 @@ fn a_user_that_is_named_and_empty_is_refused_wherever_it_is_named() {
     }
     assert_eq!(desk.listed(), []);
 }
+
+#[test]
+fn of_many_apps_the_runtime_is_asked_once_and_the_first_are_named() {
+    use std::os::unix::fs::PermissionsExt;
+    let desk = Desk::new();
+    let mut text: String =
+        (0..40).map(|n| format!("[app.a{n}]\nprogram = \"server.js\"\n")).collect();
+    std::fs::create_dir(desk.place.path().join("other")).expect("a folder");
+    text.push_str("[app.b]\nprogram = \"../server.js\"\ncwd = \"other\"\n");
+    desk.place.file("polyfork.toml", &text);
+    // It stands for Node, as version managers have it: what it answers may depend on the folder.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let node = std::env::split_paths(&path).map(|folder| folder.join("node"));
+    let node = node.filter(|node| node.is_file()).next().expect("node");
+    let shims = desk.place.path().join("shims");
+    std::fs::create_dir(&shims).expect("a folder");
+    let asked = shims.join("asked");
+    let shim =
+        format!("#!/bin/sh\necho x >> {}\nexec {} \"$@\"\n", asked.display(), node.display());
+    std::fs::write(shims.join("node"), shim).expect("write");
+    std::fs::set_permissions(shims.join("node"), std::fs::Permissions::from_mode(0o755))
+        .expect("chmod");
+    let mut command = desk.command(&["check"]);
+    command.env(
+        "PATH",
+        std::env::join_paths([shims].into_iter().chain(std::env::split_paths(&path)))
+            .expect("a path"),
+    );
+    let done = super::support::ended(command);
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert!(done.err.contains("41 apps (a0, a1, a2, a3, a4 and 36 more)"), "{done:?}");
+    let asked = std::fs::read_to_string(asked).expect("asked").lines().count();
+    assert_eq!(asked, 2, "once in each folder");
+}

@@ -25,6 +25,7 @@ use super::settings::Dialect;
 mod ask;
 mod find;
 
+pub use ask::Answers;
 use find::{Kind, Search, Shebang};
 
 /// The oldest Node whose cluster messages were tried.
@@ -326,10 +327,27 @@ pub fn detect_with(
     path_env: Option<&OsStr>,
     runtime: Option<&OsStr>,
 ) -> Result<Detected, DetectError> {
-    let search = Search::new(cwd, path_env);
-    let path = search.program(program)?;
-    let question = Question { search: &search, program, args, runtime };
-    question.about(&path)
+    Answers::default().detect(program, args, cwd, path_env, runtime)
+}
+
+impl Answers {
+    /// [`detect_with`], which asks each runtime once, however many programs it runs.
+    ///
+    /// # Errors
+    /// As [`detect`].
+    pub fn detect(
+        &self,
+        program: &OsStr,
+        args: &[OsString],
+        cwd: Option<&Path>,
+        path_env: Option<&OsStr>,
+        runtime: Option<&OsStr>,
+    ) -> Result<Detected, DetectError> {
+        let search = Search::new(cwd, path_env);
+        let path = search.program(program)?;
+        let question = Question { search: &search, program, args, runtime, answers: self };
+        question.about(&path)
+    }
 }
 
 /// Everything that is known when a file is looked at.
@@ -338,6 +356,7 @@ struct Question<'a> {
     program: &'a OsStr,
     args: &'a [OsString],
     runtime: Option<&'a OsStr>,
+    answers: &'a Answers,
 }
 
 /// What executes, and what that is.
@@ -417,7 +436,9 @@ impl Question<'_> {
         executable: bool,
     ) -> Result<Option<Detected>, DetectError> {
         let Some(name) = ask::runtime_name(path).filter(|_| executable) else { return Ok(None) };
-        let Ok(real) = ask::real_path(name, path, self.search) else { return Ok(None) };
+        let Ok(real) = ask::real_path(name, path, self.search, self.answers) else {
+            return Ok(None);
+        };
         if !matches!(find::kind(&real), Ok(Kind::Elf { executable: true })) {
             return Ok(None);
         }
@@ -566,7 +587,7 @@ impl Question<'_> {
     }
 
     fn ask(&self, name: ask::Name, path: &Path) -> Result<Found, DetectError> {
-        let answer = ask::version(name, path, self.search)
+        let answer = ask::version(name, path, self.search, self.answers)
             .map_err(|error| DetectError::NoAnswer { exec: path.to_owned(), error })?;
         let runtime = match (name, answer) {
             (ask::Name::Node, Ok(version)) => Runtime::Node { version },

@@ -51,7 +51,7 @@ mod watchdog;
 mod worker;
 
 pub use cgroup::cgroup_folder;
-pub use detect::{DetectError, Detected, Runtime, Version, detect, detect_with};
+pub use detect::{Answers, DetectError, Detected, Runtime, Version, detect, detect_with};
 pub use event::{
     Carried, DecodeError, EncodeError, Event, Events, Message, Notice, Outcome, Via, Who,
 };

@@ -3,9 +3,13 @@
 //! Only files that are called exactly like a runtime are asked, so that no stranger is run with an argument it may
 //! misunderstand; only what answers like that runtime is believed.
 //!
+//! Whoever looks at many programs in one go asks each runtime once: [`Answers`].
+//!
 //! The surprising rule: what is asked is the file that was found, by its own path, because some change their character
 //! with their name (Bun called as `node` answers as a Node would).
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,7 +23,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
 use super::Version;
-use super::find::Search;
+use super::find::{self, Kind, Search};
 
 /// How long a runtime may take to answer. Tens of milliseconds are usual.
 const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
@@ -36,6 +40,45 @@ pub(super) enum Name {
 
 /// The version, or what was said instead.
 pub(super) type Answer = Result<Version, String>;
+
+/// What runtimes have said, for whoever looks at many programs in one go ([`Answers::detect`]).
+///
+/// Not to be kept: another version may come to lie under the same path.
+#[derive(Debug, Default)]
+pub struct Answers(RefCell<BTreeMap<Asked, Vec<u8>>>);
+
+/// A question, with all that its answer may depend on.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Asked {
+    exec: PathBuf,
+    args: &'static [&'static str],
+    /// Where it was asked, and with which `PATH`: what stands for a runtime may go by them.
+    at: Option<(PathBuf, OsString)>,
+}
+
+impl Answers {
+    fn run(
+        &self,
+        exec: &Path,
+        args: &'static [&'static str],
+        search: &Search,
+    ) -> io::Result<Vec<u8>> {
+        let at = (!is_itself(exec)).then(|| (search.directory.clone(), search.path.clone()));
+        let asked = Asked { exec: exec.to_owned(), args, at };
+        if let Some(said) = self.0.borrow().get(&asked) {
+            return Ok(said.clone());
+        }
+        let said = run(exec, args, search)?;
+        self.0.borrow_mut().insert(asked, said.clone());
+        Ok(said)
+    }
+}
+
+/// Whether a file is a runtime, rather than something that stands for one.
+fn is_itself(exec: &Path) -> bool {
+    let named = std::fs::canonicalize(exec).is_ok_and(|real| exact_name(&real).is_some());
+    named && matches!(find::kind(exec), Ok(Kind::Elf { .. }))
+}
 
 /// The runtime a file is called after, by the name it has in the end (links followed) or was found under.
 pub(super) fn runtime_name(path: &Path) -> Option<Name> {
@@ -57,8 +100,13 @@ fn exact_name(path: &Path) -> Option<Name> {
 ///
 /// # Errors
 /// It could not be started, or did not answer in time.
-pub(super) fn version(name: Name, exec: &Path, search: &Search) -> io::Result<Answer> {
-    let said = run(exec, &["--version"], search)?;
+pub(super) fn version(
+    name: Name,
+    exec: &Path,
+    search: &Search,
+    answers: &Answers,
+) -> io::Result<Answer> {
+    let said = answers.run(exec, &["--version"], search)?;
     Ok(read_version(name, &said).ok_or_else(|| first_line(&said)))
 }
 
@@ -66,10 +114,15 @@ pub(super) fn version(name: Name, exec: &Path, search: &Search) -> io::Result<An
 ///
 /// # Errors
 /// As [`version`], or when it names no absolute path.
-pub(super) fn real_path(name: Name, exec: &Path, search: &Search) -> io::Result<PathBuf> {
+pub(super) fn real_path(
+    name: Name,
+    exec: &Path,
+    search: &Search,
+    answers: &Answers,
+) -> io::Result<PathBuf> {
     let said = match name {
-        Name::Node | Name::Bun => run(exec, &["-p", "process.execPath"], search)?,
-        Name::Deno => run(exec, &["eval", "console.log(Deno.execPath())"], search)?,
+        Name::Node | Name::Bun => answers.run(exec, &["-p", "process.execPath"], search)?,
+        Name::Deno => answers.run(exec, &["eval", "console.log(Deno.execPath())"], search)?,
     };
     let line = said.trim_ascii();
     let path = PathBuf::from(OsString::from_vec(line.to_vec()));
