@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::args::ApplyArgs;
-use super::wanted::{Change, Digest, Takes, Wanted};
+use super::wanted::{Change, Digest, NEWER, Takes, Wanted};
 use super::{Loaded, check};
 use crate::control::folder::App;
 use crate::control::protocol::Raw;
@@ -165,6 +165,7 @@ fn told_change(change: &Change) -> String {
         (None, Some(to)) if matches!(change.takes, Takes::Reload) && change.key == "program" => {
             format!("    {key}: {}", crate::words::harmless(to))
         }
+        (None, Some(to)) if to == NEWER => format!("    {key}: changed since it was started"),
         (from, to) => format!("    {key}: {} -> {}", said(from), said(to)),
     }
 }

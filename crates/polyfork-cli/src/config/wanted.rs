@@ -146,7 +146,7 @@ impl Digest {
         }
         for (word, stamp) in &new.files {
             if self.files.get(word).is_some_and(|old| old != stamp) {
-                add(word, None, Some("a newer version".to_owned()), Takes::Reload);
+                add(word, None, Some(NEWER.to_owned()), Takes::Reload);
             }
         }
         let keys = |old: Vec<&String>, new: Vec<&String>| {
@@ -178,6 +178,9 @@ impl Digest {
         changes
     }
 }
+
+/// What a file has become that is named in the command.
+pub(crate) const NEWER: &str = "a newer version";
 
 /// One difference.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -75,6 +75,8 @@ fn what_runs_becomes_what_the_file_says_and_nothing_else_is_touched() {
     // A newer program, and a number that was changed by hand.
     desk.did(&["scale", "shop", "1"]);
     desk.place.file("tells.js", &TELLS.replace("version: 1", "version: 2"));
+    let told = desk.does(&["apply", "--dry-run"]).err;
+    assert!(told.contains("    tells.js: changed since it was started\n"), "{told}");
     let told = apply(&mut desk, &[]);
     assert_eq!(plan(&told), [does("shop", "reload"), does("mail", "reload")]);
     assert_eq!(answer(&shop)["version"], 2);
