@@ -154,8 +154,10 @@ pub(crate) fn named_or_here(file: Option<&Path>) -> Result<PathBuf, Verdict> {
 fn is_config_name(word: &OsStr) -> bool {
     let path = Path::new(word);
     let Some(name) = path.file_name().and_then(OsStr::to_str) else { return false };
-    let pm2 = name.contains(".config.") && name.starts_with("ecosystem");
-    let known = pm2 || name.ends_with(".toml") || matches!(name, "process.json" | "pm2.json");
+    // As PM2 has it: whatever stands before. No server is called so.
+    let pm2 = [".config.js", ".config.cjs", ".config.mjs"].iter().any(|end| name.ends_with(end));
+    let ecosystem = name.contains(".config.") && name.starts_with("ecosystem");
+    let known = pm2 || ecosystem || name.ends_with(".toml") || matches!(name, "process.json" | "pm2.json");
     known && path.is_file()
 }
 

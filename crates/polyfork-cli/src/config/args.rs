@@ -19,7 +19,7 @@ pub(crate) struct ConfigArgs {
     /// A configuration file; the words after the options are names of its apps then
     ///
     /// polyfork.toml, or ecosystem.config.js, .cjs, .mjs or .json of PM2. Where no program is given, the one in this folder is
-    /// taken. See docs/config.md.
+    /// taken. As PROGRAM, polyfork.toml and any NAME.config.js, .cjs or .mjs are configurations as well. See docs/config.md.
     #[arg(
         long,
         value_name = "FILE",

@@ -184,3 +184,24 @@ fn a_pm2_users_morning() {
     let served = done.out.matches("shop 2, worker").count();
     assert_eq!(served, 2, "after the bad deploy as before it: {}", done.out);
 }
+
+#[test]
+fn any_config_js_that_is_named_is_an_ecosystem_file() {
+    for (file, text) in [
+        ("big.config.js", "module.exports = { apps: [{ name: 'big', script: 'tells.js' }] }"),
+        ("big.config.cjs", "module.exports = { apps: [{ name: 'big', script: 'tells.js' }] }"),
+        ("big.config.mjs", "export default { apps: [{ name: 'big', script: 'tells.js' }] }"),
+    ] {
+        let mut desk = Desk::new();
+        desk.place.file("tells.js", TELLS);
+        desk.place.file(file, text);
+        assert_eq!(started(&mut desk, file)["name"], "big", "{file}");
+        desk.did(&["stop", "big"]);
+        let mut events = super::support::Events::of(desk.command(&["run", "--json", file]));
+        events.wait_for("ready");
+        events.running.signal(rustix::process::Signal::TERM);
+        assert_eq!(events.end().0, 0);
+        // It is not looked for.
+        assert!(desk.refuses(&["start"], 2).contains("no program given"));
+    }
+}
