@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use polyfork::cluster::{Event, Exit, Outcome, OutputLine, Reason, Stream};
+use polyfork::cluster::{Event, Exit, Outcome, OutputLine, Ready, Reason, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::Code;
@@ -24,6 +24,9 @@ pub(crate) struct Ledger {
     given_up: Option<u32>,
     /// Workers write for themselves: what they write is not known.
     deaf: bool,
+    /// What makes a worker ready. Of use at the start, and not carried to the next image.
+    #[serde(skip)]
+    ready: Ready,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -43,9 +46,14 @@ pub(crate) struct Verdict {
 }
 
 impl Ledger {
+    /// For workers that are ready when this is so.
+    pub(crate) fn awaiting(ready: Ready) -> Ledger {
+        Ledger { ready, ..Ledger::default() }
+    }
+
     /// For workers that write for themselves.
-    pub(crate) fn deaf() -> Ledger {
-        Ledger { deaf: true, ..Ledger::default() }
+    pub(crate) fn deaf(self) -> Ledger {
+        Ledger { deaf: true, ..self }
     }
 
     /// Whether a slot without last lines has written none.
@@ -130,10 +138,7 @@ impl Ledger {
     fn failed(&self, last: Reason, what: &str) -> Verdict {
         let silent = self.given_up.is_some_and(|slot| self.last_lines(slot).next().is_none());
         let (code, next) = match last {
-            Reason::NeverReady => (
-                Code::NeverReady,
-                "does it listen? --ready and --ready-timeout set what is waited for",
-            ),
+            Reason::NeverReady => (Code::NeverReady, awaited(self.ready)),
             Reason::Exited(Exit::NotStarted) => (Code::NoProgram, "can it be executed?"),
             Reason::Exited(Exit::Code(0)) => {
                 (Code::Failed, "a server must keep running; does it go to the background?")
@@ -145,6 +150,24 @@ impl Ledger {
             _ => (Code::Failed, "its last lines on standard error say more"),
         };
         Verdict { code, text: format!("{what}: the last worker {}; {next}", words::ended(last)) }
+    }
+}
+
+/// What a worker that never got ready should have done.
+fn awaited(ready: Ready) -> &'static str {
+    match ready {
+        Ready::Message => {
+            "it did not send the message it was waited for: process.send('ready') says it (--ready message, or \
+             wait_ready of PM2); --ready-timeout sets for how long"
+        }
+        Ready::Notify => {
+            "it did not write READY=1 to NOTIFY_SOCKET, which was waited for (--ready notify); --ready-timeout sets \
+             for how long"
+        }
+        Ready::Probe => {
+            "it did not answer its --probe, which was waited for (--ready probe); --ready-timeout sets for how long"
+        }
+        _ => "does it listen? --ready and --ready-timeout set what is waited for",
     }
 }
 
@@ -205,6 +228,21 @@ mod tests {
     }
 
     #[test]
+    fn who_never_got_ready_is_told_what_was_waited_for() {
+        let outcome = Outcome::NeverReady { first: Reason::NeverReady, last: Reason::NeverReady };
+        for (ready, part) in [
+            (Ready::Auto, "does it listen?"),
+            (Ready::Message, "process.send('ready')"),
+            (Ready::Notify, "READY=1"),
+            (Ready::Probe, "--probe"),
+        ] {
+            let text = Ledger::awaiting(ready).verdict(&outcome).text;
+            assert!(text.contains(part), "{text}");
+            assert_eq!(text.contains("does it listen"), ready == Ready::Auto, "{text}");
+        }
+    }
+
+    #[test]
     fn who_wrote_nothing_has_no_last_lines_to_read() {
         let given_up = Event::SlotFailed { slot: 1, restarts: 5, window: Duration::ZERO };
         let crashed = Outcome::AllFailed { last: Reason::Exited(Exit::Code(1)) };
@@ -213,7 +251,7 @@ mod tests {
             ledger.verdict(&crashed).text.contains("last lines")
         };
         assert!(!points_to_lines(Ledger::default()));
-        assert!(points_to_lines(Ledger::deaf()), "they went by us");
+        assert!(points_to_lines(Ledger::default().deaf()), "they went by us");
         let mut talked = Ledger::default();
         talked.line(&line(1, "no database"));
         assert!(points_to_lines(talked));

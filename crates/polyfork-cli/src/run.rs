@@ -14,7 +14,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use polyfork::cluster::{Address, Event, Settings};
+use polyfork::cluster::{Address, Event, Ready, Settings};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -83,6 +83,8 @@ pub(crate) struct Place {
     /// When it reloads by itself.
     renewal: Renewal,
     measured: Measured,
+    /// What makes its workers ready.
+    ready: Ready,
 }
 
 /// What of it is measured, and where that is served.

@@ -67,7 +67,8 @@ fn prepare_with(args: RunArgs, answers: &Answers) -> Result<Prepared, Refused> {
     let warnings = notice.into_iter().chain(warnings(&detected, &args)).collect();
     let start = Start { name, workers, workers_why, detected, warnings, page: false };
     let measured = Measured { address: metrics(&args)?, programs: !args.no_app_metrics };
-    let place = Place { measured, renewal: Renewal::of(&args), ..Place::of(about) };
+    let (renewal, ready) = (Renewal::of(&args), args.ready);
+    let place = Place { measured, renewal, ready, ..Place::of(about) };
     Ok(Prepared { settings, start, show, place })
 }
 

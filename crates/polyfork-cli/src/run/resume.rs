@@ -10,7 +10,7 @@ use std::io;
 use std::sync::Arc;
 
 use polyfork::cluster::upgrade::{ResumeError, Unpacking};
-use polyfork::cluster::{Cluster, Event, Settings};
+use polyfork::cluster::{Cluster, Event, Ready, Settings};
 
 use super::prepare::read_again;
 use super::start::{on_this_thread, what_becomes_of};
@@ -101,6 +101,8 @@ async fn go_on_with(
         background,
         renewal: Renewal::at(state.times, state.change_seen),
         measured: Measured::default(),
+        // That explains a start which failed; this one did not.
+        ready: Ready::default(),
     };
     let mut watch = Watch::new(state.workers, show, place, around, state.ledger);
     watch.told_lost = Cell::new(state.told_lost);

@@ -70,7 +70,8 @@ async fn start<F: FnMut(&Event)>(
     start.warnings.extend(warning);
     let serving = place.serve(door, control.as_ref())?;
     let around = Around { control, serving, manager };
-    let mut watch = Watch::new(start.workers, show, place, around, Ledger::default());
+    let ledger = Ledger::awaiting(place.ready);
+    let mut watch = Watch::new(start.workers, show, place, around, ledger);
     let first = watch.report.get_mut().start(&start);
     first.iter().for_each(|line| watch.own(line));
     drop((first, start));

@@ -49,7 +49,7 @@ impl Watch {
         around: Around,
         ledger: Ledger,
     ) -> Watch {
-        let Place { binary, claim, about, background, renewal, measured: _ } = place;
+        let Place { binary, claim, about, background, renewal, measured: _, ready: _ } = place;
         let Around { control, serving, manager } = around;
         let report = if show.json {
             Report::Json(Json)
@@ -71,7 +71,7 @@ impl Watch {
         Watch {
             report: RefCell::new(report),
             ledger: RefCell::new(match show.output {
-                OutputArg::Inherit => Ledger::deaf(),
+                OutputArg::Inherit => ledger.deaf(),
                 _ => ledger,
             }),
             out,

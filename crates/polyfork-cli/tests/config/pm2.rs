@@ -115,6 +115,8 @@ fn one_that_never_says_ready_is_not_ready() {
     desk.place.file("ecosystem.config.js", "module.exports = { apps: [{ script: 'server.js', wait_ready: true, listen_timeout: 300, max_restarts: 0 }] }");
     let done = desk.does(&["start"]);
     assert_eq!(done.code, Some(8), "{done:?}");
+    assert!(done.err.contains("process.send('ready')"), "{done:?}");
+    assert!(!done.err.contains("does it listen"), "it does: {done:?}");
 }
 
 #[test]
