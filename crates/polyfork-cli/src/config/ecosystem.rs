@@ -149,7 +149,7 @@ pub(crate) fn read(path: &Path, value: &Value, profile: Option<&str>) -> (Vec<Wa
                 _ => Vec::new(),
             }
         }
-        Value::Object(_) => vec![value],
+        Value::Object(one) if !one.is_empty() => vec![value],
         _ => Vec::new(),
     };
     if apps.is_empty() {
@@ -299,8 +299,10 @@ impl Reader<'_> {
         }
         let read = Name::read(&name).is_ok();
         let fit = Name::like(&name).to_string();
+        // A name that nobody gave is nobody's mistake.
+        let is_given = !script.is_empty() || self.text(&["name"]).is_some();
         self.name.clone_from(&fit);
-        if !read {
+        if !read && is_given {
             self.note(format!("its name {name:?} becomes {fit}: a name is a folder's as well"));
         }
         wanted.name = fit;
@@ -782,5 +784,11 @@ mod tests {
             let (_, faults) = read(Path::new("/x"), &value, None);
             assert!(faults.iter().any(|fault| fault.fatal), "{value}");
         }
+        for value in [json!({}), json!({"apps": []})] {
+            let (_, faults) = read(Path::new("/x"), &value, None);
+            assert!(faults.len() == 1 && faults[0].text.contains("exports no apps"), "{faults:?}");
+        }
+        let (_, faults) = read(Path::new("/x"), &json!({"apps": [{}]}), None);
+        assert!(faults.len() == 1 && faults[0].text == "it has no script", "{faults:?}");
     }
 }

@@ -61,7 +61,8 @@ fn what_a_script_does_wrong_is_shown() {
         ("process.exit(0)", "it ended without a value"),
         ("module.exports = { name: 1n }", "BigInt"),
         ("module.exports = 'x'.repeat(3 << 20)", "more than"),
-        ("module.exports = {}", "it has no script"),
+        ("module.exports = {}", "it exports no apps"),
+        ("module.exports = { apps: [{ name: 'a' }] }", "it has no script"),
     ] {
         desk.place.file("ecosystem.config.js", text);
         let told = desk.refuses(&["check"], 2);
