@@ -10,7 +10,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::FromArgMatches;
 
 use crate::args::run::RunArgs;
 use crate::args::start::{LogArgs, StartArgs};
@@ -157,7 +157,8 @@ fn is_config_name(word: &OsStr) -> bool {
     // As PM2 has it: whatever stands before. No server is called so.
     let pm2 = [".config.js", ".config.cjs", ".config.mjs"].iter().any(|end| name.ends_with(end));
     let ecosystem = name.contains(".config.") && name.starts_with("ecosystem");
-    let known = pm2 || ecosystem || name.ends_with(".toml") || matches!(name, "process.json" | "pm2.json");
+    let known =
+        pm2 || ecosystem || name.ends_with(".toml") || matches!(name, "process.json" | "pm2.json");
     known && path.is_file()
 }
 
@@ -352,13 +353,26 @@ pub(crate) fn start_words(options: &[OsString], app: &Wanted) -> Vec<OsString> {
 /// # Errors
 /// When they do not fit together.
 pub(crate) fn layered(verb: &str, words: &[OsString], app: &Wanted) -> Result<StartArgs, Verdict> {
-    let known = keys::of_verb(verb);
+    layered_on(&keys::only(verb), verb, words, app)
+}
+
+/// The same, with the verb's description at hand: making it is most of the work.
+pub(crate) fn layered_on(
+    description: &clap::Command,
+    verb: &str,
+    words: &[OsString],
+    app: &Wanted,
+) -> Result<StartArgs, Verdict> {
     let listens = std::env::var_os("POLYFORK_LISTEN").is_some_and(|value| !value.is_empty());
-    let mut command = Cli::command().mut_subcommand(verb, |verb| {
+    let mut command = description.clone().mut_subcommand(verb, |verb| {
+        let known = |key: &str| {
+            let is = |arg: &clap::Arg| arg.get_id().as_str() == key;
+            !keys::NOT_KEYS.contains(&key) && verb.get_arguments().any(is)
+        };
+        let mine: Vec<(&String, &Vec<String>)> =
+            app.options.iter().filter(|(key, _)| known(key)).collect();
         let verb = verb.mut_arg("name", |arg| arg.default_value(app.name.clone()));
-        let mine =
-            app.options.iter().filter(|(key, _)| known.iter().any(|known| known.name == **key));
-        let mine = mine.filter(|(key, _)| !(listens && *key == "listen"));
+        let mine = mine.into_iter().filter(|(key, _)| !(listens && *key == "listen"));
         mine.fold(verb, |verb, (key, values)| {
             verb.mut_arg(key.as_str(), |arg| arg.default_values(values.clone()))
         })

@@ -143,13 +143,13 @@ fn problem(fault: &Fault) -> Problem<'_> {
 /// What is wrong with apps whose file is sound. `file` is what people call it.
 pub(crate) fn look(apps: &[Wanted], file: &Path) -> Vec<Fault> {
     let mut faults: Vec<Fault> = Vec::new();
-    let answers = Answers::default();
+    let (answers, description) = (Answers::default(), keys::only("start"));
     for app in apps {
         let fault = |key: &str, Verdict { code, text }: Verdict| {
             let at = app.marks.get(key).or(app.at.as_ref()).cloned();
             Fault::new(file, at, text).of(&app.name).with(code)
         };
-        let args = match super::layered("start", &[], app) {
+        let args = match super::layered_on(&description, "start", &[], app) {
             Ok(args) => args,
             Err(verdict) => {
                 faults.push(fault("program", verdict));

@@ -166,7 +166,13 @@ fn why(error: &clap::Error) -> String {
 
 /// The description of `start`, without what the environment says.
 pub(crate) fn description() -> Command {
-    Cli::command().mut_subcommands(|verb| verb.mut_args(|arg| arg.env(Resettable::Reset)))
+    only("start").mut_subcommands(|verb| verb.mut_args(|arg| arg.env(Resettable::Reset)))
+}
+
+/// The description of one verb, and of no other: what is copied for each app, or each value, is small.
+pub(crate) fn only(verb: &str) -> Command {
+    let all = Cli::command();
+    Command::new("polyfork").subcommands(all.find_subcommand(verb).cloned())
 }
 
 /// The options of a verb that are keys, in the order of its help.
