@@ -213,8 +213,8 @@ fn of_many_apps_the_runtime_is_asked_once_and_the_first_are_named() {
     desk.place.file("polyfork.toml", &text);
     // It stands for Node, as version managers have it: what it answers may depend on the folder.
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let node = std::env::split_paths(&path).map(|folder| folder.join("node"));
-    let node = node.filter(|node| node.is_file()).next().expect("node");
+    let mut nodes = std::env::split_paths(&path).map(|folder| folder.join("node"));
+    let node = nodes.find(|node| node.is_file()).expect("node");
     let shims = desk.place.path().join("shims");
     std::fs::create_dir(&shims).expect("a folder");
     let asked = shims.join("asked");

@@ -319,8 +319,8 @@ fn two_that_ended(desk: &Desk) {
         |second: u32| format!("2026-11-23T06:56:{second:02}.000000Z 3 out number {second:02}\n");
     let file = |path: &str, seconds: &[u32]| {
         let path = desk.logs().join(path);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(path, seconds.iter().copied().map(line).collect::<String>()).unwrap();
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, seconds.iter().copied().map(line).collect::<String>()).expect("written");
     };
     file("shop/1.20261123T065606000000Z.log", &[0, 4]);
     file("shop/1.log", &[8, 12]);
@@ -340,7 +340,7 @@ fn told(text: &str) -> Vec<(u32, String)> {
 fn lines_of_several_apps_are_in_one_order() {
     let desk = Desk::new();
     two_that_ended(&desk);
-    let whose = |number: u32| if number % 2 == 0 { "shop" } else { "soap" }.to_owned();
+    let whose = |number: u32| if number.is_multiple_of(2) { "shop" } else { "soap" }.to_owned();
     let right = |from: u32| (from..14).map(|number| (number, whose(number))).collect::<Vec<_>>();
     for names in [&["shop", "soap"][..], &["soap", "shop"], &["s*"]] {
         let seen = |args: &[&str]| told(&desk.did(&[&["logs"], names, args].concat()));
