@@ -32,16 +32,30 @@ pub(crate) fn write(bytes: &[u8]) -> bool {
 
 /// Writes one JSON value over several lines, with a newline.
 pub(crate) fn json<T: Serialize>(value: &T) -> bool {
-    let mut text = serde_json::to_vec_pretty(value).unwrap_or_default();
-    text.push(b'\n');
-    write(&text)
+    let text = serde_json::to_string_pretty(value).unwrap_or_default();
+    write(harmless_json(text).as_bytes())
 }
 
 /// Writes one JSON value as one line.
 pub(crate) fn json_line<T: Serialize>(value: &T) -> bool {
-    let mut text = serde_json::to_vec(value).unwrap_or_default();
-    text.push(b'\n');
-    write(&text)
+    let text = serde_json::to_string(value).unwrap_or_default();
+    write(harmless_json(text).as_bytes())
+}
+
+/// The same value, and nothing in its text that a terminal would obey: what JSON leaves as it is of that kind can only stand
+/// inside a string, where an escape means the same.
+fn harmless_json(text: String) -> String {
+    let mut harmless = String::with_capacity(text.len() + 1);
+    for c in text.chars() {
+        match c {
+            c if !c.is_ascii() && words::is_unseen(c) => {
+                harmless.push_str(&format!("\\u{:04x}", u32::from(c)));
+            }
+            c => harmless.push(c),
+        }
+    }
+    harmless.push('\n');
+    harmless
 }
 
 /// That something could not be written to a place.
@@ -63,5 +77,19 @@ pub(crate) fn code(code: Code) -> Code {
     match code {
         Code::Stopped if is_lost() => Code::Unexpected,
         code => code,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_means_the_same_and_moves_no_cursor() {
+        let name = "a\u{1b}[2J\u{9b}31m\u{202e}b\u{feff} \u{e9}\u{1f4bb}\n";
+        let text = harmless_json(serde_json::to_string(name).expect("JSON"));
+        assert!(!text.trim_end_matches('\n').chars().any(words::is_unseen), "{text:?}");
+        assert!(text.contains("\u{e9}\u{1f4bb}"), "{text:?}");
+        assert_eq!(serde_json::from_str::<String>(&text).expect("JSON"), name);
     }
 }
