@@ -86,6 +86,12 @@ async fn reloads_under_load_lose_nothing(runtime: Runtime) {
     }
 }
 
+/// The workers that serve.
+async fn ready(rig: &Rig) -> Vec<u64> {
+    let workers = rig.cluster.status().await.into_iter();
+    workers.filter(|worker| worker.state == "ready").map(|worker| worker.worker).collect()
+}
+
 async fn a_bad_version_never_takes_over(runtime: Runtime) {
     let folder = tempfile::tempdir().expect("a folder");
     let bad = [
@@ -106,6 +112,8 @@ async fn a_bad_version_never_takes_over(runtime: Runtime) {
         });
         rig.all_ready(2).await;
         let to = reach(&rig.listening(1).await.0);
+        // A busy machine may need more than the time that one has to get ready, and then there was another.
+        let good = ready(&rig).await;
         let load = Load::start(to, CLIENTS, "/");
         for (what, text) in bad {
             load.answered(&rig, BETWEEN).await;
@@ -114,9 +122,8 @@ async fn a_bad_version_never_takes_over(runtime: Runtime) {
             let ReloadError::Failed { who, replaced: 0, .. } = error else {
                 panic!("{what}: {error}");
             };
-            assert!(who.worker > 2 && who.pid > 0, "{what}: {error}");
-            let serving = rig.cluster.status().await.into_iter().filter(|w| w.state == "ready");
-            assert_eq!(serving.map(|w| w.worker).collect::<Vec<_>>(), [1, 2], "{what}");
+            assert!(!good.contains(&who.worker) && who.pid > 0, "{what}: {error}");
+            assert_eq!(ready(&rig).await, good, "{what}");
         }
         version(&folder, "response.end('better')");
         rig.cluster.reload(quick()).await.expect("the next good one");
